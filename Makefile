@@ -1,0 +1,38 @@
+# Two commands cover most needs: `make demo` (train, evaluate and look at a model) and `make test` (everything the project promises).
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/demo
+
+.PHONY: demo test lab export clean
+
+# One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
+.venv/installed: settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-%: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/ris-nb data shapes $(DEMO)/data
+	$(BIN)/ris-nb train --root $(DEMO)/data --model lavt_tiny --out $(DEMO)/lavt_tiny --force
+	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --out $(DEMO)
+
+# Notebooks by the rules of nbdev (tests/test_notebooks.py), then the tests a notebook should not carry.
+# One thread a process: two processes side by side are faster on two cores than one process with two threads.
+test: .venv/installed-dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 -q --durations=15
+
+lab: .venv/installed-lab
+	$(BIN)/jupyter lab nbs
+
+# After editing a notebook: write the library from it and remove what does not belong in a commit.
+export: .venv/installed-dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,52 @@
+"""What is committed belongs together: library and notebooks are the same text, notebooks are clean and their figures small."""
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+MAX_FIGURE = 150_000
+
+
+def test_library_is_what_the_notebooks_export(tmp_path):
+    for name in ("settings.ini", "setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
+    (tmp_path / "ris_nb").mkdir()
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+                   cwd=tmp_path, check=True)
+    fresh = {p.name: p.read_text() for p in (tmp_path / "ris_nb").glob("*.py")}
+    kept = {p.name: p.read_text() for p in (ROOT / "ris_nb").glob("*.py")}
+    assert sorted(fresh) == sorted(kept)
+    differing = [name for name in kept if kept[name] != fresh[name]]
+    assert not differing, f"{differing} differ from their notebooks: run `make export`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_clean(path):
+    from nbdev.clean import clean_nb
+    notebook = json.loads(path.read_text())
+    cleaned = copy.deepcopy(notebook)
+    clean_nb(cleaned)
+    assert cleaned == notebook, f"{path.name} is not clean: run `make export`"
+    assert "widgets" not in notebook["metadata"]
+    outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    assert outputs, "committed without outputs: it should read on a page without running"
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    for figure in (o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})):
+        assert len(base64.b64decode(figure)) <= MAX_FIGURE
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.parent.name == "nbs"], ids=lambda p: p.stem)
+def test_chapter_has_exercises_and_solutions(path):
+    text = path.read_text()
+    assert "## Summary" in text and "## Where we differ" in text and "## Exercises" in text
+    assert (path.parent / "solutions" / path.name).exists()
