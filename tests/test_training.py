@@ -1,0 +1,418 @@
+"""Kills, resumes, several processes, full disks: what the training notebook has no room for.
+
+Everything that is killed or runs in several processes does so in processes of its own, forked from a server that has
+imported torch once. The model and the data are as small as they can be while they still have BatchNorm, dropout, a
+parameter that no loss uses, and sentences to draw from.
+"""
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ris_nb import training
+from ris_nb.batches import Batch, RISModel, SPECIAL, evaluating, load_model
+from ris_nb.task import Output, RISError
+from ris_nb.training import (GlobalBatches, SyncBatchNorm2d, TrainConfig, accumulate_gradients, fit, make_accelerator,
+                             LossStep, param_groups, read_log, sync_batchnorm, training_loader)
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ris_nb.training", "torch._dynamo", "pytest"])  # torch imports dynamo late; it is slow
+CONFIG = TrainConfig(steps=12, batch_size=8, lr=1e-2, save_every=5, log_every=4, validate_every=6)
+
+
+class Toy(RISModel):
+    """A word says which colour channel matters; two convolutions with BatchNorm and dropout between them."""
+
+    def __init__(self, width: int = 8, dropout: float = 0.1, vocabulary=SPECIAL, broken_at: int = -1):
+        super().__init__(image_size=8, vocabulary=vocabulary, max_words=3)
+        self.words = nn.Embedding(16, width)
+        # no bias before BatchNorm: its gradient is rounding noise, which AdamW would blow up to whole steps
+        self.first = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Conv2d(width, 1, 1)
+        self.idle = nn.Linear(2, 2)  # like LAVT's last gate
+        self.scale = nn.Parameter(torch.ones(()))  # used by the loss alone
+        self.broken_at, self.calls = broken_at, 0
+
+    def forward(self, batch):
+        x = self.bn(self.first(batch.image)) + self.words(batch.ids).mean(1)[:, :, None, None]
+        return Output(self.last(self.dropout(x.relu()))[:, 0], extra={"nested": [x]})
+
+    def losses(self, output, batch):
+        assert output.score.dtype == output.extra["nested"][0].dtype == torch.float32
+        self.calls += 1
+        ruin = float("nan") if self.calls == self.broken_at else 1
+        mask = nn.functional.binary_cross_entropy_with_logits(output.score * self.scale, batch.mask.float())
+        return {"mask": mask * ruin, "size": 0.1 * output.score.square().mean()}
+
+    def masks(self, output, sizes):
+        return [score > 0 for score in output.score]
+
+
+class Colours(torch.utils.data.Dataset):
+    """Objects with three sentences each: item (i, draw) is image i with word draw % 3."""
+
+    def __len__(self):
+        return 21
+
+    def __getitem__(self, index):
+        i, draw = index
+        image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(i))
+        word = draw % 3
+        return Batch(image=image, ids=torch.tensor([[word + 1, 5, 0]]), words=torch.tensor([[True, True, False]]),
+                     mask=image[:, word] > 0, image_id=[i])
+
+
+def toy(**settings):
+    torch.manual_seed(7)
+    return Toy(**settings)
+
+
+def noisy_validate(model):
+    """Uses up random numbers and leaves the model in another mode, as a careless validation might."""
+    model.train()
+    torch.rand(5)
+    return {"oIoU": float(model.scale.detach()), "mIoU": 0.5}
+
+
+def run(folder, config, kill=None, validate=noisy_validate, model=None, before=None):
+    """One training in a process of its own; `kill=(name, n)` dies by SIGKILL as the n-th call of that function begins."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers; this process would hand down its own
+    if before:
+        before()
+    if kill:
+        name, n = kill
+        owner = os if hasattr(os, name) else torch if name == "save" else training
+        original, seen = getattr(owner, name), []
+
+        def deadly(*args, **kwargs):
+            seen.append(1)
+            if len(seen) == n:
+                if name == "save":  # half of the file is there
+                    Path(args[1]).write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+        setattr(owner, name, deadly)
+    try:
+        fit(model or toy(), Colours(), config, folder, validate=validate, resume=True, progress=False)
+    except RISError as error:
+        folder.with_suffix(".error").write_text(str(error))
+        raise SystemExit(2)
+
+
+def start(*args, **kwargs):
+    process = SERVER.Process(target=run, args=args, kwargs=kwargs)
+    process.start()
+    return process
+
+
+def finish(*args, **kwargs):
+    process = start(*args, **kwargs)
+    process.join(60)
+    return process.exitcode
+
+
+def outcome(folder):
+    """Everything a run leaves: the state, the kept weights, and the log without what the clock decides."""
+    state = torch.load(folder / "state.pt", weights_only=True)
+    log = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_log(folder)]
+    return state, load_model(folder).state_dict(), log
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What each config ends with when nothing disturbs it."""
+    made = {}
+
+    def get(config):
+        key = json.dumps(asdict(config))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("unbroken") / "run"
+            assert finish(folder, config) == 0
+            made[key] = outcome(folder)
+        return made[key]
+    return get
+
+
+KILLS = {
+    "before the first save": ("seed_step", 3),
+    "between saves": ("seed_step", 9),
+    "while the state is written": ("save", 2),
+    "before the state takes its place": ("replace", 6),
+    "between log and state": ("save_state", 3),
+    "between kept weights and log": ("append_log", 2),
+    "in the backward pass's step": ("optimizer_step", 11),
+}
+
+
+@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
+def test_a_kill_at_any_moment_leaves_no_trace(tmp_path, unbroken, kill):
+    folder = tmp_path / "run"
+    assert finish(folder, CONFIG, kill) == -signal.SIGKILL
+    if (folder / "state.pt").exists():
+        torch.load(folder / "state.pt", weights_only=True)  # a good one, always
+        load_model(folder)
+    assert finish(folder, CONFIG) == 0
+    assert same(outcome(folder), unbroken(CONFIG))
+    assert [line["step"] for line in read_log(folder)] == [4, 6, 8, 12]
+    assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("change", [{"workers": 2}, {"accumulate": 2, "clip": 0.1}, {"precision": "bf16"}],
+                         ids=["workers", "accumulation", "bf16"])
+def test_killed_thrice_with(tmp_path, unbroken, change):
+    config, folder = replace(CONFIG, **change), tmp_path / "run"
+    for kill in (("seed_step", 7), ("save", 2), ("append_log", 1)):
+        assert finish(folder, config, kill) == -signal.SIGKILL
+    assert finish(folder, config) == 0
+    assert same(outcome(folder), unbroken(config))
+
+
+def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
+    config, folder = replace(CONFIG, steps=400, save_every=1, log_every=1, validate_every=0), tmp_path / "run"
+    kills = 0
+    for wait in (0.35, 0.11, 0.23, 0.31, 0.17):
+        process = start(folder, config)
+        while not (folder / "state.pt").exists() and process.is_alive():
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        kills += process.exitcode == -signal.SIGKILL
+        assert not (folder / "state.pt").exists() or torch.load(folder / "state.pt", weights_only=True)
+    assert kills >= 3
+    assert finish(folder, config) == 0
+    assert same(outcome(folder), unbroken(config))
+    assert [line["step"] for line in read_log(folder)] == list(range(1, 401))
+
+
+def test_workers_and_validation_change_nothing(unbroken):
+    plain = unbroken(CONFIG)[0]["model"]
+    assert same(unbroken(replace(CONFIG, workers=2))[0]["model"], plain)
+    assert same(unbroken(replace(CONFIG, validate_every=0))[0]["model"], plain)
+    assert not same(unbroken(replace(CONFIG, accumulate=2, clip=0.1))[0]["model"], plain)
+
+
+# Several processes
+
+def in_processes(world, function, *args):
+    """Runs `function(rank, *args)` in `world` processes that accelerate takes for a launched group on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [SERVER.Process(target=member, args=(rank, world, port, function, *args)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0] * world
+
+
+def member(rank, world, port, function, *args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    function(rank, *args)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def gradients(rank, folder, config):
+    """The averaged gradient of the first step, the running statistics, and what was seen."""
+    accelerator = make_accelerator()
+    model = sync_batchnorm(toy(dropout=0.0))
+    step = accelerator.prepare(LossStep(model))
+    loader = training_loader(Colours(), config, 0, rank, accelerator.num_processes)
+    values = accumulate_gradients(accelerator, step, iter(loader), config.accumulate)
+    values = accelerator.reduce(torch.stack(list(values.values())), "mean")
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found.update(values=values, mean=model.bn.running_mean, var=model.bn.running_var)
+    torch.save(found, folder / f"{accelerator.num_processes}-{rank}.pt")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_have_the_gradient_of_one(tmp_path, accumulate):
+    config = TrainConfig(steps=2, batch_size=8, accumulate=accumulate)
+    in_processes(1, gradients, tmp_path, config)
+    in_processes(2, gradients, tmp_path, config)
+    one, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert {"first.weight", "bn.weight", "scale"} < set(one) and "idle.weight" not in one
+    for name in one:
+        assert one[name].abs().max() > 0, name
+        for other in (first, second):
+            assert (one[name] - other[name]).abs().max() < 1e-6, name
+
+
+def whole_run(rank, folder, config):
+    fit(toy(dropout=0.0), Colours(), config, folder, validate=noisy_validate, resume=True, progress=False)
+
+
+def test_two_processes_train_the_weights_of_one_and_resume(tmp_path):
+    config = replace(CONFIG, lr=1e-3, steps=12)
+    for world in (1, 2):
+        in_processes(world, whole_run, tmp_path / str(world), config)
+    (one, kept, log), (two, kept2, log2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
+    for name, value in one["model"].items():
+        assert (value - two["model"][name]).abs().max() < 1e-5, name
+    assert [line.keys() for line in log] == [line.keys() for line in log2]
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(log, log2) if "loss" in a)
+    # a run of two processes that is stopped goes on to the same end
+    state = torch.load(tmp_path / "2" / "state.pt", weights_only=True)
+    assert state["step"] == 12 and state["meter"]["sums"] is None
+
+
+def test_the_global_batch_is_the_same_for_any_number_of_processes():
+    for accumulate in (1, 2):
+        config = TrainConfig(steps=7, batch_size=8, accumulate=accumulate)
+        alone = list(GlobalBatches(21, config))
+        shares = [list(GlobalBatches(21, config, rank=rank, world=4)) for rank in range(4)]
+        assert [sum(parts, []) for parts in zip(*shares)] == alone
+        assert alone[3 * accumulate:] == list(GlobalBatches(21, config, start=3))
+    indices = [i for batch in GlobalBatches(21, TrainConfig(steps=21, batch_size=8)) for i, _ in batch]
+    assert all(sorted(indices[k:k + 21]) == list(range(21)) for k in range(0, 168, 21))
+
+
+def batchnorm(rank, folder):
+    accelerator = make_accelerator()
+    world = accelerator.num_processes
+    x = 3 + 5 * torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    target = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    # unequal shares: 4 images for one process, 2 for the other
+    mine = slice(None) if world == 1 else slice(0, 4) if rank == 0 else slice(4, 6)
+    bn = SyncBatchNorm2d(4) if world > 1 else nn.BatchNorm2d(4)
+    part = x[mine].clone().requires_grad_()
+    for _ in range(2):
+        y = bn(part)
+    (y * target[mine]).pow(3).sum().backward()
+    torch.save((y.detach(), part.grad, bn.state_dict(), bn(part).detach() if rank == 9 else None), folder / f"{world}-{rank}.pt")
+
+
+def test_sync_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path):
+    in_processes(1, batchnorm, tmp_path)
+    in_processes(2, batchnorm, tmp_path)
+    y, grad, state, _ = torch.load(tmp_path / "1-0.pt")
+    (y0, g0, s0, _), (y1, g1, s1, _) = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
+    assert torch.allclose(torch.cat([y0, y1]), y, atol=1e-5)
+    assert torch.allclose(torch.cat([g0, g1]), grad, atol=1e-4 * grad.abs().max())
+    for name in state:
+        assert torch.allclose(s0[name], state[name]) and torch.allclose(s1[name], s0[name])
+
+
+# What can go wrong
+
+def test_a_full_disk_keeps_the_last_good_state(tmp_path):
+    folder = tmp_path / "run"
+    assert finish(folder, replace(CONFIG, steps=8), validate=None, kill=("seed_step", 7)) == -signal.SIGKILL
+    good = (folder / "state.pt").read_bytes()
+    assert finish(folder, replace(CONFIG, steps=8), validate=None, before=FileLimit(4000)) == 2
+    assert (folder / "state.pt").read_bytes() == good
+    error = folder.with_suffix(".error").read_text()
+    assert "cannot write" in error and "state.pt" in error and "make room" in error and "\n" not in error
+    assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
+    assert finish(folder, replace(CONFIG, steps=8), validate=None) == 0
+
+
+class FileLimit:
+    """Stands for a full disk: no file of this process may grow beyond `size` bytes."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+def test_refusals(tmp_path):
+    config = replace(CONFIG, steps=2)
+    fit(toy(), Colours(), config, tmp_path, progress=False)
+    with pytest.raises(RISError, match="already holds a run"):
+        fit(toy(), Colours(), config, tmp_path, progress=False)
+    for change, word in (({"lr": 1}, "lr was 0.01 and is now 1"), ({"steps": 9}, "steps was 2 and is now 9")):
+        with pytest.raises(RISError, match=word):
+            fit(toy(), Colours(), replace(config, **change), tmp_path, resume=True, progress=False)
+    with pytest.raises(RISError, match="multiple of 3"):
+        fit(toy(), Colours(), replace(config, accumulate=3), tmp_path / "new", progress=False)
+    assert not (tmp_path / "new").exists()
+    longer = replace(config, log_every=1, workers=1)
+    assert fit(toy(), Colours(), longer, tmp_path, resume=True, progress=False) == read_log(tmp_path)
+    (tmp_path / "state.pt").write_bytes(b"half a file")
+    with pytest.raises(RISError, match="state.pt: cannot be read"):
+        fit(toy(), Colours(), config, tmp_path, resume=True, progress=False)
+
+
+def test_another_model_or_other_data_is_refused(tmp_path):
+    config = replace(CONFIG, steps=2)
+    fit(toy(), Colours(), config, tmp_path, progress=False)
+    with pytest.raises(RISError, match="another model"):
+        fit(toy(width=4), Colours(), config, tmp_path, resume=True, progress=False)
+    fewer = torch.utils.data.Subset(Colours(), range(5))
+    with pytest.raises(RISError, match="21 objects, not 5"):
+        fit(toy(), fewer, config, tmp_path, resume=True, progress=False)
+
+
+def test_a_constant_schedule_may_go_on(tmp_path):
+    config = replace(CONFIG, schedule="constant", steps=5)
+    fit(toy(), Colours(), config, tmp_path / "a", progress=False)
+    fit(toy(), Colours(), replace(config, steps=9), tmp_path / "a", resume=True, progress=False)
+    fit(toy(), Colours(), replace(config, steps=9), tmp_path / "b", progress=False)
+    assert same(outcome(tmp_path / "a")[0]["model"], outcome(tmp_path / "b")[0]["model"])
+
+
+def test_not_finite_stops_before_anything_is_written(tmp_path):
+    config = replace(CONFIG, save_every=4, validate_every=0)
+    with pytest.raises(RISError, match=r"step 6 \(loss nan, mask nan, size 0\.\d+, grad_norm nan\)"):
+        fit(toy(broken_at=6), Colours(), config, tmp_path, progress=False)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
+    assert all(value.isfinite().all() for value in load_model(tmp_path).state_dict().values())
+    assert [line["step"] for line in read_log(tmp_path)] == [4]
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    seen = []
+
+    def validate(model):
+        seen.append({k: v.clone() for k, v in model.state_dict().items()})
+        assert not model.training
+        return {"oIoU": (0.1, 0.9, 0.3)[len(seen) - 1], "mIoU": 0.0}
+    model = toy()
+    history = fit(model, Colours(), replace(CONFIG, validate_every=4), tmp_path, validate, progress=False)
+    assert same(dict(load_model(tmp_path).state_dict()), seen[1]) and same(dict(model.state_dict()), seen[2])
+    assert [line.get("val_oIoU") for line in history] == [0.1, 0.9, 0.3]
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["best"] == 0.9
+    with pytest.raises(RISError, match="picked by mIoU"):
+        fit(toy(), Colours(), replace(CONFIG, best="mIoU"), tmp_path / "b", lambda m: {"oIoU": 1.0}, progress=False)
+
+
+def test_bf16_trains_and_keeps_float32_weights(tmp_path):
+    history = fit(toy(), Colours(), replace(CONFIG, precision="bf16", steps=40), tmp_path, progress=False)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert all(v.dtype in (torch.float32, torch.int64) for v in load_model(tmp_path).state_dict().values())
+
+
+def test_tensorboard_drops_what_a_kill_repeated(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config, folder = replace(CONFIG, tensorboard=True, log_every=1), tmp_path / "run"
+    assert finish(folder, config, ("seed_step", 9)) == -signal.SIGKILL
+    assert finish(folder, config) == 0
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
