@@ -5,6 +5,7 @@
 # %% ../nbs/03_refer.ipynb #002
 from __future__ import annotations
 
+import io
 import json
 import pickletools
 import struct
@@ -30,85 +31,81 @@ class PlainPickle:
     Values are lists, tuples, dicts, sets, strings, bytes, numbers, booleans and None. There is no code in here that imports or calls
     anything, so there is nothing a program could talk it into. Reads every protocol, Python 2's too.
     """
+    __slots__ = ("stream", "read", "line", "stack", "push", "marks", "memo")
+
     def __init__(self, data: bytes):
-        self.data, self.at = data, 0
+        self.stream = io.BytesIO(data)
+        self.read, self.line = self.stream.read, self.stream.readline
         self.stack, self.marks, self.memo = [], [], {}
-
-    def take(self, count: int) -> bytes:
-        start, self.at = self.at, self.at + count
-        if self.at > len(self.data): raise EOFError
-        return self.data[start:self.at]
-
-    def line(self) -> bytes:
-        start, self.at = self.at, self.data.index(b"\n", self.at) + 1
-        return self.data[start:self.at - 1]
+        self.push = self.stack.append
 
     def items(self) -> list:
+        """What was pushed since the last mark, taken off the stack."""
         mark = self.marks.pop()
-        items, self.stack[mark:] = self.stack[mark:], []
+        items = self.stack[mark:]
+        del self.stack[mark:]
         return items
 
 # %% ../nbs/03_refer.ipynb #005
 Instruction = Callable[[PlainPickle], None]
 
-def _constant(make) -> Instruction:
-    return lambda m: m.stack.append(make())
+def _constant(make: Callable) -> Instruction:
+    return lambda m: m.push(make())
 
 def _packed(layout: str) -> Instruction:
-    number = struct.Struct(layout)
-    return lambda m: m.stack.append(number.unpack(m.take(number.size))[0])
+    unpack, size = struct.Struct(layout).unpack, struct.calcsize(layout)
+    return lambda m: m.push(unpack(m.read(size))[0])
 
-def _sized(layout: str, decode) -> Instruction:
-    length = struct.Struct(layout)
-    return lambda m: m.stack.append(decode(m.take(length.unpack(m.take(length.size))[0])))
+def _sized(layout: str, decode: Callable) -> Instruction:
+    unpack, size = struct.Struct(layout).unpack, struct.calcsize(layout)
+    return lambda m: m.push(decode(m.read(unpack(m.read(size))[0])))
 
-def _lined(decode) -> Instruction:
-    return lambda m: m.stack.append(decode(m.line()))
+def _lined(decode: Callable) -> Instruction:
+    return lambda m: m.push(decode(m.line()[:-1]))
 
 # %% ../nbs/03_refer.ipynb #006
-def _text(encoding: str):
+def _text(encoding: str) -> Callable:
     return lambda raw: str(raw, encoding)
 
-def _long(raw: bytes) -> int:
+def _little_endian(raw: bytes) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
-def _int_line(raw: bytes):
-    return {b"00": False, b"01": True}[raw] if raw in (b"00", b"01") else int(raw.rstrip(b"L"), 0)
+def _number_line(raw: bytes) -> int | bool:
+    booleans = {b"00": False, b"01": True}
+    return booleans[raw] if raw in booleans else int(raw.removesuffix(b"L"), 0)
 
 def _quoted_line(raw: bytes) -> str:
-    if len(raw) < 2 or raw[:1] not in (b"'", b'"') or raw[-1:] != raw[:1]: raise ValueError
+    if len(raw) < 2 or raw[:1] not in (b"'", b'"') or raw[-1:] != raw[:1]: raise ValueError("a string without quotes")
     return str(raw[1:-1], "unicode_escape")
 
+# %% ../nbs/03_refer.ipynb #007
 VALUES: dict[bytes, Instruction] = {
     b"N": _constant(lambda: None), b"\x88": _constant(lambda: True), b"\x89": _constant(lambda: False),
     b"]": _constant(list), b"}": _constant(dict), b")": _constant(tuple), b"\x8f": _constant(set),
     b"K": _packed("<B"), b"M": _packed("<H"), b"J": _packed("<i"), b"G": _packed(">d"),
-    b"\x8a": _sized("<B", _long), b"\x8b": _sized("<I", _long),
+    b"\x8a": _sized("<B", _little_endian), b"\x8b": _sized("<I", _little_endian),
     b"U": _sized("<B", _text("latin-1")), b"T": _sized("<I", _text("latin-1")),
     b"\x8c": _sized("<B", _text("utf-8")), b"X": _sized("<I", _text("utf-8")), b"\x8d": _sized("<Q", _text("utf-8")),
     b"C": _sized("<B", bytes), b"B": _sized("<I", bytes), b"\x8e": _sized("<Q", bytes),
-    b"I": _lined(_int_line), b"L": _lined(_int_line), b"F": _lined(float),
+    b"I": _lined(_number_line), b"L": _lined(_number_line), b"F": _lined(float),
     b"S": _lined(_quoted_line), b"V": _lined(_text("raw_unicode_escape")),
 }
 
-# %% ../nbs/03_refer.ipynb #007
-def _put(index: Callable[[PlainPickle], int]) -> Instruction:
-    def put(m): m.memo[index(m)] = m.stack[-1]
-    return put
+# %% ../nbs/03_refer.ipynb #008
+_unpack4 = struct.Struct("<I").unpack
 
-def _get(index: Callable[[PlainPickle], int]) -> Instruction:
-    return lambda m: m.stack.append(m.memo[index(m)])
-
-def _line_index(m): return int(m.line())
-def _byte_index(m): return m.take(1)[0]
-def _long_index(m): return int.from_bytes(m.take(4), "little")
+def _put_line(m): m.memo[int(m.line())] = m.stack[-1]
+def _put_1(m): m.memo[m.read(1)[0]] = m.stack[-1]
+def _put_4(m): m.memo[_unpack4(m.read(4))[0]] = m.stack[-1]
+def _memoize(m): m.memo[len(m.memo)] = m.stack[-1]
+def _get_line(m): m.push(m.memo[int(m.line())])
+def _get_1(m): m.push(m.memo[m.read(1)[0]])
+def _get_4(m): m.push(m.memo[_unpack4(m.read(4))[0]])
 
 MEMORY: dict[bytes, Instruction] = {
-    b"p": _put(_line_index), b"q": _put(_byte_index), b"r": _put(_long_index), b"\x94": _put(lambda m: len(m.memo)),
-    b"g": _get(_line_index), b"h": _get(_byte_index), b"j": _get(_long_index),
-}
+    b"p": _put_line, b"q": _put_1, b"r": _put_4, b"\x94": _memoize, b"g": _get_line, b"h": _get_1, b"j": _get_4}
 
-# %% ../nbs/03_refer.ipynb #008
+# %% ../nbs/03_refer.ipynb #009
 _SCALARS = {str, bytes, int, float, bool, type(None)}
 
 def _hashable(keys: list) -> list:
@@ -120,7 +117,7 @@ def _update(target: dict, flat: list):
     if len(flat) % 2: raise ValueError("a key without a value")
     target.update(zip(_hashable(flat[::2]), flat[1::2]))
 
-# %% ../nbs/03_refer.ipynb #009
+# %% ../nbs/03_refer.ipynb #010
 def _mark(m): m.marks.append(len(m.stack))
 def _dict(m): items = m.items(); m.stack.append({}); _update(m.stack[-1], items)
 def _append(m): value = m.stack.pop(); m.stack[-1].append(value)
@@ -136,34 +133,36 @@ BUILDERS: dict[bytes, Instruction] = {
     b"(": _mark, b"d": _dict, b"l": lambda m: m.stack.append(m.items()), b"t": lambda m: m.stack.append(tuple(m.items())),
     b"\x85": _tuple(1), b"\x86": _tuple(2), b"\x87": _tuple(3), b"\x91": lambda m: m.stack.append(frozenset(_hashable(m.items()))),
     b"a": _append, b"e": _extend, b"s": _set_item, b"u": _set_items, b"\x90": _add_items,
-    b"\x80": lambda m: m.take(1), b"\x95": lambda m: m.take(8),   # the protocol and a frame's length: nothing to do
+    b"\x80": lambda m: m.read(1), b"\x95": lambda m: m.read(8),   # the protocol and a frame's length: nothing to do
 }
 
-# %% ../nbs/03_refer.ipynb #010
-INSTRUCTIONS = {code[0]: run for table in (VALUES, MEMORY, BUILDERS) for code, run in table.items()}
-STOP = b"."[0]
+# %% ../nbs/03_refer.ipynb #011
+INSTRUCTIONS = VALUES | MEMORY | BUILDERS
+STOP = b"."
 
-def _forbidden(machine: PlainPickle, code: int) -> str:
+def _forbidden(machine: PlainPickle, code: bytes) -> str:
     """What a forbidden instruction asks for, by name: `os.system`, or the instruction's own name."""
-    if code in b"ci":
-        asked = f"{machine.line().decode('latin-1')}.{machine.line().decode('latin-1')}"
-    elif code == 0x93:
+    if code in (b"c", b"i"):
+        asked = ".".join(str(machine.line()[:-1], "latin-1") for _ in range(2))
+    elif code == b"\x93":
         asked = ".".join(part if isinstance(part, str) else "?" for part in machine.stack[-2:])
     else:
-        known = pickletools.code2op.get(chr(code))
-        asked = f"the instruction {known.name}" if known else f"the unknown instruction {code:#04x}"
+        known = pickletools.code2op.get(str(code, "latin-1"))
+        asked = f"the instruction {known.name}" if known else f"the unknown instruction {code!r}"
     return ascii(asked)[1:-1][:100]   # on one line and printable, whatever the file holds
 
-# %% ../nbs/03_refer.ipynb #011
+# %% ../nbs/03_refer.ipynb #012
 def _run(machine: PlainPickle, path: Path):
-    while (code := machine.take(1)[0]) != STOP:
-        instruction = INSTRUCTIONS.get(code)
-        if instruction is None:
+    read = machine.read
+    while (code := read(1)) != STOP:
+        if not code: raise EOFError
+        if code not in INSTRUCTIONS:
             raise RISError(f"{path} asks for {_forbidden(machine, code)} and is refused: a data set needs only plain lists, dicts, "
                            "strings and numbers; get the file from where it was published")
-        instruction(machine)
+        INSTRUCTIONS[code](machine)
     return machine.stack.pop()
 
+# %% ../nbs/03_refer.ipynb #013
 def load_plain_pickle(path: str | Path):
     """The lists, dicts, strings and numbers of a pickle of any protocol; nothing in the file is imported or called.
 
@@ -171,15 +170,16 @@ def load_plain_pickle(path: str | Path):
     for anything else, with the name of what it asked for (`os.system`).
     """
     path = Path(path)
-    machine = PlainPickle(_read(path))
+    data = _read(path)
+    machine = PlainPickle(data)
     try:
         return _run(machine, path)
     except RISError:
         raise
-    except (EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError, MemoryError, struct.error):
-        raise RISError(f"{path} is no readable pickle: broken off or corrupt at byte {machine.at:,} of {len(machine.data):,}; get it again") from None
+    except (EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, struct.error):
+        raise RISError(f"{path} is no readable pickle: broken off or corrupt at byte {machine.stream.tell():,} of {len(data):,}; get it again") from None
 
-# %% ../nbs/03_refer.ipynb #013
+# %% ../nbs/03_refer.ipynb #015
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
@@ -196,7 +196,7 @@ def _read_json(path: Path) -> dict:
     if not isinstance(found, dict): raise RISError(f"{path}: expected an object with images, annotations and categories")
     return found
 
-# %% ../nbs/03_refer.ipynb #014
+# %% ../nbs/03_refer.ipynb #016
 def _inside(root: Path, name: str) -> Path:
     """`root / name`, where name may not lead out of root."""
     if not isinstance(name, str) or not name: raise ValueError(f"a path was expected, not {ascii(name)[:60]}")
@@ -214,12 +214,12 @@ def _image_size(path: Path) -> tuple[int, int]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise ValueError(f"{path} is no readable image") from None
 
-# %% ../nbs/03_refer.ipynb #015
+# %% ../nbs/03_refer.ipynb #017
 def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether two sizes have one aspect ratio, to 3 %."""
     return abs(a[0] * b[1] - a[1] * b[0]) <= 0.03 * a[0] * b[1]
 
-# %% ../nbs/03_refer.ipynb #017
+# %% ../nbs/03_refer.ipynb #019
 def _polygon_runs(polygons: list, height: int, width: int) -> list[dict]:
     """One run-length encoding for each polygon [x0, y0, x1, y1, ...] in pixels."""
     parts = [np.asarray(polygon, dtype=np.float64).ravel() for polygon in polygons]
@@ -230,7 +230,7 @@ def _polygon_runs(polygons: list, height: int, width: int) -> list[dict]:
     parts = [part.tolist() for part in parts if len(part) >= 6]
     return coco_mask.frPyObjects(parts, height, width) if parts else []
 
-# %% ../nbs/03_refer.ipynb #018
+# %% ../nbs/03_refer.ipynb #020
 def _rle_counts(text: bytes) -> list[int]:
     """The run lengths of a compressed RLE: five bits a character, lowest first; from the fourth run on, less the run two before."""
     counts, value, shift = [], 0, 0
@@ -238,13 +238,14 @@ def _rle_counts(text: bytes) -> list[int]:
         code = byte - 48
         value |= (code & 31) << shift
         shift += 5
+        if shift > 40: raise ValueError("a run has too many digits")
         if code & 32: continue
         if code & 16: value -= 1 << shift
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
         value, shift = 0, 0
     return counts
 
-# %% ../nbs/03_refer.ipynb #019
+# %% ../nbs/03_refer.ipynb #021
 def _rle_run(rle: dict, height: int, width: int) -> dict:
     """A compressed RLE from a compressed or an uncompressed one, once its runs are known to fill the frame exactly."""
     rows, columns = (int(n) for n in rle["size"])
@@ -257,7 +258,7 @@ def _rle_run(rle: dict, height: int, width: int) -> dict:
         raise ValueError(f"its runs cover {sum(counts)} pixels of {height * width}")
     return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
-# %% ../nbs/03_refer.ipynb #020
+# %% ../nbs/03_refer.ipynb #022
 def mask_runs(segmentation: list | dict, height: int, width: int) -> list[dict]:
     """The parts of a COCO segmentation (polygons, one RLE or a list of RLEs) as compressed RLEs.
 
@@ -271,7 +272,7 @@ def mask_runs(segmentation: list | dict, height: int, width: int) -> list[dict]:
     if not runs or not coco_mask.area(runs).any(): raise ValueError("it covers no pixel of its image")
     return runs
 
-# %% ../nbs/03_refer.ipynb #021
+# %% ../nbs/03_refer.ipynb #023
 def read_mask(path: Path) -> np.ndarray:
     """A mask file (PNG) as bool (H, W): black or transparent is background, everything else the thing. ValueError where there is none."""
     _image_size(path)
@@ -285,7 +286,7 @@ def read_mask(path: Path) -> np.ndarray:
     if not mask.any(): raise ValueError(f"{path} is black all over")
     return mask
 
-# %% ../nbs/03_refer.ipynb #023
+# %% ../nbs/03_refer.ipynb #025
 @dataclass(frozen=True, slots=True)
 class Sentence:
     """One expression: its text as written, its kind where known (RefShapes), its number in the data set."""
@@ -293,7 +294,7 @@ class Sentence:
     kind: str = ""
     sent_id: int = -1
 
-# %% ../nbs/03_refer.ipynb #024
+# %% ../nbs/03_refer.ipynb #026
 @dataclass(frozen=True, slots=True)
 class Referral:
     """One thing in one image and all the sentences that speak of it.
@@ -330,7 +331,7 @@ class Referral:
         if isinstance(self.segmentation, Path): return int(self.mask().sum())
         return int(coco_mask.area(_of(self, mask_runs, self.segmentation, *self.size)).sum())
 
-# %% ../nbs/03_refer.ipynb #025
+# %% ../nbs/03_refer.ipynb #027
 def _of(referral: Referral, read: Callable, *args):
     """`read(*args)`, with errors that name the referral."""
     mask = f"the mask of referral {referral.ref_id} in {referral.image_path.name}"
@@ -341,7 +342,7 @@ def _of(referral: Referral, read: Callable, *args):
     except (LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
         raise RISError(f"{mask} can't be used: {error or type(error).__name__}; mend it or drop it (`ris-nb data check` lists them)") from None
 
-# %% ../nbs/03_refer.ipynb #027
+# %% ../nbs/03_refer.ipynb #029
 SPLIT_NAMES = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
 
 def in_split(asked: str, split: str) -> bool:
@@ -350,7 +351,7 @@ def in_split(asked: str, split: str) -> bool:
     if asked == "test": return "test" in split
     return asked in SPLIT_NAMES and asked == split
 
-# %% ../nbs/03_refer.ipynb #028
+# %% ../nbs/03_refer.ipynb #030
 class Referrals:
     """What every source of referrals has: `root`, `dataset`, `split_by`, the names of its `splits`, and `referrals(split)`."""
     def __init__(self, root: Path, dataset: str, split_by: str, referrals: Iterable[Referral]):
@@ -366,7 +367,7 @@ class Referrals:
                            f"it has {', '.join(self.splits) or 'no referral at all'}")
         return found
 
-# %% ../nbs/03_refer.ipynb #030
+# %% ../nbs/03_refer.ipynb #032
 PHOTO_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")   # the toolbox's own, then two that are often met
 
 def _splits_by(folder: Path) -> list[str]:
@@ -380,7 +381,7 @@ def _how_to_get(root: Path, dataset: str) -> str:
     return (f"annotations (https://github.com/lichengunc/refer) belong in {root / dataset}, "
             f"COCO's train2014 photos (https://cocodataset.org) in {root / PHOTO_FOLDERS[0]}")
 
-# %% ../nbs/03_refer.ipynb #031
+# %% ../nbs/03_refer.ipynb #033
 def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:
     found = _splits_by(root / dataset)
     if not found:
@@ -392,7 +393,7 @@ def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:
         raise RISError(f"{dataset} in {root} is not split by {split_by!r}: there is {', '.join(found)}")
     return split_by or found[0]
 
-# %% ../nbs/03_refer.ipynb #032
+# %% ../nbs/03_refer.ipynb #034
 def _image_folder(root: Path, dataset: str) -> Path:
     names = PHOTO_FOLDERS if dataset.startswith("refcoco") else (f"images/{dataset}",)
     for name in names:
@@ -400,7 +401,7 @@ def _image_folder(root: Path, dataset: str) -> Path:
     looked = ", ".join(str(root / name) for name in names)
     raise RISError(f"the images of {dataset} are missing: looked for {looked}; {_how_to_get(root, dataset)}")
 
-# %% ../nbs/03_refer.ipynb #033
+# %% ../nbs/03_refer.ipynb #035
 def _sentence(entry: dict) -> Sentence:
     text = entry["raw"] if "raw" in entry else entry["sent"]
     if not isinstance(text, str): raise ValueError("a sentence is no string")
@@ -417,7 +418,7 @@ def _referral(ref: dict, annotation: dict, image: tuple, categories: dict) -> Re
     return Referral(int(ref["ref_id"]), *image, categories.get(ref.get("category_id"), ""), str(ref["split"]),
                     tuple(map(_sentence, ref["sentences"])), tuple(map(float, box)) if box else None, annotation.get("segmentation"))
 
-# %% ../nbs/03_refer.ipynb #034
+# %% ../nbs/03_refer.ipynb #036
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 def _told(error: Exception) -> str:
@@ -429,7 +430,7 @@ def _index(instances: dict, folder: Path, wanted: set | None = None) -> tuple[di
     images = {i["id"]: (i["id"], _inside(folder, i["file_name"]), _size(i)) for i in instances["images"]}
     return annotations, images, {c["id"]: str(c["name"]) for c in instances.get("categories", ())}
 
-# %% ../nbs/03_refer.ipynb #035
+# %% ../nbs/03_refer.ipynb #037
 def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
     """Refs, annotations and images as referrals. ValueError tells what is wrong with which of them."""
     try:
@@ -444,7 +445,7 @@ def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
             raise ValueError(f"entry {number} is malformed, or its annotation or image is not in instances.json ({_told(error)})") from None
     return referrals
 
-# %% ../nbs/03_refer.ipynb #036
+# %% ../nbs/03_refer.ipynb #038
 class ReferData(Referrals):
     """A data set in the layout of the REFER toolbox: RefCOCO, RefCOCO+, RefCOCOg, RefShapes.
 
@@ -465,7 +466,7 @@ class ReferData(Referrals):
         except ValueError as error:
             raise RISError(f"{refs}: {error}") from None
 
-# %% ../nbs/03_refer.ipynb #038
+# %% ../nbs/03_refer.ipynb #040
 def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     """What a line of one's own marks: (size, category, bbox, segmentation)."""
     if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
@@ -482,7 +483,7 @@ def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     box = annotation.get("bbox")
     return size, categories.get(annotation.get("category_id"), ""), tuple(map(float, box)) if box else None, annotation.get("segmentation")
 
-# %% ../nbs/03_refer.ipynb #039
+# %% ../nbs/03_refer.ipynb #041
 def _parse_line(line: bytes) -> dict:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
@@ -492,42 +493,51 @@ def _parse_line(line: bytes) -> dict:
     unknown = set(entry) - {"image", "expression", "mask", "annotation", "split"}
     if unknown: raise ValueError(f"unknown key {ascii(min(unknown))[:60]}: there are image, expression, mask, annotation and split")
     if not isinstance(entry.get("expression"), str) or not entry["expression"].strip(): raise ValueError("it has no expression")
+    if not isinstance(entry.get("annotation"), (int, str, type(None))): raise ValueError("its annotation is no id (a number)")
     if entry.get("split", "train") not in SPLIT_NAMES[:6]:
         raise ValueError(f"split {ascii(entry['split'])[:60]} is none of {', '.join(SPLIT_NAMES[:6])}")
     return entry
 
-# %% ../nbs/03_refer.ipynb #040
+# %% ../nbs/03_refer.ipynb #042
+def _gather(referrals: dict[tuple, Referral], entry: dict, number: int, image: tuple, marked: list):
+    """Adds one line to the referral it belongs to, or starts one. `image`: (id, path, size); `marked`: (category, bbox, segmentation)."""
+    split, sentence = entry.get("split", "train"), Sentence(entry["expression"], sent_id=number)
+    # without a mask nothing says that two sentences mean the same thing, so the line number keeps them apart
+    key = (image[1], entry.get("mask"), entry.get("annotation"), None if marked[-1] else number)
+    known = referrals.get(key)
+    if known and known.split != split: raise ValueError(f"the same thing stands in {known.split!r} above and in {split!r} here")
+    if known: referrals[key] = replace(known, sentences=known.sentences + (sentence,))
+    else: referrals[key] = Referral(len(referrals), *image, marked[0], split, (sentence,), *marked[1:])
+
+# %% ../nbs/03_refer.ipynb #043
 class _FolderReader:
-    """Reads lines one by one and gathers them to referrals."""
+    """Reads lines one by one; `referrals` grows."""
     def __init__(self, root: Path, coco: tuple | None):
         self.root, self.coco = root, coco
-        self.photos: dict[Path, tuple[int, tuple]] = {}   # path -> (image id, size)
+        self.photos: dict[Path, tuple[int, tuple]] = {}   # path: (image id, size)
         self.referrals: dict[tuple, Referral] = {}
-
-    def photo(self, name: str) -> tuple[Path, int, tuple]:
-        path = _inside(self.root, name)
-        if path not in self.photos: self.photos[path] = (len(self.photos), _image_size(path))
-        return path, *self.photos[path]
 
     def add(self, line: bytes, number: int):
         entry = _parse_line(line)
-        path, image_id, size = self.photo(entry.get("image"))
+        path = _inside(self.root, entry.get("image"))
+        if path not in self.photos: self.photos[path] = (len(self.photos), _image_size(path))
+        image_id, size = self.photos[path]
         annotated, *marked = _marked(self.root, entry, size, self.coco)
         if not _same_shape(annotated, size):
             raise ValueError(f"the mask is {annotated[1]} x {annotated[0]}, {path.name} is {size[1]} x {size[0]}: draw masks on the photo as it is stored")
-        self.gather(entry, number, (image_id, path, annotated), marked)
+        _gather(self.referrals, entry, number, (image_id, path, annotated), marked)
 
-    def gather(self, entry: dict, number: int, image: tuple, marked: list):
-        category, box, segmentation = marked
-        split, sentence = entry.get("split", "train"), Sentence(entry["expression"], sent_id=number)
-        # without a mask nothing says that two sentences mean the same thing
-        key = (image[1], entry.get("mask"), entry.get("annotation"), None if segmentation else number)
-        known = self.referrals.get(key)
-        if known and known.split != split: raise ValueError(f"the same thing stands in {known.split!r} above and in {split!r} here")
-        self.referrals[key] = (replace(known, sentences=known.sentences + (sentence,)) if known else
-                               Referral(len(self.referrals), *image, category, split, (sentence,), box, segmentation))
+# %% ../nbs/03_refer.ipynb #044
+def _own_annotations(path: Path) -> tuple | None:
+    if not path.is_file(): return None
+    try:
+        return _index(_read_json(path), path.parent)
+    except RISError:
+        raise
+    except _MALFORMED as error:
+        raise RISError(f"{path} is not in COCO format ({_told(error)})") from None
 
-# %% ../nbs/03_refer.ipynb #041
+# %% ../nbs/03_refer.ipynb #045
 class FolderData(Referrals):
     """A folder of one's own: photos, masks, and `expressions.jsonl` with one JSON object a line.
 
@@ -547,16 +557,7 @@ class FolderData(Referrals):
                 raise RISError(f"{path}, line {number}: {error}") from None
         super().__init__(root, root.resolve().name, "folder", reader.referrals.values())
 
-def _own_annotations(path: Path) -> tuple | None:
-    if not path.is_file(): return None
-    try:
-        return _index(_read_json(path), path.parent)
-    except RISError:
-        raise
-    except _MALFORMED as error:
-        raise RISError(f"{path} is not in COCO format ({_told(error)})") from None
-
-# %% ../nbs/03_refer.ipynb #043
+# %% ../nbs/03_refer.ipynb #047
 def open_data(root: str | Path, dataset: str | None = None, split_by: str | None = None) -> ReferData | FolderData:
     """The referrals below `root`: a folder of one's own where it has an `expressions.jsonl`, a REFER data set otherwise.
 
@@ -575,7 +576,7 @@ def open_data(root: str | Path, dataset: str | None = None, split_by: str | None
         dataset = found[0]
     return ReferData(root, dataset, split_by)
 
-# %% ../nbs/03_refer.ipynb #045
+# %% ../nbs/03_refer.ipynb #049
 def _first_of(problems: list[str], what: str, of: int) -> list[str]:
     return [f"{len(problems)} of {of} {what}; the first: {problems[0]}"] if problems else []
 
@@ -596,7 +597,7 @@ def _reach(referral: Referral) -> float:
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in referral.segmentation])
     return float(max(-points.min(), *(points.max(0) - referral.size[::-1])))
 
-# %% ../nbs/03_refer.ipynb #046
+# %% ../nbs/03_refer.ipynb #050
 def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
     """Summed mask pixels, and what is wrong."""
     pixels, broken, outside = 0, [], []
@@ -610,7 +611,7 @@ def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
     return pixels, (_first_of(broken, "masks can't be used", len(masked))
                     + _first_of(outside, "masks reach out of their images and are cut at the edge", len(masked)))
 
-# %% ../nbs/03_refer.ipynb #047
+# %% ../nbs/03_refer.ipynb #051
 def _check_split(data: Referrals, split: str) -> dict:
     referrals = data.referrals(split)
     photos = {referral.image_path: referral for referral in referrals}
@@ -622,7 +623,7 @@ def _check_split(data: Referrals, split: str) -> dict:
                 problems=_first_of([p for p in bad if p], "images can't be used", len(photos)) + problems
                 + _first_of(empty, "referrals have no or an empty sentence", len(referrals)))
 
-# %% ../nbs/03_refer.ipynb #048
+# %% ../nbs/03_refer.ipynb #052
 def _broken_row(dataset: str, split_by: str, error: RISError) -> dict:
     return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, problems=[str(error)])
 
