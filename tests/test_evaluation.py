@@ -178,7 +178,7 @@ def test_what_is_no_report_is_named(tmp_path, text):
         Report.load(tmp_path / "report.json")
 
 
-def test_more_processes_than_batches():
+def test_one_process_has_every_batch():
     assert shares(5, 2) == [[0, 1], [2, 3], [4]]
 
 
