@@ -13,7 +13,7 @@ from torch import nn
 
 from ris_nb.batches import SPECIAL, ReferralDataset, RISModel
 from ris_nb.evaluation import Floor, Report, evaluate, shares, show_cases, shuffle_expressions
-from ris_nb.refer import Referral, Sentence
+from ris_nb.refer import Referral, Sentence, open_data
 from ris_nb.task import Output, RISError
 
 WORDS = ["red", "green", "blue", "left", "right", "square"]
@@ -192,3 +192,17 @@ def test_cases_are_drawn_and_saved(tmp_path):
     assert {r.expression for r in report.records} <= titles
     with pytest.raises(RISError, match="no record of kind"):
         show_cases(model, data, report, kind="nested")
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not (SHARED / "mini_refcoco").is_dir(), reason="needs the photos of mini_refcoco")
+def test_real_photos_are_measured_at_their_own_size():
+    referrals = open_data(SHARED / "mini_refcoco", "refcoco").referrals("val")
+    model = Toy("original")
+    data = ReferralDataset(referrals, model.tokenizer, model.transform, every=True)
+    report = evaluate(Floor("whole image", 16, resolution="original"), data, progress=False)
+    assert report.expressions == 45
+    assert sum(r.intersection for r in report.records) == sum(int(r.mask().sum()) * len(r.sentences) for r in referrals)
+    assert evaluate(model, data, progress=False, shuffle_seed=0).expressions == 45
