@@ -81,7 +81,7 @@ def read_image(source: str | Path | Image.Image | np.ndarray, upright: bool = Fa
         image = ImageOps.exif_transpose(image)
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies, even to the same mode
 
-# %% ../nbs/04_batches.ipynb #021
+# %% ../nbs/04_batches.ipynb #020
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -112,7 +112,7 @@ class Transform:
         pixels = Image.fromarray(np.asarray(mask, dtype=bool).view(np.uint8))
         return torch.from_numpy(self._squash(pixels, Image.Resampling.NEAREST)).bool()
 
-# %% ../nbs/04_batches.ipynb #028
+# %% ../nbs/04_batches.ipynb #027
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -125,11 +125,11 @@ def _wordpiece(vocabulary: Sequence[str]) -> WordPieceTokenizer:
     core.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
     return core
 
-# %% ../nbs/04_batches.ipynb #031
+# %% ../nbs/04_batches.ipynb #030
 def build_vocabulary(expressions: Iterable[str], size: int = 512) -> list[str]:
     """A WordPiece vocabulary of at most `size` pieces that spells `expressions`, `SPECIAL` pieces first.
 
-    The same expressions give the same list, in whatever order they come. Pieces that none of them needs are pruned.
+    (More than `size` only where the single letters are more.) The same expressions give the same list, in whatever order they come. Pieces that none of them needs are pruned.
     """
     expressions = sorted(set(expressions))
     core = _wordpiece(SPECIAL)
@@ -139,7 +139,7 @@ def build_vocabulary(expressions: Iterable[str], size: int = 512) -> list[str]:
     used = {piece for expression in expressions for piece in core.encode(expression).tokens}
     return [*SPECIAL, *sorted(used.difference(SPECIAL))]
 
-# %% ../nbs/04_batches.ipynb #034
+# %% ../nbs/04_batches.ipynb #033
 def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:
     """The pieces of a vocabulary: a list, the path of a `vocab.txt`, or a Hub id such as "bert-base-uncased".
 
@@ -164,7 +164,7 @@ def _fetch_vocabulary(repo: str) -> Path:
         raise RISError(f"vocabulary {repo}: no such file, and not to be had from the Hugging Face Hub "
                        f"({type(error).__name__}); give the path of a vocab.txt") from error
 
-# %% ../nbs/04_batches.ipynb #037
+# %% ../nbs/04_batches.ipynb #036
 class Tokenizer:
     """Expressions to BERT's ids: [CLS] pieces [SEP], the first `length` of them kept, then [PAD].
 
@@ -202,7 +202,7 @@ class Tokenizer:
         encoding = self._encode(expression)
         return [expression[a:b] for piece, (a, b) in zip(encoding.tokens, encoding.offsets) if piece == "[UNK]"]
 
-# %% ../nbs/04_batches.ipynb #043
+# %% ../nbs/04_batches.ipynb #042
 @dataclass
 class Batch:
     """N images and the B expressions that speak of them.
@@ -238,7 +238,7 @@ class Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
-# %% ../nbs/04_batches.ipynb #046
+# %% ../nbs/04_batches.ipynb #045
 def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer, transform: Transform,
                 masks: bool = True, truth: bool = False) -> Batch:
     """The `Batch` of one image and its (referral, sentence) pairs. Reads masks only where asked to; `truth` keeps them."""
@@ -255,7 +255,7 @@ def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer
         size=[tuple(referral.size) for referral, _ in pairs],
         truth=[whole[id(referral)] for referral, _ in pairs] if masks and truth else None)
 
-# %% ../nbs/04_batches.ipynb #051
+# %% ../nbs/04_batches.ipynb #050
 class ReferralDataset(Dataset):
     """Referrals as items, each a `Batch` of one image.
 
@@ -297,7 +297,7 @@ def _check_referral(referral: Referral, masks: bool) -> None:
     if masks and not referral.has_mask:
         raise RISError(f"{name}: has no mask; use data with masks, or a model that trains without them")
 
-# %% ../nbs/04_batches.ipynb #057
+# %% ../nbs/04_batches.ipynb #056
 def collate(items: Sequence[Batch]) -> Batch:
     """One batch of several, in their order; `which` is None where each image has one expression."""
     joined = {}
@@ -309,7 +309,7 @@ def collate(items: Sequence[Batch]) -> Batch:
         joined["which"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(item) for item in items]))
     return Batch(**joined)
 
-# %% ../nbs/04_batches.ipynb #062
+# %% ../nbs/04_batches.ipynb #061
 class DrawSampler(Sampler):
     """One epoch of `(index, draw)` pairs over `n` objects; seed and epoch alone decide their order and draws."""
 
@@ -342,7 +342,7 @@ def make_loader(dataset: ReferralDataset, batch_size: int, seed: int = 0, worker
         # A generator of its own: each pass would otherwise draw from the global one and change a model's dropout.
         generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/04_batches.ipynb #073
+# %% ../nbs/04_batches.ipynb #070
 @contextmanager
 def replacing(path: str | Path):
     """Yield a temporary path beside `path`; when the block ends well, that file takes the place of `path`.
@@ -366,7 +366,7 @@ def replacing(path: str | Path):
         except OSError:
             pass  # the folder itself is the trouble, and the RISError above says so
 
-# %% ../nbs/04_batches.ipynb #076
+# %% ../nbs/04_batches.ipynb #073
 @contextmanager
 def evaluating(model: nn.Module):
     """`model` in evaluation mode for the length of a block; afterwards each part has its own mode back."""
@@ -378,7 +378,7 @@ def evaluating(model: nn.Module):
         for part, training in modes:
             part.training = training
 
-# %% ../nbs/04_batches.ipynb #079
+# %% ../nbs/04_batches.ipynb #076
 def make_batch(images: Sequence[str | Path | Image.Image | np.ndarray], expressions: Sequence[str],
                tokenizer: Tokenizer, transform: Transform) -> Batch:
     """The `Batch` of a question: expressions[i] speaks of images[i], and an image given again is read once."""
@@ -393,7 +393,7 @@ def make_batch(images: Sequence[str | Path | Image.Image | np.ndarray], expressi
         which=torch.tensor([place[key] for key in keys]), image_id=list(range(len(photos))), expression=list(expressions),
         kind=[""] * len(ids), size=[photos[key].size[::-1] for key in keys])
 
-# %% ../nbs/04_batches.ipynb #082
+# %% ../nbs/04_batches.ipynb #079
 def _load_strictly(model: nn.Module, file: Path) -> None:
     """Fill `model` from a safetensors file; `RISError` names the first entries that don't fit."""
     own = model.state_dict()
@@ -412,7 +412,7 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
     if told:
         raise RISError(f"{file}: not the weights of this {type(model).__name__}: {'; '.join(told)}")
 
-# %% ../nbs/04_batches.ipynb #085
+# %% ../nbs/04_batches.ipynb #082
 _CLASSES: dict[str, type[RISModel]] = {}
 
 
@@ -469,11 +469,11 @@ class RISModel(nn.Module, PyTorchModelHubMixin):
         """
         folder = Path(save_directory)
         config = {"class": type(self).__name__, **self._hub_mixin_config}
-        # Both files are written out before either takes its place.
-        with replacing(folder / "model.safetensors") as weights, replacing(folder / "config.json") as settings:
-            save_weights(self, str(weights))
+        with replacing(folder / "config.json") as settings:  # nested: both are written before either takes its place
             settings.write_text(json.dumps(config, indent=1), encoding="utf-8")
-            weights.chmod(settings.stat().st_mode)  # safetensors makes its file readable for its owner alone
+            with replacing(folder / "model.safetensors") as weights:
+                save_weights(self, str(weights))
+                weights.chmod(settings.stat().st_mode)  # safetensors makes its file readable for its owner alone
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
 
     @classmethod
@@ -499,7 +499,7 @@ class RISModel(nn.Module, PyTorchModelHubMixin):
 def _kind(config: dict | None) -> str:
     return "no config.json" if config is None else f"a {config['class']}" if "class" in config else "a model of another library"
 
-# %% ../nbs/04_batches.ipynb #087
+# %% ../nbs/04_batches.ipynb #084
 _MODELS: dict[str, Callable[..., RISModel]] = {}
 
 
@@ -530,7 +530,7 @@ def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
         raise RISError(f"no model is called {name!r}; there are {', '.join(list_models()) or 'none'}")
     return _MODELS[name](pretrained=pretrained, **overrides)
 
-# %% ../nbs/04_batches.ipynb #088
+
 def load_model(folder: str | Path) -> RISModel:
     """The model that `save_pretrained` wrote into a folder, in evaluation mode on the CPU.
 
