@@ -481,7 +481,7 @@ class RISModel(nn.Module, PyTorchModelHubMixin):
                          local_files_only=False, token=None, **settings):
         """The mixin's `from_pretrained` ends here, with what config.json holds and the caller's own settings."""
         if (config or {}).get("class") != cls.__name__:
-            raise RISError(f"{model_id}: holds {_kind(config)}, not a {cls.__name__}; give what its save_pretrained wrote")
+            raise RISError(f"{model_id}: holds {_kind(config)}, but {cls.__name__} was asked for; load_model takes either")
         arguments = {**config, **settings}
         del arguments["class"]
         try:
@@ -497,7 +497,7 @@ class RISModel(nn.Module, PyTorchModelHubMixin):
 
 
 def _kind(config: dict | None) -> str:
-    return "no config.json" if config is None else f"a {config['class']}" if "class" in config else "a model of another library"
+    return "no config.json" if config is None else f"the model {config['class']}" if "class" in config else "a model of another library"
 
 # %% ../nbs/04_batches.ipynb #084
 _MODELS: dict[str, Callable[..., RISModel]] = {}

@@ -342,7 +342,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     refused(weights=struct.pack("<Q", 2**40) + good[8:])
     refused(weights=struct.pack("<Q", 2**64 - 1) + good[8:])
     assert "misshapen (word.weight is (10, 2) and should be (10, 5))" in refused(settings=config.replace('"width": 2', '"width": 5'))
-    assert "holds a Stranger" in refused(settings=config.replace("Mean", "Stranger"))
+    assert "holds the model Stranger" in refused(settings=config.replace("Mean", "Stranger"))
     assert "another library" in refused(settings='{"hidden_size": 768}')
     assert "fit" in refused(settings=config.replace('"width"', '"breadth"'))
     for broken in ("", "{", "[1]", "null", '"text"'):
