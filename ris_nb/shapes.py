@@ -390,14 +390,15 @@ def _size_facts(things: list[Thing]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 # %% ../nbs/02_shapes.ipynb #025
 class _Facts(NamedTuple):
-    """What is true in a scene, sets of things as bits: `forms[t][form]`, and for each superlative the `rivals[t]` that
-    t does not beat, for each relation the anchors to which t stands `clear` or `near`, and who stands near t (`reach`)."""
+    """What is true in a scene, sets of things as bits: `forms[t][form]`; for each superlative the `rivals[t]` that t does
+    not beat; for each relation the anchors to which t stands `near` (perhaps in it) and who stands near t (`reach`);
+    and `links[t]`, all (relation, anchor) that clearly hold of t, the anchor being of another shape."""
     things: list[Thing]
     forms: list[tuple[int, ...]]
     rivals: dict[str, list[int]]
-    clear: dict[str, list[int]]
     near: dict[str, list[int]]
     reach: dict[str, list[int]]
+    links: list[list[tuple[str, int]]]
 
 
 def _bits(table: np.ndarray) -> list:
@@ -422,8 +423,12 @@ def _gather(things: list[Thing], flavour: str) -> _Facts:
         if flavour == "refshapes":
             rivals, extremes = np.concatenate((rivals, _size_facts(things)[0])), (*extremes, "large", "small")
     named = [dict(zip(names, _bits(table))) for names, table in (
-        (extremes, rivals), (relations, clear), (relations, near), (relations, near.transpose(0, 2, 1)))]
-    return _Facts(things, _form_sets(things), *named)
+        (extremes, rivals), (relations, near), (relations, near.transpose(0, 2, 1)))]
+    links: list[list[tuple[str, int]]] = [[] for _ in things]
+    for which, t, a in zip(*[row.tolist() for row in clear.nonzero()]):
+        if things[t].shape != things[a].shape:
+            links[t].append((relations[which], a))
+    return _Facts(things, _form_sets(things), *named, links)
 
 # %% ../nbs/02_shapes.ipynb #027
 def _turned(items: tuple | list, dice: Dice):
@@ -463,69 +468,65 @@ def _superlative(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
     return None
 
 # %% ../nbs/02_shapes.ipynb #029
-def _links(facts: _Facts, t: int, dice: Dice) -> list[tuple[str, int]]:
-    """The clear relations of t to things of another shape, as (relation, anchor)."""
-    things = facts.things
-    return _turned([(name, a) for name, clear in facts.clear.items() if clear[t]
-                    for a in range(len(things)) if clear[t] >> a & 1 and things[a].shape != things[t].shape], dice)
-
-
-def _reaching(facts: _Facts, relation: str, anchors: int) -> int:
-    """Everything that may stand in the relation to any of the anchors."""
-    reach, found = facts.reach[relation], 0
-    while anchors:
-        found |= reach[(anchors & -anchors).bit_length() - 1]   # the lowest bit that is set ...
-        anchors &= anchors - 1                                  # ... is cleared
+def _union(rows: list[int], members: int) -> int:
+    """All that the rows of the members hold."""
+    found = 0
+    while members:
+        found |= rows[(members & -members).bit_length() - 1]   # the lowest bit that is set ...
+        members &= members - 1                                 # ... is cleared
     return found
 
-# %% ../nbs/02_shapes.ipynb #030
-def _plain_anchors(facts: _Facts, a: int, t: int, dice: Dice) -> Iterator[tuple]:
-    """Ways to name anchor a: (what the words fit, what they fit with a modifier less, the phrase)."""
-    sets = facts.forms[a]
-    for form in _turned(_ANCHORS, dice):
-        yield sets[form], [sets[less] for less in _DROPS[form]], (form,)
 
-
-def _nested_anchors(facts: _Facts, a: int, t: int, dice: Dice) -> Iterator[tuple]:
-    """The same by a relation of a to a third thing."""
+def _plain_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, dice: Dice) -> Iterator[tuple]:
+    """Ways to name a so that it alone is meant among those `near` t: (all that the words fit, all that they fit with a
+    modifier less, what to say)."""
     sets, only = facts.forms[a], 1 << a
-    forms = [form for form in _ANCHORS if sets[form] != only]   # else the relation would be idle
-    for name, b in _links(facts, a, dice) if forms else ():
-        if b == t:
-            continue
-        for found, weaker, how in _plain_anchors(facts, b, a, dice):
-            if found & facts.near[name][a] != 1 << b:
-                continue
-            inside, weaker = _reaching(facts, name, found), [_reaching(facts, name, less) for less in weaker]
+    for form in _turned(_ANCHORS, dice):
+        if sets[form] & near == only:
+            yield sets[form], [sets[less] for less in _DROPS[form]], (form,)
+
+# %% ../nbs/02_shapes.ipynb #030
+def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, dice: Dice) -> Iterator[tuple]:
+    """The same by a relation of a to a third thing, where that rules out one of the sets of `strays`: anchors that the
+    name of a alone might mean and that would let a rival of t in."""
+    sets, only = facts.forms[a], 1 << a
+    forms = [form for form in _ANCHORS if any([sets[form] & s for s in strays])]
+    for name, b in _turned(facts.links[a], dice) if forms else ():
+        reach = facts.reach[name]
+        if b == t or reach[b] & sets[7] & near != only:
+            continue   # hopeless, even with all the words there are
+        for found, weaker, how in _plain_anchors(facts, b, facts.near[name][a], strays, a, dice):
+            inside = _union(reach, found)
             for form in forms:
-                less = [sets[form]] + [sets[f] & inside for f in _DROPS[form]] + [sets[form] & w for w in weaker]
-                yield sets[form] & inside, less, (form, name, b, *how)
+                fits = sets[form] & inside
+                if fits & near == only and any([sets[form] & s and not fits & s for s in strays]):
+                    less = [sets[form] & _union(reach, w) for w in weaker]
+                    less += [sets[form], *[sets[f] & inside for f in _DROPS[form]]]
+                    yield fits, less, (form, name, b, *how)
 
 # %% ../nbs/02_shapes.ipynb #031
-def _anchor_phrase(facts: _Facts, a: int, form: int, relation: str | None = None, b: int = 0, last: int = 0) -> Phrase:
-    return _describe(facts.things[a], form, None, relation, _describe(facts.things[b], last) if relation else None)
-
-
 def _relation(facts: _Facts, t: int, dice: Dice, anchors=_plain_anchors) -> Phrase | None:
     sets, only = facts.forms[t], 1 << t
-    forms = [form for form in _form_order(dice) if sets[form] != only]
-    for name, a in _links(facts, t, dice) if forms else ():
-        near = facts.near[name][t]
-        for found, weaker, how in anchors(facts, a, t, dice):
-            if found & near != 1 << a:
-                continue
-            within = _reaching(facts, name, found)
-            if within & sets[7] != only:
-                continue   # not even its full description would do
-            for form in forms:
-                if (sets[form] & within == only and all([sets[less] & within != only for less in _DROPS[form]])
-                        and all([sets[form] & _reaching(facts, name, less) != only for less in weaker])):
+    forms = [form for form in _form_order(dice) if sets[form] != only]   # else the relation would be idle
+    for name, a in _turned(facts.links[t], dice) if forms else ():
+        near = facts.near[name]
+        astray = [_union(near, fits & ~only) for fits in sets]   # anchors that would let another thing in
+        usable = [form for form in forms if not astray[form] >> a & 1]
+        strays = {astray[form] for form in usable}
+        for found, weaker, how in anchors(facts, a, near[t], strays, t, dice) if usable else ():
+            for form in usable:
+                if (not found & astray[form] and all([found & astray[less] for less in _DROPS[form]])
+                        and all([less & astray[form] for less in weaker])):
                     return _describe(facts.things[t], form, None, name, _anchor_phrase(facts, a, *how))
     return None
 
 
 def _nested(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
     return _relation(facts, t, dice, _nested_anchors)
+
+
+def _anchor_phrase(facts: _Facts, a: int, form: int, relation: str | None = None, b: int = 0, last: int = 0) -> Phrase:
+    return _describe(facts.things[a], form, None, relation, _describe(facts.things[b], last) if relation else None)
 
 # %% ../nbs/02_shapes.ipynb #032
 KINDS = ("attribute", "superlative", "relation", "nested")
