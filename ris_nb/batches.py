@@ -34,7 +34,8 @@ from .task import Output, RISError
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SPECIAL', 'read_image', 'Transform', 'build_vocabulary', 'read_vocabulary',
            'Tokenizer', 'Batch', 'encode_item', 'ReferralDataset', 'collate', 'DrawSampler', 'make_loader', 'replacing',
-           'evaluating', 'make_batch', 'RISModel', 'register_model', 'list_models', 'create_model', 'load_model']
+           'evaluating', 'make_batch', 'Checkpointed', 'RISModel', 'register_model', 'list_models', 'create_model',
+           'load_model']
 
 # %% ../nbs/04_batches.ipynb #010
 def _open_image(source) -> Image.Image:
@@ -186,12 +187,9 @@ class Tokenizer:
 
     def __call__(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B expressions -> ids (B, L) int64 and words (B, L) bool, true where a piece stands, [CLS] and [SEP] too."""
-        ids = torch.full((len(expressions), self.length), self._pad)
-        words = torch.zeros(len(expressions), self.length, dtype=torch.bool)
-        for i, expression in enumerate(expressions):
-            found = self._encode(expression).ids[: self.length]
-            ids[i, : len(found)], words[i, : len(found)] = torch.tensor(found), True
-        return ids, words
+        rows = [self._encode(expression).ids[: self.length] for expression in expressions]
+        ids = torch.tensor([row + [self._pad] * (self.length - len(row)) for row in rows])
+        return ids, torch.arange(self.length) < torch.tensor([len(row) for row in rows])[:, None]
 
     def pieces(self, expression: str) -> list[str]:
         """The pieces that a model gets to see."""
@@ -297,7 +295,7 @@ def _check_referral(referral: Referral, masks: bool) -> None:
     if masks and not referral.has_mask:
         raise RISError(f"{name}: has no mask; use data with masks, or a model that trains without them")
 
-# %% ../nbs/04_batches.ipynb #056
+# %% ../nbs/04_batches.ipynb #055
 def collate(items: Sequence[Batch]) -> Batch:
     """One batch of several, in their order; `which` is None where each image has one expression."""
     joined = {}
@@ -309,7 +307,7 @@ def collate(items: Sequence[Batch]) -> Batch:
         joined["which"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(item) for item in items]))
     return Batch(**joined)
 
-# %% ../nbs/04_batches.ipynb #061
+# %% ../nbs/04_batches.ipynb #060
 class DrawSampler(Sampler):
     """One epoch of `(index, draw)` pairs over `n` objects; seed and epoch alone decide their order and draws."""
 
@@ -342,7 +340,7 @@ def make_loader(dataset: ReferralDataset, batch_size: int, seed: int = 0, worker
         # A generator of its own: each pass would otherwise draw from the global one and change a model's dropout.
         generator=torch.Generator().manual_seed(seed))
 
-# %% ../nbs/04_batches.ipynb #070
+# %% ../nbs/04_batches.ipynb #069
 @contextmanager
 def replacing(path: str | Path):
     """Yield a temporary path beside `path`; when the block ends well, that file takes the place of `path`.
@@ -366,7 +364,7 @@ def replacing(path: str | Path):
         except OSError:
             pass  # the folder itself is the trouble, and the RISError above says so
 
-# %% ../nbs/04_batches.ipynb #073
+# %% ../nbs/04_batches.ipynb #072
 @contextmanager
 def evaluating(model: nn.Module):
     """`model` in evaluation mode for the length of a block; afterwards each part has its own mode back."""
@@ -378,12 +376,12 @@ def evaluating(model: nn.Module):
         for part, training in modes:
             part.training = training
 
-# %% ../nbs/04_batches.ipynb #076
+# %% ../nbs/04_batches.ipynb #075
 def make_batch(images: Sequence[str | Path | Image.Image | np.ndarray], expressions: Sequence[str],
                tokenizer: Tokenizer, transform: Transform) -> Batch:
     """The `Batch` of a question: expressions[i] speaks of images[i], and an image given again is read once."""
-    if isinstance(images, (str, Path)) or isinstance(expressions, str) or len(images) != len(expressions):
-        raise RISError("give a list of images and a list of as many expressions")
+    if isinstance(images, (str, Path)) or isinstance(expressions, str) or not 0 < len(images) == len(expressions):
+        raise RISError("give a list of images and a list of as many expressions, at least one of each")
     keys = [str(image) if isinstance(image, (str, Path)) else id(image) for image in images]
     photos = {key: read_image(image) for key, image in dict(zip(keys, images)).items()}
     place = {key: i for i, key in enumerate(photos)}
@@ -393,7 +391,7 @@ def make_batch(images: Sequence[str | Path | Image.Image | np.ndarray], expressi
         which=torch.tensor([place[key] for key in keys]), image_id=list(range(len(photos))), expression=list(expressions),
         kind=[""] * len(ids), size=[photos[key].size[::-1] for key in keys])
 
-# %% ../nbs/04_batches.ipynb #079
+# %% ../nbs/04_batches.ipynb #078
 def _load_strictly(model: nn.Module, file: Path) -> None:
     """Fill `model` from a safetensors file; `RISError` names the first entries that don't fit."""
     own = model.state_dict()
@@ -412,11 +410,55 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
     if told:
         raise RISError(f"{file}: not the weights of this {type(model).__name__}: {'; '.join(told)}")
 
-# %% ../nbs/04_batches.ipynb #082
+# %% ../nbs/04_batches.ipynb #081
+class Checkpointed(nn.Module, PyTorchModelHubMixin):
+    """A module that `save_pretrained` writes to config.json and model.safetensors, whole or not at all.
+
+    The arguments of a subclass must be JSON values: they are the config. `from_pretrained` takes a folder or a Hub id.
+    """
+
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options):
+        """Write config.json and model.safetensors into a folder. `RISError` where that fails; old files stay then.
+
+        `push_to_hub`, `repo_id` and the options are the mixin's.
+        """
+        folder = Path(save_directory)
+        config = {"class": type(self).__name__, **self._hub_mixin_config}
+        with replacing(folder / "config.json") as settings:  # nested: both are written before either takes its place
+            settings.write_text(json.dumps(config, indent=1), encoding="utf-8")
+            with replacing(folder / "model.safetensors") as weights:
+                save_weights(self, str(weights))
+                weights.chmod(settings.stat().st_mode)  # safetensors makes its file readable for its owner alone
+        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, config=None, revision=None, cache_dir=None, force_download=False,
+                         local_files_only=False, token=None, **settings):
+        """The mixin's `from_pretrained` ends here, with what config.json holds and the caller's own settings."""
+        if (config or {}).get("class") != cls.__name__:
+            raise RISError(f"{model_id}: holds {_kind(config)}, but {cls.__name__} was asked for; load_model takes either")
+        arguments = {**config, **settings}
+        del arguments["class"]
+        try:
+            model = cls(**arguments)
+        except TypeError as error:
+            raise RISError(f"{model_id}: config.json doesn't fit {cls.__name__} ({error})") from error
+        file = Path(model_id) / "model.safetensors"
+        if not Path(model_id).is_dir():
+            file = hf_hub_download(model_id, file.name, revision=revision, cache_dir=cache_dir, token=token,
+                                   force_download=force_download, local_files_only=local_files_only)
+        _load_strictly(model, Path(file))
+        return model.eval()
+
+
+def _kind(config: dict | None) -> str:
+    return "no config.json" if config is None else f"the model {config['class']}" if "class" in config else "a model of another library"
+
+# %% ../nbs/04_batches.ipynb #083
 _CLASSES: dict[str, type[RISModel]] = {}
 
 
-class RISModel(nn.Module, PyTorchModelHubMixin):
+class RISModel(Checkpointed):
     """Base of all models. `forward(batch) -> Output`, `losses(output, batch) -> dict` of weighted terms and
     `masks(output, sizes) -> list` of bool tensors, one an expression, are each model's own; the rest is here.
 
@@ -462,44 +504,7 @@ class RISModel(nn.Module, PyTorchModelHubMixin):
         with evaluating(self):
             return [mask.cpu().numpy() for mask in self.masks(self(batch.to(device)), batch.size)]
 
-    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options):
-        """Write config.json and model.safetensors into a folder. `RISError` where that fails; old files stay then.
-
-        `push_to_hub`, `repo_id` and the options are the mixin's.
-        """
-        folder = Path(save_directory)
-        config = {"class": type(self).__name__, **self._hub_mixin_config}
-        with replacing(folder / "config.json") as settings:  # nested: both are written before either takes its place
-            settings.write_text(json.dumps(config, indent=1), encoding="utf-8")
-            with replacing(folder / "model.safetensors") as weights:
-                save_weights(self, str(weights))
-                weights.chmod(settings.stat().st_mode)  # safetensors makes its file readable for its owner alone
-        return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, config=None, revision=None, cache_dir=None, force_download=False,
-                         local_files_only=False, token=None, **settings):
-        """The mixin's `from_pretrained` ends here, with what config.json holds and the caller's own settings."""
-        if (config or {}).get("class") != cls.__name__:
-            raise RISError(f"{model_id}: holds {_kind(config)}, but {cls.__name__} was asked for; load_model takes either")
-        arguments = {**config, **settings}
-        del arguments["class"]
-        try:
-            model = cls(**arguments)
-        except TypeError as error:
-            raise RISError(f"{model_id}: config.json doesn't fit {cls.__name__} ({error})") from error
-        file = Path(model_id) / "model.safetensors"
-        if not Path(model_id).is_dir():
-            file = hf_hub_download(model_id, file.name, revision=revision, cache_dir=cache_dir, token=token,
-                                   force_download=force_download, local_files_only=local_files_only)
-        _load_strictly(model, Path(file))
-        return model.eval()
-
-
-def _kind(config: dict | None) -> str:
-    return "no config.json" if config is None else f"the model {config['class']}" if "class" in config else "a model of another library"
-
-# %% ../nbs/04_batches.ipynb #084
+# %% ../nbs/04_batches.ipynb #085
 _MODELS: dict[str, Callable[..., RISModel]] = {}
 
 

@@ -300,7 +300,7 @@ def test_predict_answers_at_original_sizes_and_restores_modes(photo):
     assert (model.training, model.word.training, model.drop.training) == (True, False, True)
     alone = model.predict([photo], ["the ring"])
     assert np.array_equal(alone[0], answers[2])
-    for images, texts in ((photo, "ring"), ([photo], "ring"), ([photo], ["red", "ring"]), ([photo], [""])):
+    for images, texts in ((photo, "ring"), ([photo], "ring"), ([photo], ["red", "ring"]), ([photo], [""]), ([], [])):
         one_line(lambda: model.predict(images, texts))
     with pytest.raises(RISError), evaluating(model):
         raise RISError("inside")
