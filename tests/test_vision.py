@@ -19,6 +19,7 @@ from ris_nb.vision import (
     pretrained_timm,
     released_swin,
     released_swin_key,
+    resize_positions,
     shift_mask,
     to_windows,
     window_attention,
@@ -124,6 +125,18 @@ def test_attention_backpropagates_to_the_bias_table():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters())
 
 
+@pytest.mark.parametrize("size", [(64, 64), (37, 50)])
+def test_swin_in_low_precision(size):
+    swin = Swin(16, (2, 2, 2, 2), (1, 1, 2, 2), window=4, drop_path=0.0)
+    image = torch.randn(1, 3, *size)
+    exact = swin(image)[-1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        near = swin(image)[-1]
+        near.float().square().mean().backward()
+    assert (near - exact).abs().max() < 0.1 * exact.abs().max()
+    assert swin.bfloat16()(image.bfloat16())[-1].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("size", [(64, 64), (37, 50), (16, 130), (4, 4), (1, 1)])
 def test_swin_takes_any_size(size):
     swin = Swin(8, (1, 2, 1, 2), (1, 1, 2, 2), window=4).eval()
@@ -212,8 +225,8 @@ def test_vit_matches_the_released_network():
 
 def test_vit_positions_and_steps():
     vit = ViT(32, 3, 4, 8, 64).eval()
-    assert vit.positions(8, 8) is vit.pos_embed
-    assert vit.positions(4, 6).shape == (1, 25, 32) and torch.equal(vit.positions(4, 6)[:, 0], vit.pos_embed[:, 0])
+    smaller = resize_positions(vit.pos_embed, (8, 8), (4, 6))
+    assert smaller.shape == (1, 25, 32) and torch.equal(smaller[:, 0], vit.pos_embed[:, 0])
     image = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         x = vit.embed(image)
