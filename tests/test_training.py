@@ -19,13 +19,14 @@ import torch
 from torch import nn
 
 from ris_nb import training
-from ris_nb.batches import Batch, RISModel, SPECIAL, evaluating, load_model
+from ris_nb.batches import SPECIAL, Batch, RISModel, create_model, load_model
 from ris_nb.task import Output, RISError
 from ris_nb.training import (GlobalBatches, SyncBatchNorm2d, TrainConfig, accumulate_gradients, fit, make_accelerator,
                              LossStep, param_groups, read_log, sync_batchnorm, training_loader)
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # bit for bit is a promise for the CPU
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ris_nb.training", "torch._dynamo", "pytest"])  # torch imports dynamo late; it is slow
+SERVER.set_forkserver_preload(["ris_nb.training", "ris_nb.lavt", "torch._dynamo", "pytest"])  # torch imports dynamo late; it is slow
 CONFIG = TrainConfig(steps=12, batch_size=8, lr=1e-2, save_every=5, log_every=4, validate_every=6)
 
 
@@ -62,14 +63,17 @@ class Toy(RISModel):
 class Colours(torch.utils.data.Dataset):
     """Objects with three sentences each: item (i, draw) is image i with word draw % 3."""
 
+    def __init__(self, size=8):
+        self.size = size
+
     def __len__(self):
         return 21
 
     def __getitem__(self, index):
         i, draw = index
-        image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(i))
+        image = torch.randn(1, 3, self.size, self.size, generator=torch.Generator().manual_seed(i))
         word = draw % 3
-        return Batch(image=image, ids=torch.tensor([[word + 1, 5, 0]]), words=torch.tensor([[True, True, False]]),
+        return Batch(image=image, ids=torch.tensor([[word + 1, 4, 0]]), words=torch.tensor([[True, True, False]]),
                      mask=image[:, word] > 0, image_id=[i])
 
 
@@ -188,9 +192,9 @@ def test_killed_thrice_with(tmp_path, unbroken, change):
 
 
 def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
-    config, folder = replace(CONFIG, steps=400, save_every=1, log_every=1, validate_every=0), tmp_path / "run"
+    config, folder = replace(CONFIG, steps=150, save_every=1, log_every=1, validate_every=0), tmp_path / "run"
     kills = 0
-    for wait in (0.35, 0.11, 0.23, 0.31, 0.17):
+    for wait in (0.3, 0.1, 0.2, 0.25, 0.15):
         process = start(folder, config)
         while not (folder / "state.pt").exists() and process.is_alive():
             time.sleep(0.01)
@@ -202,7 +206,7 @@ def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
     assert kills >= 3
     assert finish(folder, config) == 0
     assert same(outcome(folder), unbroken(config))
-    assert [line["step"] for line in read_log(folder)] == list(range(1, 401))
+    assert [line["step"] for line in read_log(folder)] == list(range(1, 151))
 
 
 def test_workers_and_validation_change_nothing(unbroken):
@@ -214,7 +218,7 @@ def test_workers_and_validation_change_nothing(unbroken):
 
 # Several processes
 
-def in_processes(world, function, *args):
+def in_processes(world, function, *args, expected=0):
     """Runs `function(rank, *args)` in `world` processes that accelerate takes for a launched group on the CPU."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -224,7 +228,7 @@ def in_processes(world, function, *args):
         process.start()
     for process in processes:
         process.join(90)
-    assert [process.exitcode for process in processes] == [0] * world
+    assert [process.exitcode for process in processes] == [expected] * world
 
 
 def member(rank, world, port, function, *args):
@@ -236,37 +240,60 @@ def member(rank, world, port, function, *args):
         torch.distributed.destroy_process_group()
 
 
-def gradients(rank, folder, config):
+def small_lavt():
+    torch.manual_seed(7)
+    return create_model("lavt_tiny", vocabulary=SPECIAL, image_size=32, width=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8),
+                        patch=2, bert_width=32, bert_layers=1, bert_heads=2, bert_ffn=32, decoder_width=16)
+
+
+def gradients(rank, folder, config, kind):
     """The averaged gradient of the first step, the running statistics, and what was seen."""
     accelerator = make_accelerator()
-    model = sync_batchnorm(toy(dropout=0.0))
+    model = sync_batchnorm(toy(dropout=0.0) if kind == "toy" else small_lavt()).train()
     step = accelerator.prepare(LossStep(model))
-    loader = training_loader(Colours(), config, 0, rank, accelerator.num_processes)
+    loader = training_loader(Colours(model.image_size), config, 0, rank, accelerator.num_processes)
     values = accumulate_gradients(accelerator, step, iter(loader), config.accumulate)
     values = accelerator.reduce(torch.stack(list(values.values())), "mean")
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found.update(values=values, mean=model.bn.running_mean, var=model.bn.running_var)
+    found.update(values=values, **{name: buffer for name, buffer in model.named_buffers() if "running" in name})
     torch.save(found, folder / f"{accelerator.num_processes}-{rank}.pt")
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_have_the_gradient_of_one(tmp_path, accumulate):
+@pytest.mark.parametrize("kind, accumulate", [("toy", 1), ("toy", 2), ("lavt", 1)])
+def test_two_processes_have_the_gradient_of_one(tmp_path, kind, accumulate):
     config = TrainConfig(steps=2, batch_size=8, accumulate=accumulate)
-    in_processes(1, gradients, tmp_path, config)
-    in_processes(2, gradients, tmp_path, config)
+    in_processes(1, gradients, tmp_path, config, kind)
+    in_processes(2, gradients, tmp_path, config, kind)
     one, first, second = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
-    assert {"first.weight", "bn.weight", "scale"} < set(one) and "idle.weight" not in one
+    assert len(one) > 5 and any("running_var" in name for name in one)
+    assert "scale" in one and "idle.weight" not in one or kind == "lavt"
     for name in one:
-        assert one[name].abs().max() > 0, name
         for other in (first, second):
-            assert (one[name] - other[name]).abs().max() < 1e-6, name
+            assert (one[name] - other[name]).abs().max() < 1e-5, name
+    print(kind, accumulate, max((one[name] - other[name]).abs().max().item() for name in one for other in (first, second)))
 
 
 def whole_run(rank, folder, config):
     fit(toy(dropout=0.0), Colours(), config, folder, validate=noisy_validate, resume=True, progress=False)
 
 
-def test_two_processes_train_the_weights_of_one_and_resume(tmp_path):
+def dropping_run(rank, folder, config):
+    fit(toy(), Colours(), config, folder, validate=noisy_validate, resume=True, progress=False)
+
+
+def killed_run(rank, folder, config):
+    original = training.seed_step
+
+    def deadly(seed, step, rank):
+        if step == 9:
+            torch.distributed.barrier()  # or the first to die takes the other down by an error
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(seed, step, rank)
+    training.seed_step = deadly
+    dropping_run(rank, folder, config)
+
+
+def test_two_processes_train_the_weights_of_one(tmp_path):
     config = replace(CONFIG, lr=1e-3, steps=12)
     for world in (1, 2):
         in_processes(world, whole_run, tmp_path / str(world), config)
@@ -275,9 +302,15 @@ def test_two_processes_train_the_weights_of_one_and_resume(tmp_path):
         assert (value - two["model"][name]).abs().max() < 1e-5, name
     assert [line.keys() for line in log] == [line.keys() for line in log2]
     assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(log, log2) if "loss" in a)
-    # a run of two processes that is stopped goes on to the same end
-    state = torch.load(tmp_path / "2" / "state.pt", weights_only=True)
-    assert state["step"] == 12 and state["meter"]["sums"] is None
+
+
+def test_two_processes_with_dropout_are_killed_and_go_on(tmp_path):
+    for name in ("unbroken", "killed"):
+        if name == "killed":
+            in_processes(2, killed_run, tmp_path / name, CONFIG, expected=-signal.SIGKILL)
+            assert torch.load(tmp_path / name / "state.pt", weights_only=True)["step"] == 6
+        in_processes(2, dropping_run, tmp_path / name, CONFIG)
+    assert same(outcome(tmp_path / "killed"), outcome(tmp_path / "unbroken"))
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_processes():
@@ -326,7 +359,7 @@ def test_a_full_disk_keeps_the_last_good_state(tmp_path):
     assert finish(folder, replace(CONFIG, steps=8), validate=None, before=FileLimit(4000)) == 2
     assert (folder / "state.pt").read_bytes() == good
     error = folder.with_suffix(".error").read_text()
-    assert "cannot write" in error and "state.pt" in error and "make room" in error and "\n" not in error
+    assert "state.pt: the disk is full" in error and "space" in error and "\n" not in error
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
     assert finish(folder, replace(CONFIG, steps=8), validate=None) == 0
 
@@ -379,7 +412,7 @@ def test_a_constant_schedule_may_go_on(tmp_path):
 
 def test_not_finite_stops_before_anything_is_written(tmp_path):
     config = replace(CONFIG, save_every=4, validate_every=0)
-    with pytest.raises(RISError, match=r"step 6 \(loss nan, mask nan, size 0\.\d+, grad_norm nan\)"):
+    with pytest.raises(RISError, match=r"step 6 is not finite \(loss nan, mask nan, size 0\.\d+, grad_norm nan\)"):
         fit(toy(broken_at=6), Colours(), config, tmp_path, progress=False)
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 4
     assert all(value.isfinite().all() for value in load_model(tmp_path).state_dict().values())
