@@ -134,8 +134,10 @@ def build_vocabulary(expressions: Iterable[str], size: int = 512) -> list[str]:
     """
     expressions = sorted(set(expressions))
     core = _wordpiece(SPECIAL)
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-    core.train_from_iterator(expressions, trainer)
+    letters = sorted({letter for expression in expressions for letter in core.normalizer.normalize_str(expression)} - {" "})
+    # The trainer numbers letters in the order of a hash table and breaks ties by these numbers, so we number them first.
+    fixed = [*SPECIAL, *letters, *("##" + letter for letter in letters)]
+    core.train_from_iterator(expressions, trainers.WordPieceTrainer(vocab_size=size, special_tokens=fixed, show_progress=False))
     core = _wordpiece(list(core.get_vocab()))
     used = {piece for expression in expressions for piece in core.encode(expression).tokens}
     return [*SPECIAL, *sorted(used.difference(SPECIAL))]

@@ -187,7 +187,7 @@ def test_vocabularies_that_cannot_be_had(tmp_path, monkeypatch):
 
 def test_vocabulary_is_the_same_on_every_run():
     texts = [f"the {word} ring {i}" for i in range(60) for word in ("red", "green", "leftmost")]
-    built = [build_vocabulary(random.Random(i).sample(texts, len(texts)), 60) for i in range(6)]
+    built = [build_vocabulary(random.Random(i).sample(texts, len(texts)), 60) for i in range(20)]
     assert all(pieces == built[0] for pieces in built) and len(built[0]) <= 60 and any("##" in p for p in built[0])
 
 
