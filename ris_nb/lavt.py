@@ -27,7 +27,7 @@ __all__ = ['RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwi
            'mask_loss', 'LAVT', 'lavt_tiny', 'lavt_swin_base', 'read_released', 'released_pwam_key',
            'released_lavt_key', 'released_lavt', 'released_lavt_sizes', 'load_released']
 
-# %% ../nbs/07_lavt.ipynb #016
+# %% ../nbs/07_lavt.ipynb #015
 class InstanceNorm(nn.Module):
     """Every channel of every map to mean 0 and variance 1 over its positions: (B, P, C) -> (B, P, C).
 
@@ -42,7 +42,7 @@ class InstanceNorm(nn.Module):
         x = x - x.mean(1, keepdim=True)
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
 
-# %% ../nbs/07_lavt.ipynb #023
+# %% ../nbs/07_lavt.ipynb #022
 class PWAM(nn.Module):
     """Pixel-word attention module: each pixel gathers the words that concern it (LAVT, CVPR 2022, section 3.2).
 
@@ -76,7 +76,7 @@ class PWAM(nn.Module):
         v = F.gelu(self.visual(x))  # (B, P, D)
         return F.gelu(self.project(v * t)).view(shape)
 
-# %% ../nbs/07_lavt.ipynb #030
+# %% ../nbs/07_lavt.ipynb #029
 class LanguageGate(nn.Module):
     """How much of the fused map flows back into the image encoder, per pixel and channel: (..., D) -> (..., D) in (-1, 1).
 
@@ -91,7 +91,7 @@ class LanguageGate(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         return self.layers(f).tanh()
 
-# %% ../nbs/07_lavt.ipynb #037
+# %% ../nbs/07_lavt.ipynb #036
 class LanguageSwin(nn.Module):
     """A Swin encoder that reads the sentence after each stage (LAVT, CVPR 2022, section 3.1).
 
@@ -121,7 +121,7 @@ class LanguageSwin(nn.Module):
             maps.append(norm(f))
         return maps
 
-# %% ../nbs/07_lavt.ipynb #045
+# %% ../nbs/07_lavt.ipynb #044
 class SimpleDecoder(nn.Module):
     """Coarse to fine: enlarge, join the next finer map, two convolutions; then two logits a pixel.
 
@@ -147,7 +147,7 @@ class SimpleDecoder(nn.Module):
             y = step(torch.cat([y, skip], 1))
         return y, self.head(y)
 
-# %% ../nbs/07_lavt.ipynb #048
+# %% ../nbs/07_lavt.ipynb #047
 def upsample(score: Tensor, size: tuple[int, int]) -> Tensor:
     """Scores (B, h, w) at another size (B, H, W): bilinear, corners on corners, as in LAVT's released code."""
     return F.interpolate(score[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
@@ -164,7 +164,7 @@ def score_masks(score: Tensor, input_size: tuple[int, int], sizes: Sequence[tupl
             F.interpolate(s[None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0] > 0
             for s, size in zip(score, sizes, strict=True)]
 
-# %% ../nbs/07_lavt.ipynb #051
+# %% ../nbs/07_lavt.ipynb #050
 def mask_loss(score: Tensor, mask: Tensor, weights: tuple[float, float] = (0.9, 1.1)) -> Tensor:
     """Two-class cross-entropy of score = foreground - background logit: (B, H, W) and bool (B, H, W) -> a scalar.
 
@@ -175,7 +175,7 @@ def mask_loss(score: Tensor, mask: Tensor, weights: tuple[float, float] = (0.9, 
     terms = F.binary_cross_entropy_with_logits(score.float(), mask.float(), weight, reduction="none")
     return (terms.sum((1, 2)) / weight.sum((1, 2))).mean()
 
-# %% ../nbs/07_lavt.ipynb #054
+# %% ../nbs/07_lavt.ipynb #053
 class LAVT(RISModel):
     """Language-aware vision transformer (LAVT, CVPR 2022): Swin reads the sentence at each of its four stages.
 
@@ -235,7 +235,7 @@ class LAVT(RISModel):
         load_released(model, state, released_lavt_key)
         return model.eval()
 
-# %% ../nbs/07_lavt.ipynb #056
+# %% ../nbs/07_lavt.ipynb #055
 @register_model
 def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
     """A LAVT for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words."""
@@ -255,7 +255,7 @@ def lavt_swin_base(pretrained: bool = False, **overrides) -> LAVT:
         model.encoder.vision = Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k")
     return model
 
-# %% ../nbs/07_lavt.ipynb #069
+# %% ../nbs/07_lavt.ipynb #068
 def read_released(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The tensors of a released checkpoint, by name; parts {"model": {"a": ...}} are flattened to {"model.a": ...}.
 
@@ -286,7 +286,7 @@ def _read_file(path: Path) -> Mapping:
         raise RISError(f"{path}: holds a {type(found).__name__}, not a state dict")
     return found
 
-# %% ../nbs/07_lavt.ipynb #072
+# %% ../nbs/07_lavt.ipynb #071
 RELEASED_PWAM = {"vis_project.0": "visual", "image_lang_att.f_query.0": "query", "image_lang_att.f_query.1": "query_norm",
                  "image_lang_att.f_key.0": "key", "image_lang_att.f_value.0": "value", "image_lang_att.W.0": "mix",
                  "image_lang_att.W.1": "mix_norm", "project_mm.0": "project"}
@@ -297,7 +297,7 @@ def released_pwam_key(key: str) -> str | None:
     layer, _, kind = key.rpartition(".")
     return f"{RELEASED_PWAM[layer]}.{kind}" if layer in RELEASED_PWAM else None
 
-# %% ../nbs/07_lavt.ipynb #073
+# %% ../nbs/07_lavt.ipynb #072
 def released_lavt_key(key: str) -> str | None:
     """Our name for an entry of a released LAVT (`model.backbone...`, `model.classifier...`, `bert_model...`), or None."""
     if key.startswith("bert_model."):
@@ -318,7 +318,7 @@ def released_lavt_key(key: str) -> str | None:
     name = released_swin_key(key)
     return name and f"encoder.vision.{name}"
 
-# %% ../nbs/07_lavt.ipynb #076
+# %% ../nbs/07_lavt.ipynb #075
 def released_lavt(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The weights of a released LAVT, by the names of its three parts, without what is computed (or used by nobody)."""
     unused = r"relative_position_index$|attn_mask$|position_ids$|^bert_model\.pooler\."
@@ -348,7 +348,7 @@ def released_lavt_sizes(state: Mapping[str, Tensor]) -> dict:
     except KeyError as error:
         raise RISError(f"not a released LAVT: it has no entry {error.args[0]}") from None
 
-# %% ../nbs/07_lavt.ipynb #078
+# %% ../nbs/07_lavt.ipynb #077
 def load_released(model: nn.Module, state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> None:
     """Load a released state dict; `rename` turns a released key into ours, or into None where we have none.
 

@@ -182,6 +182,18 @@ def test_every_trainable_parameter_gets_a_gradient():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
+def test_distributed_training_waits_for_no_parameter(tmp_path):
+    """DDP refuses the second step when a trainable parameter got no gradient in the first."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, batch = small().train(), some_batch()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(3):
+            model.losses(parallel(batch), batch)["mask"].backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_loss_does_not_depend_on_the_split():
     model, batch = small(), some_batch(lens=(4, 9, 20, 5))
     whole = model.losses(model(batch), batch)["mask"]
