@@ -123,7 +123,7 @@ def start(*args, **kwargs):
 
 def finish(*args, **kwargs):
     process = start(*args, **kwargs)
-    process.join(60)
+    process.join(240)
     return process.exitcode
 
 
@@ -200,7 +200,7 @@ def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
             time.sleep(0.01)
         time.sleep(wait)
         os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
+        process.join(240)
         kills += process.exitcode == -signal.SIGKILL
         assert not (folder / "state.pt").exists() or torch.load(folder / "state.pt", weights_only=True)
     assert kills >= 3
@@ -227,7 +227,7 @@ def in_processes(world, function, *args, expected=0):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(240)
     assert [process.exitcode for process in processes] == [expected] * world
 
 
