@@ -323,7 +323,7 @@ class Floor(RISModel):
 
     def forward(self, batch: Batch) -> Output:
         if self.rule == "random object":
-            return Output(score=batch.mask[blind_choice(batch)] - 0.5)
+            return Output(score=batch.mask[blind_choice(batch)].float() - 0.5)
         height, width = batch.image.shape[-2:]
         top, left = (0, 0) if self.rule == "whole image" else (height // 4, width // 4)
         score = torch.full((len(batch), height, width), -0.5, device=batch.image.device)

@@ -500,23 +500,26 @@ def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, 
             inside = _union(reach, found)
             for form in forms:
                 fits = sets[form] & inside
-                if fits & near == only and any([sets[form] & s and not fits & s for s in strays]):
+                if fits & near == only and (form | how[0]) & _SHAPE and any([sets[form] & s and not fits & s for s in strays]):
                     less = [sets[form] & _union(reach, w) for w in weaker]
                     less += [sets[form], *[sets[f] & inside for f in _DROPS[form]]]
                     yield fits, less, (form, name, b, *how)
 
 # %% ../nbs/02_shapes.ipynb #084
+_SILLY = {"colour": _COLOUR, "larger": _SIZE, "smaller": _SIZE}   # nobody says "the red star with the colour of ..."
+
+
 def _relation(facts: _Facts, t: int, dice: Dice, anchors=_plain_anchors) -> Phrase | None:
     sets, only = facts.forms[t], 1 << t
     forms = [form for form in _form_order(dice) if sets[form] != only]   # else the relation would be idle
     for name, a in _turned(facts.links[t], dice) if forms else ():
-        near = facts.near[name]
+        near, silly = facts.near[name], _SILLY.get(name, 0)
         astray = [_union(near, fits & ~only) for fits in sets]   # anchors that would let another thing in
-        usable = [form for form in forms if not astray[form] >> a & 1]
+        usable = [form for form in forms if not (astray[form] >> a & 1 or form & silly)]
         strays = {astray[form] for form in usable}
         for found, weaker, how in anchors(facts, a, near[t], strays, t, dice) if usable else ():
-            for form in usable:
-                if (not found & astray[form] and all([found & astray[less] for less in _DROPS[form]])
+            for form in () if how[0] & silly else usable:
+                if ((form | how[0]) & _SHAPE and not found & astray[form] and all([found & astray[less] for less in _DROPS[form]])
                         and all([less & astray[form] for less in weaker])):
                     return _describe(facts.things[t], form, None, name, _anchor_phrase(facts, a, *how))
     return None
