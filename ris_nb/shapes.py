@@ -28,14 +28,14 @@ __all__ = ['GRID', 'COLOURS', 'SHAPES', 'SIZES', 'FLAVOURS', 'SPLITS', 'ROUND', 
            'stencil', 'Dice', 'Thing', 'Scene', 'make_scene', 'Phrase', 'say', 'beats', 'holds', 'denote', 'referent',
            'shorter', 'is_minimal', 'Expression', 'refer', 'show_scene', 'make_refshapes']
 
-# %% ../nbs/02_shapes.ipynb #009
+# %% ../nbs/02_shapes.ipynb #008
 GRID = 64                # scenes are laid out on 64 x 64 units, whatever their size in pixels
 COLOURS = {"red": (205, 30, 35), "orange": (228, 120, 20), "yellow": (228, 215, 40), "green": (30, 150, 50),
            "blue": (30, 70, 215), "purple": (140, 40, 180), "white": (228, 228, 228)}
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross")
 SIZES = {"small": (6, 7), "large": (9, 11)}     # least and greatest radius, in units
 
-# %% ../nbs/02_shapes.ipynb #011
+
 _CORNERS = {  # corners in thousandths of the radius, x to the right and y downwards, once around
     "square": ((-850, -850), (850, -850), (850, 850), (-850, 850)),
     "triangle": ((0, -1000), (1000, 800), (-1000, 800)),
@@ -54,7 +54,7 @@ def _inside(corners, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         inside ^= spans & ((side < 0) if by > ay else (side > 0))
     return inside
 
-# %% ../nbs/02_shapes.ipynb #014
+# %% ../nbs/02_shapes.ipynb #010
 @lru_cache(maxsize=None)
 def stencil(shape: str, radius: int) -> np.ndarray:
     """The pixels of a shape as bool (2 * radius + 1, 2 * radius + 1), its centre in the middle; whole numbers only."""
@@ -71,7 +71,7 @@ def stencil(shape: str, radius: int) -> np.ndarray:
 def _area(shape: str, radius: int) -> int:
     return int(stencil(shape, radius).sum())
 
-# %% ../nbs/02_shapes.ipynb #019
+# %% ../nbs/02_shapes.ipynb #013
 _local = threading.local()   # one generator for each thread: seeding and reading must not be interleaved
 
 
@@ -82,7 +82,7 @@ def _random_bytes(key: tuple, count: int) -> bytes:
     _local.state.seed(list(key))
     return _local.state.bytes(count)
 
-# %% ../nbs/02_shapes.ipynb #022
+# %% ../nbs/02_shapes.ipynb #015
 class Dice:
     """Whole numbers by chance, the same on every machine for the same key; `extra` raw bytes come along on request."""
 
@@ -102,7 +102,7 @@ class Dice:
         """One of the items."""
         return items[self.roll(len(items))]
 
-# %% ../nbs/02_shapes.ipynb #025
+# %% ../nbs/02_shapes.ipynb #018
 FLAVOURS = ("refshapes", "refshapes+", "refshapesg")
 SPLITS = ("train", "val", "testA", "testB", "testC")
 ROUND = ("circle", "ring")      # the referents of testA; all other shapes are those of testB
@@ -110,7 +110,7 @@ HELD_OUT = (("red", "cross"), ("orange", "ring"), ("yellow", "star"),
             ("green", "triangle"), ("blue", "square"), ("purple", "circle"))   # seen in testC only
 _COLOUR_NAMES, _SIZE_NAMES = tuple(COLOURS), tuple(SIZES)
 
-# %% ../nbs/02_shapes.ipynb #026
+# %% ../nbs/02_shapes.ipynb #019
 @dataclass
 class Thing:
     """One shape of a scene: `x`, `y` (centre) and `radius` in units, 64 to a side; `rgb` before noise."""
@@ -134,7 +134,7 @@ class Scene:
     split: str = "train"
     index: int = 0
 
-# %% ../nbs/02_shapes.ipynb #028
+# %% ../nbs/02_shapes.ipynb #021
 def _draw_kind(dice: Dice, things: list[Thing], split: str) -> tuple[str, str]:
     """A colour and a shape; now and then those of an earlier thing, so that scenes hold things easy to mistake."""
     if split == "testC" and not things:
@@ -151,7 +151,7 @@ def _has_room(things: list[Thing], colour: str, x: int, y: int, radius: int) -> 
     return all([25 * ((x - t.x) ** 2 + (y - t.y) ** 2) >= (30 if t.colour == colour else 16) * (radius + t.radius) ** 2
                 for t in things])
 
-# %% ../nbs/02_shapes.ipynb #029
+# %% ../nbs/02_shapes.ipynb #022
 def _draw_things(dice: Dice, split: str) -> list[Thing]:
     """Up to 4 to 8 things in the order they are painted; one that finds no room in 20 tries is left out."""
     things = []
@@ -170,7 +170,7 @@ def _draw_things(dice: Dice, split: str) -> list[Thing]:
     things[0], things[first] = things[first], things[0]
     return things
 
-# %% ../nbs/02_shapes.ipynb #030
+# %% ../nbs/02_shapes.ipynb #023
 def _paint(things: list[Thing], size: int = GRID) -> np.ndarray:
     """Who owns each pixel: uint8 (size, size), 0 for the background, i + 1 for thing i; later things cover earlier."""
     owner = np.zeros((size, size), np.uint8)
@@ -186,7 +186,7 @@ def _all_visible(things: list[Thing], owner: np.ndarray) -> bool:
     shown = np.bincount(owner.ravel(), minlength=len(things) + 1).tolist()
     return all([5 * n >= 3 * _area(t.shape, t.radius) for n, t in zip(shown[1:], things)])
 
-# %% ../nbs/02_shapes.ipynb #036
+# %% ../nbs/02_shapes.ipynb #027
 _NODES = 5                          # the background is a 5 x 5 net of greys, stretched over the picture
 _NET = 1 + 4 * _NODES * _NODES      # random bytes it takes
 
@@ -210,7 +210,7 @@ def _background(raw: np.ndarray, size: int) -> np.ndarray:
     rows = (ramp @ net.reshape(_NODES, -1).astype(np.float32)).reshape(size, _NODES, 3)
     return (np.matmul(ramp, rows) / 4096).astype(np.uint8)   # whole numbers below 2**24 until here: float32 is exact
 
-# %% ../nbs/02_shapes.ipynb #039
+# %% ../nbs/02_shapes.ipynb #028
 def _check_scene(seed: int, size: int, split: str, index: int = 0) -> None:
     if split not in SPLITS:
         raise RISError(f"no split {split!r} in RefShapes: choose one of {', '.join(SPLITS)}")
@@ -229,7 +229,7 @@ def _render(things: list[Thing], owner: np.ndarray, raw: np.ndarray) -> np.ndarr
     image += (raw[_NET:] & 15).reshape(size, size, 1)
     return image
 
-# %% ../nbs/02_shapes.ipynb #040
+# %% ../nbs/02_shapes.ipynb #029
 def make_scene(seed: int, size: int = GRID, split: str = "train", index: int = 0) -> Scene:
     """Scene number `index` of a split, `size` x `size` pixels (64 or more): 4 to 8 things, each at least 60 % visible.
 
@@ -249,7 +249,7 @@ def make_scene(seed: int, size: int = GRID, split: str = "train", index: int = 0
     masks = owner == np.arange(1, len(things) + 1, dtype=np.uint8)[:, None, None]
     return Scene(image, things, masks, seed, split, index)
 
-# %% ../nbs/02_shapes.ipynb #047
+# %% ../nbs/02_shapes.ipynb #035
 class Phrase(NamedTuple):
     """What an expression says, as a tree: a head noun (None: "thing"), its modifiers, and perhaps a relation to an
     anchor, which is a phrase again."""
@@ -260,7 +260,7 @@ class Phrase(NamedTuple):
     relation: str | None = None
     anchor: Phrase | None = None
 
-# %% ../nbs/02_shapes.ipynb #049
+# %% ../nbs/02_shapes.ipynb #036
 _SUPERLATIVES = {"left": ("leftmost", "far left"), "right": ("rightmost", "far right"), "top": ("topmost", "highest"),
                  "bottom": ("bottommost", "lowest"), "large": ("largest", "biggest"), "small": ("smallest", "tiniest")}
 _RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
@@ -285,7 +285,7 @@ def say(phrase: Phrase, roll: Callable[[int], int] = lambda sides: 0) -> str:
         words += [_RELATIONS[phrase.relation][roll(2)], say(phrase.anchor, roll)]
     return " ".join(words)
 
-# %% ../nbs/02_shapes.ipynb #052
+# %% ../nbs/02_shapes.ipynb #039
 MARGIN = 5      # units (a twelfth of the picture): smaller differences of place are no ground for a superlative
 
 
@@ -298,7 +298,7 @@ def beats(superlative: str, a: Thing, b: Thing) -> bool:
     lead = {"left": b.x - a.x, "right": a.x - b.x, "top": b.y - a.y, "bottom": a.y - b.y}[superlative]
     return lead >= MARGIN
 
-# %% ../nbs/02_shapes.ipynb #053
+
 def holds(relation: str, a: Thing, b: Thing, clearly: bool = False) -> bool:
     """Whether `a` stands in a relation to `b`: as a generous listener may take it, or clearly."""
     if a is b or relation == "colour":
@@ -311,7 +311,7 @@ def holds(relation: str, a: Thing, b: Thing, clearly: bool = False) -> bool:
         along = -along
     return along >= MARGIN and along > abs(across) if clearly else 2 * along > abs(across)
 
-# %% ../nbs/02_shapes.ipynb #057
+# %% ../nbs/02_shapes.ipynb #042
 def denote(phrase: Phrase, things: list[Thing]) -> list[Thing]:
     """All things that a generous listener may take the phrase to speak of."""
     found = [t for t in things if phrase.shape in (None, t.shape) and phrase.colour in (None, t.colour)
@@ -323,7 +323,7 @@ def denote(phrase: Phrase, things: list[Thing]) -> list[Thing]:
         found = [t for t in found if any(holds(phrase.relation, t, anchor) for anchor in anchors)]
     return found
 
-# %% ../nbs/02_shapes.ipynb #061
+# %% ../nbs/02_shapes.ipynb #044
 def _is_clear(phrase: Phrase, thing: Thing, things: list[Thing]) -> bool:
     """Whether each relation of the phrase leads from the thing to one anchor only, and holds clearly."""
     if not phrase.relation:
@@ -338,7 +338,7 @@ def referent(phrase: Phrase, things: list[Thing]) -> Thing | None:
     found = denote(phrase, things)
     return found[0] if len(found) == 1 and _is_clear(phrase, found[0], things) else None
 
-# %% ../nbs/02_shapes.ipynb #064
+# %% ../nbs/02_shapes.ipynb #047
 def shorter(phrase: Phrase) -> Iterator[Phrase]:
     """The phrase with one modifier less, in all ways: its own and those of its anchors. Nouns stay."""
     for name in ("colour", "size", "superlative"):
@@ -355,7 +355,7 @@ def is_minimal(phrase: Phrase, things: list[Thing]) -> bool:
     meant = referent(phrase, things)
     return meant is not None and all(denote(less, things) != [meant] for less in shorter(phrase))
 
-# %% ../nbs/02_shapes.ipynb #069
+# %% ../nbs/02_shapes.ipynb #050
 _SIZE, _COLOUR, _SHAPE = 1, 2, 4       # a form says which of the three a phrase names: 6 is "red star", 0 "thing"
 _NOUNS, _BARE = (4, 6, 5, 7), (2, 3, 1, 0)
 _ANCHORS = (4, 6, 5, 7, 2)             # an anchor is never a mere "thing"
@@ -374,7 +374,7 @@ def _form_sets(things: list[Thing]) -> list[tuple[int, ...]]:
         forms.append((everything, z, c, c & z, s, s & z, s & c, s & c & z))
     return forms
 
-# %% ../nbs/02_shapes.ipynb #072
+# %% ../nbs/02_shapes.ipynb #052
 def _place_facts(things: list[Thing]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rivals, clear and possible relations in the four directions: three times bool (4, n, n)."""
     x, y = np.array([(t.x, t.y) for t in things]).T
@@ -389,7 +389,7 @@ def _size_facts(things: list[Thing]) -> tuple[np.ndarray, np.ndarray, np.ndarray
     much, more = 4 * r[:, None] >= 5 * r, r[:, None] > r
     return np.array((~much, ~much.T)), np.array((much, much.T)), np.array((more, more.T))
 
-# %% ../nbs/02_shapes.ipynb #073
+# %% ../nbs/02_shapes.ipynb #053
 class _Facts(NamedTuple):
     """What is true in a scene, sets of things as bits: `forms[t][form]`, all that t's description in that form fits; for
     each superlative the `rivals[t]` that t does not beat; for each relation all that t may stand in it to (`near`) and
@@ -410,7 +410,7 @@ def _same_colour(things: list[Thing]) -> np.ndarray:
     hue = np.array([_COLOUR_NAMES.index(t.colour) for t in things])
     return ((hue == hue[:, None]) & ~np.eye(len(hue), dtype=bool))[None]
 
-# %% ../nbs/02_shapes.ipynb #074
+# %% ../nbs/02_shapes.ipynb #054
 def _gather(things: list[Thing], flavour: str) -> _Facts:
     """The facts that a flavour speaks of."""
     if flavour == "refshapes+":
@@ -431,7 +431,7 @@ def _gather(things: list[Thing], flavour: str) -> _Facts:
             links[t].append((relations[which], a))
     return _Facts(things, _form_sets(things), *named, links)
 
-# %% ../nbs/02_shapes.ipynb #077
+# %% ../nbs/02_shapes.ipynb #057
 def _turned(items: tuple | list, dice: Dice):
     """The items in their order, begun at a random place."""
     start = dice.roll(len(items)) if len(items) > 1 else 0
@@ -448,7 +448,7 @@ def _describe(thing: Thing, form: int, superlative=None, relation=None, anchor=N
     return Phrase(thing.shape if form & _SHAPE else None, thing.colour if form & _COLOUR else None,
                   thing.size if form & _SIZE else None, superlative, relation, anchor)
 
-# %% ../nbs/02_shapes.ipynb #078
+# %% ../nbs/02_shapes.ipynb #058
 def _attribute(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
     sets, only = facts.forms[t], 1 << t
     for form in _form_order(dice):
@@ -468,7 +468,7 @@ def _superlative(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
                 return _describe(facts.things[t], form, name)
     return None
 
-# %% ../nbs/02_shapes.ipynb #082
+# %% ../nbs/02_shapes.ipynb #061
 def _union(rows: list[int], members: int) -> int:
     """All that the rows of the members hold."""
     found = 0
@@ -486,7 +486,7 @@ def _plain_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, d
         if sets[form] & near == only:
             yield sets[form], [sets[less] for less in _DROPS[form]], (form,)
 
-# %% ../nbs/02_shapes.ipynb #083
+# %% ../nbs/02_shapes.ipynb #062
 def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, dice: Dice) -> Iterator[tuple]:
     """The same by a relation of a to a third thing, where that rules out one of the sets of `strays`: anchors that the
     name of a alone might mean and that would let a rival of t in."""
@@ -505,7 +505,7 @@ def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, 
                     less += [sets[form], *[sets[f] & inside for f in _DROPS[form]]]
                     yield fits, less, (form, name, b, *how)
 
-# %% ../nbs/02_shapes.ipynb #084
+# %% ../nbs/02_shapes.ipynb #063
 _SILLY = {"colour": _COLOUR, "larger": _SIZE, "smaller": _SIZE}   # nobody says "the red star with the colour of ..."
 
 
@@ -532,7 +532,7 @@ def _nested(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
 def _anchor_phrase(facts: _Facts, a: int, form: int, relation: str | None = None, b: int = 0, last: int = 0) -> Phrase:
     return _describe(facts.things[a], form, None, relation, _describe(facts.things[b], last) if relation else None)
 
-# %% ../nbs/02_shapes.ipynb #087
+# %% ../nbs/02_shapes.ipynb #066
 KINDS = ("attribute", "superlative", "relation", "nested")
 _FINDERS = dict(zip(KINDS, (_attribute, _superlative, _relation, _nested)))
 _WEIGHTS = {"refshapes": (14, 7, 6, 0), "refshapes+": (12, 6, 8, 0), "refshapesg": (1, 0, 7, 22)}
@@ -555,7 +555,7 @@ def _is_asked_for(thing: Thing, split: str) -> bool:
         return (thing.colour, thing.shape) in HELD_OUT
     return split in ("train", "val") or (thing.shape in ROUND) == (split == "testA")
 
-# %% ../nbs/02_shapes.ipynb #088
+# %% ../nbs/02_shapes.ipynb #067
 def _expressions(facts: _Facts, t: int, flavour: str, dice: Dice, most: int) -> dict[str, Expression]:
     found, hopeless = {}, set()
     for _ in range(most):
@@ -582,14 +582,14 @@ def refer(scene: Scene, flavour: str = "refshapes", most: int = 3) -> list[Expre
     return [e for t, thing in enumerate(scene.things) if _is_asked_for(thing, scene.split)
             for e in _expressions(facts, t, flavour, dice, most).values()]
 
-# %% ../nbs/02_shapes.ipynb #095
+# %% ../nbs/02_shapes.ipynb #071
 def show_scene(scene: Scene, expression: Expression | None = None, ax=None) -> plt.Axes:
     """Draw a scene; with an expression, its words above and its referent outlined."""
     if expression is None:
         return show_referral(scene.image, f"{scene.split} {scene.index}", ax=ax)
     return show_referral(scene.image, expression.text, truth=scene.masks[expression.referent], ax=ax)
 
-# %% ../nbs/02_shapes.ipynb #109
+# %% ../nbs/02_shapes.ipynb #079
 COUNTS = {"train": 12000, "val": 500, "testA": 300, "testB": 300, "testC": 500}     # scenes, unless you say otherwise
 _VERSION = 1      # of the generator: other scenes or words for the same seed need another number
 
@@ -606,7 +606,7 @@ def _check_recipe(flavour: str, counts: dict[str, int], size: int, seed: int) ->
     return {"generator": _VERSION, "flavour": flavour, "seed": seed, "size": size,
             "counts": {split: counts.get(split, 0) for split in SPLITS}}
 
-# %% ../nbs/02_shapes.ipynb #110
+# %% ../nbs/02_shapes.ipynb #080
 def _write(path: Path, data: bytes) -> None:
     """All of it or nothing: under another name first, then moved into place."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -631,7 +631,7 @@ def _is_there(folder: Path, recipe: dict) -> bool:
     other = [f"{key} {known.get(key)} instead of {value}" for key, value in recipe.items() if known.get(key) != value]
     raise RISError(f"{folder} already holds another data set ({'; '.join(other)}): choose another root or delete it")
 
-# %% ../nbs/02_shapes.ipynb #112
+# %% ../nbs/02_shapes.ipynb #081
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     """One COCO annotation for each thing, its mask as run lengths."""
     codes = run_lengths.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0), dtype=np.uint8))
@@ -654,7 +654,7 @@ def _references(expressions: list[Expression], annotations: list[dict], split: s
         ref["sentences"].append({"tokens": e.text.split(), "raw": e.text, "sent": e.text, "sent_id": number, "kind": e.kind})
     return list(refs.values())
 
-# %% ../nbs/02_shapes.ipynb #114
+# %% ../nbs/02_shapes.ipynb #082
 def _write_images(folder: Path, recipe: dict, progress: bool) -> tuple[dict, list[dict]]:
     """Draw and save every scene; what belongs into instances.json, and the refs."""
     images, annotations, refs, sentences = [], [], [], 0
@@ -671,7 +671,7 @@ def _write_images(folder: Path, recipe: dict, progress: bool) -> tuple[dict, lis
     categories = [{"id": i, "name": shape, "supercategory": "shape"} for i, shape in enumerate(SHAPES, 1)]
     return {"info": recipe, "images": images, "annotations": annotations, "categories": categories}, refs
 
-# %% ../nbs/02_shapes.ipynb #115
+# %% ../nbs/02_shapes.ipynb #083
 def make_refshapes(root: str | Path, flavour: str = "refshapes", counts: dict[str, int] | None = None,
                    size: int = GRID, seed: int = 0, progress: bool = False) -> Path:
     """Write a flavour of RefShapes as a REFER data root and return the root.
