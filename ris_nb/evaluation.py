@@ -109,7 +109,7 @@ def score_batch(model: RISModel, batch: Batch, images: Sequence[int]) -> list[Re
         asked[n] += 1
     return records
 
-# %% ../nbs/09_evaluation.ipynb #030
+# %% ../nbs/09_evaluation.ipynb #028
 def processes() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without `torch.distributed`."""
     together = dist.is_available() and dist.is_initialized()
@@ -129,7 +129,7 @@ def gather(items: list) -> list:
         dist.all_gather_object(parts, items)
     return list(chain.from_iterable(parts))
 
-# %% ../nbs/09_evaluation.ipynb #034
+# %% ../nbs/09_evaluation.ipynb #031
 def bootstrap(records: Sequence[Record], draws: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, list[float]]:
     """How far the scores might move on other images of the same kind: {"oIoU": [low, high], "mIoU": [low, high]}.
 
@@ -143,7 +143,7 @@ def bootstrap(records: Sequence[Record], draws: int = 1000, level: float = 0.95,
     values = {"oIoU": sums[:, 0] / np.maximum(sums[:, 1], 1), "mIoU": sums[:, 2] / sums[:, 3]}
     return {name: np.quantile(v, [(1 - level) / 2, (1 + level) / 2]).tolist() for name, v in values.items()}
 
-# %% ../nbs/09_evaluation.ipynb #037
+# %% ../nbs/09_evaluation.ipynb #034
 @dataclass
 class Report:
     """The scores of one checkpoint on one split, as fractions in [0, 1]. `save` writes it, `Report.load` reads it."""
@@ -190,7 +190,7 @@ class Report:
         except (OSError, ValueError, TypeError) as error:
             raise RISError(f"{path}: not a report of an evaluation ({type(error).__name__}); `ris-nb evaluate` writes one") from error
 
-# %% ../nbs/09_evaluation.ipynb #038
+# %% ../nbs/09_evaluation.ipynb #035
 def _write(path: str | Path, text: str) -> None:
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
@@ -205,7 +205,7 @@ def make_report(records: Sequence[Record], resolution: str, **facts) -> Report:
                   interval=bootstrap(records), by_kind=score_by(records, lambda r: r.kind),
                   by_size=score_by(records, size_group, SIZE_GROUPS), by_length=score_by(records, length_group, LENGTH_GROUPS))
 
-# %% ../nbs/09_evaluation.ipynb #039
+# %% ../nbs/09_evaluation.ipynb #036
 def _table(head: Sequence, rows: Iterable[Sequence]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
@@ -228,7 +228,7 @@ def report_tables(report: Report) -> str:
         parts.append(_table([title, "expressions", "oIoU %", "mIoU %"], rows))
     return "\n\n".join(parts) + "\n"
 
-# %% ../nbs/09_evaluation.ipynb #042
+# %% ../nbs/09_evaluation.ipynb #039
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter or buffer lives; the CPU when it has none."""
     return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
@@ -252,7 +252,7 @@ def run_share(model: RISModel, dataset: ReferralDataset, batch_size: int, worker
             records += score_batch(model, batch.to(device), images)
     return records
 
-# %% ../nbs/09_evaluation.ipynb #043
+# %% ../nbs/09_evaluation.ipynb #040
 def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, workers: int = 0, shuffle_seed: int | None = None,
              progress: bool = True, data: str = "", split: str = "", checkpoint: str = "") -> Report:
     """Score every expression of `dataset` (built with `every=True`) once; each image is decoded and encoded once.
@@ -273,7 +273,7 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     return make_report(sorted(records, key=lambda r: (r.image, r.sentence)), model.resolution, seconds=seconds, data=data,
                        split=split, checkpoint=checkpoint, shuffled=shuffle_seed, machine=machine_facts(device_of(model)))
 
-# %% ../nbs/09_evaluation.ipynb #047
+# %% ../nbs/09_evaluation.ipynb #043
 def shuffle_expressions(referrals: Sequence[Referral], seed: int) -> list[Referral]:
     """The same referrals with every sentence moved to another image, each used exactly once.
 
@@ -291,7 +291,7 @@ def shuffle_expressions(referrals: Sequence[Referral], seed: int) -> list[Referr
         result[i] = replace(referrals[i], sentences=tuple(next(moved) for _ in referrals[i].sentences))
     return result
 
-# %% ../nbs/09_evaluation.ipynb #052
+# %% ../nbs/09_evaluation.ipynb #046
 FLOORS = ("whole image", "centre box", "random object")
 
 
@@ -307,7 +307,7 @@ def blind_choice(batch: Batch) -> list[int]:
         choice.append(int(np.random.default_rng(seed).choice(places[n])))
     return choice
 
-# %% ../nbs/09_evaluation.ipynb #053
+# %% ../nbs/09_evaluation.ipynb #047
 class Floor(RISModel):
     """A model that does not listen, to know what a score is worth.
 
@@ -334,7 +334,7 @@ class Floor(RISModel):
         """Bool masks of the asked sizes, to the nearest pixel."""
         return [nn.functional.interpolate(s[None, None], size=tuple(size))[0, 0] > 0 for s, size in zip(output.score, sizes)]
 
-# %% ../nbs/09_evaluation.ipynb #075
+# %% ../nbs/09_evaluation.ipynb #062
 def pick_cases(records: Sequence[Record], count: int = 4) -> dict[str, list[Record]]:
     """The "worst", the "middle" and the "best" `count` records by IoU; of equals those that come first in the split.
 
@@ -345,7 +345,7 @@ def pick_cases(records: Sequence[Record], count: int = 4) -> dict[str, list[Reco
     middle = max(0, (len(rising) - count) // 2)
     return {"worst": rising[:count], "middle": rising[middle:middle + count], "best": falling[:count]}
 
-# %% ../nbs/09_evaluation.ipynb #078
+# %% ../nbs/09_evaluation.ipynb #064
 @torch.no_grad()
 def show_record(model: RISModel, dataset: ReferralDataset, record: Record, ax: plt.Axes | None = None) -> plt.Axes:
     """Ask the model again what `record` asked, and draw the answer at the image's own size."""
@@ -355,7 +355,7 @@ def show_record(model: RISModel, dataset: ReferralDataset, record: Record, ax: p
     photo = read_image(list(dataset.images)[record.image]).resize(mask.shape[::-1])
     return show_referral(photo, record.expression, np.asarray(batch.truth[record.sentence]), mask, ax=ax)
 
-# %% ../nbs/09_evaluation.ipynb #079
+# %% ../nbs/09_evaluation.ipynb #065
 def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count: int = 4, kind: str | None = None,
                path: str | Path | None = None) -> plt.Figure:
     """A grid of `pick_cases` of the report's records, or of those of one `kind`: rows worst, middle, best.
@@ -381,7 +381,7 @@ def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count:
             figure.savefig(part, dpi=100, format=Path(path).suffix[1:] or "png")
     return figure
 
-# %% ../nbs/09_evaluation.ipynb #085
+# %% ../nbs/09_evaluation.ipynb #070
 def loader_speed(loader: DataLoader, seconds: float = 3.0) -> float:
     """Samples (expressions) a second that `loader` gives to a reader who does nothing with them.
 
