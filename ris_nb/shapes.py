@@ -33,7 +33,7 @@ GRID = 64                # scenes are laid out on 64 x 64 units, whatever their 
 COLOURS = {"red": (205, 30, 35), "orange": (228, 120, 20), "yellow": (228, 215, 40), "green": (30, 150, 50),
            "blue": (30, 70, 215), "purple": (140, 40, 180), "white": (228, 228, 228)}
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross")
-SIZES = {"small": (6, 7), "large": (9, 11)}     # least and greatest radius, in units
+SIZES = {"small": (7, 8), "large": (10, 12)}    # least and greatest radius, in units
 
 
 _CORNERS = {  # corners in thousandths of the radius, x to the right and y downwards, once around
@@ -153,9 +153,9 @@ def _has_room(things: list[Thing], colour: str, x: int, y: int, radius: int) -> 
 
 # %% ../nbs/02_shapes.ipynb #022
 def _draw_things(dice: Dice, split: str) -> list[Thing]:
-    """Up to 4 to 8 things in the order they are painted; one that finds no room in 20 tries is left out."""
+    """Up to 4 to 8 things, few more often than many, in the order they are painted; one that finds no room in 20 tries is left out."""
     things = []
-    for _ in range(4 + dice.roll(5)):
+    for _ in range(4 + min(dice.roll(5), dice.roll(5))):
         colour, shape = _draw_kind(dice, things, split)
         size = dice.pick(_SIZE_NAMES)
         least, greatest = SIZES[size]
@@ -211,11 +211,14 @@ def _background(raw: np.ndarray, size: int) -> np.ndarray:
     return (np.matmul(ramp, rows) / 4096).astype(np.uint8)   # whole numbers below 2**24 until here: float32 is exact
 
 # %% ../nbs/02_shapes.ipynb #028
+_MOST_PIXELS = 4096   # a side; memory grows with its square
+
+
 def _check_scene(seed: int, size: int, split: str, index: int = 0) -> None:
     if split not in SPLITS:
         raise RISError(f"no split {split!r} in RefShapes: choose one of {', '.join(SPLITS)}")
-    if size < GRID:
-        raise RISError(f"RefShapes scenes measure {GRID} pixels or more, not {size}")
+    if not GRID <= size <= _MOST_PIXELS:
+        raise RISError(f"RefShapes scenes measure {GRID} to {_MOST_PIXELS} pixels, not {size}")
     if not (0 <= seed < 2 ** 32 and 0 <= index < 2 ** 32):
         raise RISError(f"seed and index of a RefShapes scene go from 0 to 2**32 - 1: {seed}, {index} do not")
 
@@ -439,9 +442,9 @@ def _turned(items: tuple | list, dice: Dice):
 
 
 def _form_order(dice: Dice) -> tuple[int, ...]:
-    """Forms with a noun first, three times out of four."""
+    """Forms with a noun first half the time, and else the bare ones, colour first: the word that people reach for."""
     nouns = _turned(_NOUNS, dice)
-    return nouns + _BARE if dice.roll(4) else _BARE + nouns
+    return nouns + _BARE if dice.roll(2) else _BARE + nouns
 
 
 def _describe(thing: Thing, form: int, superlative=None, relation=None, anchor=None) -> Phrase:
