@@ -147,7 +147,8 @@ def _draw_kind(dice: Dice, things: list[Thing], split: str) -> tuple[str, str]:
 
 
 def _has_room(things: list[Thing], colour: str, x: int, y: int, radius: int) -> bool:
-    """Things may overlap by a fifth of their radii; things of one colour stay apart, or nobody could tell them apart."""
+    """Things may overlap by a fifth of their radii; circles around things of one colour stay apart, or nobody could tell
+    the two from each other (their corners may still touch)."""
     return all([25 * ((x - t.x) ** 2 + (y - t.y) ** 2) >= (30 if t.colour == colour else 16) * (radius + t.radius) ** 2
                 for t in things])
 
