@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from .batches import IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, RISModel, Tokenizer, register_model
 from .language import TextEncoder
 from .task import Output, RISError
-from .vision import Swin, init_weights, released_swin_key
+from .vision import TINY_SWIN, Swin, init_weights, pretrained_namer, released_swin_key
 
 # %% auto #0
-__all__ = ['RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'upsample', 'score_masks',
-           'mask_loss', 'LAVT', 'lavt_tiny', 'lavt_swin_base', 'read_released', 'released_pwam_key',
-           'released_lavt_key', 'released_lavt', 'released_lavt_sizes', 'load_released']
+__all__ = ['NORMS', 'RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'upsample',
+           'score_masks', 'mask_loss', 'dice_loss', 'LAVT', 'lavt_tiny', 'lavt_swin_base', 'read_released',
+           'released_pwam_key', 'released_lavt_key', 'released_lavt', 'released_lavt_sizes', 'load_released']
 
 # %% ../nbs/07_lavt.ipynb #015
 class InstanceNorm(nn.Module):
@@ -93,22 +93,22 @@ class LanguageGate(nn.Module):
 
 # %% ../nbs/07_lavt.ipynb #036
 class LanguageSwin(nn.Module):
-    """A Swin encoder that reads the sentence after each stage (LAVT, CVPR 2022, section 3.1).
+    """A Swin encoder that reads the sentence after each stage (LAVT, CVPR 2022, section 3.1). `norm`: of `PWAM`.
 
     It returns what the decoder reads. The last gate has no stage to feed; it is kept, frozen, as released checkpoints
     have it, and a parameter that never gets a gradient would make distributed training wait for it.
     """
 
-    def __init__(self, vision: Swin, language_width: int):
+    def __init__(self, vision: Swin, language_width: int, norm: Callable[[int], nn.Module] = InstanceNorm):
         super().__init__()
         self.vision = vision
-        self.fusions = nn.ModuleList(PWAM(width, language_width) for width in vision.widths)
+        self.fusions = nn.ModuleList(PWAM(width, language_width, norm) for width in vision.widths)
         self.gates = nn.ModuleList(LanguageGate(width) for width in vision.widths)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in vision.widths)
         self.gates[-1].requires_grad_(False)
 
     def forward(self, image: Tensor, l: Tensor, words: Tensor, which: Tensor | None = None) -> list[Tensor]:
-        """image (N, 3, H, W), l (B, L, E), words (B, L) bool, which (B,) -> four maps (B, H_k, W_k, widths[k])."""
+        """image (N, 3, H, W), l (B, L, E), words (B, L) bool, which (B,) -> a map (B, H_k, W_k, widths[k]) of each stage."""
         x = self.vision.stages[0](self.vision.embed(image))  # (N, H_0, W_0, C_0): no word has been read yet
         if which is not None:
             x = x[which]  # (B, H_0, W_0, C_0)
@@ -176,25 +176,41 @@ def mask_loss(score: Tensor, mask: Tensor, weights: tuple[float, float] = (0.9, 
     return (terms.sum((1, 2)) / weight.sum((1, 2))).mean()
 
 # %% ../nbs/07_lavt.ipynb #053
+def dice_loss(score: Tensor, mask: Tensor) -> Tensor:
+    """1 - (2 * sum p t + 1) / (sum p + sum t + 1), p = sigmoid(score): (B, H, W) and bool (B, H, W) -> a scalar in [0, 1].
+
+    Images count evenly. V-Net (Milletari et al., 2016), with the +1 that most code adds for empty masks.
+    """
+    p, t = score.float().sigmoid(), mask.float()
+    return (1 - (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)).mean()
+
+# %% ../nbs/07_lavt.ipynb #056
+NORMS = {"instance": InstanceNorm, "layer": nn.LayerNorm}
+
+
 class LAVT(RISModel):
     """Language-aware vision transformer (LAVT, CVPR 2022): Swin reads the sentence at each of its four stages.
 
     width, depths, heads, window, patch, drop_path: of `Swin`. bert_*: of `TextEncoder`. decoder_width: of
     `SimpleDecoder` (default 4 * width). vocab_size: rows of the word table (default: the vocabulary's size).
-    image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`. The defaults are the paper's sizes.
+    image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`. norm: "instance" as in LAVT, or "layer" as in
+    MagNet (see `PWAM`). dice: weight of `dice_loss`, which the paper doesn't use. The defaults are the paper's.
     """
 
     def __init__(self, image_size: int = 480, vocabulary="bert-base-uncased", max_words: int = 20, mean=IMAGENET_MEAN,
                  std=IMAGENET_STD, resolution: str = "model", width: int = 128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                  window: int = 12, patch: int = 4, drop_path: float = 0.3, bert_width: int = 768, bert_layers: int = 12,
                  bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1, bert_positions: int = 512,
-                 vocab_size: int | None = None, decoder_width: int | None = None):
+                 vocab_size: int | None = None, decoder_width: int | None = None, norm: str = "instance", dice: float = 0.0):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
         vocab_size = vocab_size or len(self.vocabulary)
         if len(self.vocabulary) > vocab_size:
             raise RISError(f"a vocabulary of {len(self.vocabulary)} pieces does not fit a word table of {vocab_size} rows")
+        if norm not in NORMS or not dice >= 0:
+            raise RISError(f"norm must be one of {', '.join(NORMS)} and dice at least 0, not {norm!r} and {dice}")
+        self.dice = dice
         self.text = TextEncoder(vocab_size, bert_width, bert_layers, bert_heads, bert_ffn, bert_positions, bert_dropout)
-        self.encoder = LanguageSwin(Swin(width, depths, heads, window, patch, drop_path), bert_width)
+        self.encoder = LanguageSwin(Swin(width, depths, heads, window, patch, drop_path), bert_width, NORMS[norm])
         self.decoder = SimpleDecoder(self.encoder.vision.widths, decoder_width or 4 * width)
 
     @cached_property
@@ -211,10 +227,12 @@ class LAVT(RISModel):
         return Output(logits[:, 1] - logits[:, 0], l, y, {"logits": logits, "input_size": tuple(batch.image.shape[-2:])})
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """{"mask": `mask_loss` at the mask's size}; needs `batch.mask`."""
+        """{"mask": `mask_loss`} at the mask's size, and "dice": the weighted `dice_loss`, if asked for; needs `batch.mask`."""
         if batch.mask is None:
             raise RISError("LAVT learns from masks and this batch has none: read the data with masks=True")
-        return {"mask": mask_loss(upsample(output.score, batch.mask.shape[-2:]), batch.mask)}
+        score = upsample(output.score, batch.mask.shape[-2:])
+        losses = {"mask": mask_loss(score, batch.mask)}
+        return {**losses, "dice": self.dice * dice_loss(score, batch.mask)} if self.dice else losses
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Bool masks (H, W) of the asked sizes, where foreground beats background: see `score_masks`."""
@@ -235,15 +253,25 @@ class LAVT(RISModel):
         load_released(model, state, released_lavt_key)
         return model.eval()
 
-# %% ../nbs/07_lavt.ipynb #055
+# %% ../nbs/07_lavt.ipynb #058
 @register_model
 def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
-    """A LAVT for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words."""
+    """A LAVT for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
+
+    `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
+    """
+    sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192,
+                 bert_dropout=0.0, bert_positions=32, decoder_width=32, norm="layer", dice=3.0)
+    model = LAVT(**{**sizes, **overrides})
     if pretrained:
-        raise RISError("lavt_tiny has no pretrained weights: train it (`ris-nb train`) or use pretrained=False")
-    sizes = dict(image_size=64, vocabulary=SPECIAL, width=48, depths=(2, 2, 2, 2), heads=(2, 4, 8, 16), window=4, drop_path=0.0,
-                 bert_width=128, bert_layers=3, bert_heads=4, bert_ffn=256, bert_dropout=0.0, bert_positions=32, decoder_width=64)
-    return LAVT(**{**sizes, **overrides})
+        changed = [name for name in overrides if name in TINY_SWIN and overrides[name] != TINY_SWIN[name]]
+        if changed:
+            raise RISError(f"lavt_tiny's pretrained Swin has {', '.join(f'{n}={TINY_SWIN[n]}' for n in changed)}: "
+                           "leave that as it is or use pretrained=False")
+        model.encoder.vision.load_state_dict(pretrained_namer().swin.state_dict())
+        for parameter in model.encoder.vision.parameters():
+            parameter.lr_factor = 0.2
+    return model
 
 
 @register_model
@@ -255,7 +283,7 @@ def lavt_swin_base(pretrained: bool = False, **overrides) -> LAVT:
         model.encoder.vision = Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k")
     return model
 
-# %% ../nbs/07_lavt.ipynb #068
+# %% ../nbs/07_lavt.ipynb #071
 def read_released(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The tensors of a released checkpoint, by name; parts {"model": {"a": ...}} are flattened to {"model.a": ...}.
 
@@ -286,7 +314,7 @@ def _read_file(path: Path) -> Mapping:
         raise RISError(f"{path}: holds a {type(found).__name__}, not a state dict")
     return found
 
-# %% ../nbs/07_lavt.ipynb #071
+# %% ../nbs/07_lavt.ipynb #074
 RELEASED_PWAM = {"vis_project.0": "visual", "image_lang_att.f_query.0": "query", "image_lang_att.f_query.1": "query_norm",
                  "image_lang_att.f_key.0": "key", "image_lang_att.f_value.0": "value", "image_lang_att.W.0": "mix",
                  "image_lang_att.W.1": "mix_norm", "project_mm.0": "project"}
@@ -297,7 +325,7 @@ def released_pwam_key(key: str) -> str | None:
     layer, _, kind = key.rpartition(".")
     return f"{RELEASED_PWAM[layer]}.{kind}" if layer in RELEASED_PWAM else None
 
-# %% ../nbs/07_lavt.ipynb #072
+# %% ../nbs/07_lavt.ipynb #075
 def released_lavt_key(key: str) -> str | None:
     """Our name for an entry of a released LAVT (`model.backbone...`, `model.classifier...`, `bert_model...`), or None."""
     if key.startswith("bert_model."):
@@ -318,7 +346,7 @@ def released_lavt_key(key: str) -> str | None:
     name = released_swin_key(key)
     return name and f"encoder.vision.{name}"
 
-# %% ../nbs/07_lavt.ipynb #075
+# %% ../nbs/07_lavt.ipynb #078
 def released_lavt(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The weights of a released LAVT, by the names of its three parts, without what is computed (or used by nobody)."""
     unused = r"relative_position_index$|attn_mask$|position_ids$|^bert_model\.pooler\."
@@ -348,7 +376,7 @@ def released_lavt_sizes(state: Mapping[str, Tensor]) -> dict:
     except KeyError as error:
         raise RISError(f"not a released LAVT: it has no entry {error.args[0]}") from None
 
-# %% ../nbs/07_lavt.ipynb #077
+# %% ../nbs/07_lavt.ipynb #080
 def load_released(model: nn.Module, state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> None:
     """Load a released state dict; `rename` turns a released key into ours, or into None where we have none.
 

@@ -66,7 +66,7 @@ def check_config(config: TrainConfig) -> None:
     for name in ("steps", "batch_size", "lr", "accumulate", "save_every", "log_every"):
         if not getattr(config, name) > 0:
             raise RISError(f"{name} must be greater than 0, not {getattr(config, name)}")
-    for name in ("weight_decay", "workers", "validate_every"):
+    for name in ("weight_decay", "workers", "validate_every", "power", "seed"):
         if not getattr(config, name) >= 0:
             raise RISError(f"{name} must not be negative, but is {getattr(config, name)}")
     choices = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "bf16"), "best": ("oIoU", "mIoU")}
@@ -99,20 +99,23 @@ UNDECAYED = ("norm", "relative_position_bias_table", "pos_embed")
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for AdamW: the trainable parameters that decay, and those that do not.
+    """Groups for AdamW: the trainable parameters that decay, and those that do not.
 
     No decay for normalisations (by name or by class) and position tables; everything else decays, biases included,
-    as for the backbone in LAVT's released code. Frozen parameters are in no group.
+    as for the backbone in LAVT's released code. Frozen parameters are in no group. A parameter may carry an attribute
+    `lr_factor`, as pretrained ones do that should move less: each factor has two groups of its own.
     """
-    decay, spare, seen = [], [], set()
+    groups, seen = {}, set()
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
             where = f"{path}.{name} {type(module).__name__}".lower()
-            (spare if any(word in where for word in UNDECAYED) else decay).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": spare, "weight_decay": 0.0}]
+            spared, factor = any(word in where for word in UNDECAYED), getattr(parameter, "lr_factor", 1.0)
+            groups.setdefault((factor, spared), []).append(parameter)
+    return [{"params": parameters, "weight_decay": 0.0 if spared else weight_decay, "lr_factor": factor}
+            for (factor, spared), parameters in groups.items()]
 
 # %% ../nbs/08_training.ipynb #031
 def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> torch.Tensor:
@@ -122,7 +125,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: 
     if config.clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * schedule_factor(config, step)
+        group["lr"] = config.lr * schedule_factor(config, step) * group.get("lr_factor", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -377,7 +380,10 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         if any((Path(run_dir) / name).exists() for name in ("train.json", "state.pt", "log.jsonl", "model.safetensors")):
             raise RISError(f"{run_dir}: already holds a run; resume it or choose another folder")
     elif path.exists():
-        before, now = json.loads(path.read_text()), asdict(config)
+        try:
+            before, now = dict(json.loads(path.read_text())), asdict(config)
+        except (ValueError, TypeError):
+            raise RISError(f"{path}: is broken; choose another folder, or put the config of the run back") from None
         free = FREE | ({"steps"} if config.schedule == "constant" else set())
         changed = [f"{name} was {before.get(name)!r} and is now {now[name]!r}" for name in now
                    if name not in free and before.get(name) != now[name]]
@@ -495,7 +501,7 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> 
     if accelerator.num_processes > 1:
         sync_batchnorm(model)
     loss_step = accelerator.prepare(LossStep(model, config.precision))
-    optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True)
     run = Run(folder, config, accelerator, model, optimizer, len(dataset))
     start_run(run)
     loader.batch_sampler.start = run.step

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from ris_nb.batches import SPECIAL, Batch, create_model, list_models, load_model
 from ris_nb.lavt import LAVT, PWAM, InstanceNorm, LanguageGate, load_released, mask_loss, read_released
 from ris_nb.task import RISError
+from ris_nb.vision import pretrained_namer
 
 VOCABULARY = [*SPECIAL, "the", "red", "ball", "left"]
 
@@ -28,7 +29,7 @@ def state(case):
 def small(**overrides):
     """A LAVT that runs in milliseconds."""
     torch.manual_seed(0)
-    sizes = dict(vocabulary=VOCABULARY, width=16, heads=(1, 2, 4, 8), bert_width=32, bert_layers=2, bert_heads=2, bert_ffn=32, decoder_width=16)
+    sizes = dict(vocabulary=VOCABULARY, width=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), norm="instance", dice=0.0, bert_width=32, bert_layers=2, bert_heads=2, bert_ffn=32, decoder_width=16)
     return create_model("lavt_tiny", **{**sizes, **overrides}).eval()
 
 
@@ -235,10 +236,18 @@ def test_layer_norm_and_gelu_fit_the_same_modules():
     assert not list(InstanceNorm(8).parameters())
 
 
+def test_pretrained_tiny_starts_from_the_namer():
+    model = create_model("lavt_tiny", pretrained=True)
+    for name, weight in pretrained_namer().swin.state_dict().items():
+        assert torch.equal(model.encoder.vision.state_dict()[name], weight), name
+    slow = {name.split(".")[1] for name, p in model.named_parameters() if getattr(p, "lr_factor", 1.0) == 0.2}
+    assert slow == {"vision"}
+
+
 def test_registered_names_and_refusals():
     assert {"lavt_tiny", "lavt_swin_base"} <= set(list_models())
-    with pytest.raises(RISError, match="no pretrained"):
-        create_model("lavt_tiny", pretrained=True)
+    with pytest.raises(RISError, match="has width=32: .*pretrained=False"):
+        create_model("lavt_tiny", pretrained=True, width=48)
     with pytest.raises(RISError, match="does not fit"):
         small(vocab_size=3)
 
