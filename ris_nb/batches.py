@@ -72,6 +72,8 @@ def read_image(source: str | Path | Image.Image | np.ndarray, upright: bool = Fa
             image = _open_image(source)
     except FileNotFoundError:
         raise RISError(f"{name}: no such image; check the path") from None
+    except IsADirectoryError:
+        raise RISError(f"{name}: is a folder, not an image; name a file in it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise RISError(f"{name}: over {Image.MAX_IMAGE_PIXELS:,} pixels, perhaps a decompression bomb; scale it down") from None
     except Exception as error:  # on broken data PIL's decoders raise almost anything
@@ -150,7 +152,10 @@ def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:
     """
     if isinstance(source, (str, Path)):
         path = Path(source) if Path(source).is_file() else _fetch_vocabulary(str(source))
-        name, pieces = source, path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines() splits at more
+        try:
+            name, pieces = source, path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines() splits at more
+        except UnicodeDecodeError:
+            raise RISError(f"vocabulary {source}: is no UTF-8 text; give a BERT vocab.txt, one piece a line") from None
     else:
         name, pieces = f"of {len(source)} pieces", list(source)
     missing = [piece for piece in SPECIAL if piece not in pieces]

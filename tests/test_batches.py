@@ -91,7 +91,7 @@ def test_broken_files_are_named_in_one_line(tmp_path, photo):
         (tmp_path / name).write_bytes(content)
         assert name in one_line(lambda: read_image(tmp_path / name))
     assert "gone.jpg" in one_line(lambda: read_image(tmp_path / "gone.jpg"))
-    one_line(lambda: read_image(tmp_path))
+    assert "is a folder" in one_line(lambda: read_image(tmp_path))
     one_line(lambda: read_image(np.zeros((3, 8, 8), np.uint8)))
 
 
@@ -183,6 +183,8 @@ def test_vocabularies_that_cannot_be_had(tmp_path, monkeypatch):
     one_line(lambda: read_vocabulary(tmp_path / "gone.txt"))
     (tmp_path / "words.txt").write_text("the\nred\n")
     assert "lacks [PAD]" in one_line(lambda: read_vocabulary(tmp_path / "words.txt"))
+    (tmp_path / "weights.bin").write_bytes(b"\x80\x02\xff\n")
+    assert "no UTF-8 text" in one_line(lambda: read_vocabulary(tmp_path / "weights.bin"))
 
 
 def test_vocabulary_is_the_same_on_every_run():
