@@ -130,6 +130,21 @@ def test_everything_is_visible_and_inside_the_frame():
         assert 4 <= len(scene.things) <= 8
 
 
+def test_nothing_is_large_to_some_and_small_to_others():
+    radii = {size: range(least, greatest + 1) for size, (least, greatest) in shapes.SIZES.items()}
+    things = [shapes.Thing("star", "red", size, 32, 32, r, (0, 0, 0)) for size in radii for r in radii[size]]
+    for a in things:
+        for b in things:
+            assert shapes.beats("large", a, b) == ((a.size, b.size) == ("large", "small")) == shapes.beats("small", b, a)
+    drawn = {(t.size, t.radius) for index in range(100) for t in make_scene(6, index=index).things}
+    assert drawn == {(size, r) for size in radii for r in radii[size]}
+
+
+def test_few_things_are_more_common_than_many():
+    counts = np.bincount([len(make_scene(7, index=index).things) for index in range(400)], minlength=9)
+    assert counts[:4].sum() == 0 and counts[4] > counts[5] > counts[6] > counts[7]
+
+
 @pytest.mark.parametrize("arguments", [dict(size=63), dict(size=4097), dict(split="dev"), dict(seed=-1), dict(seed=2 ** 32), dict(index=-1)])
 def test_bad_arguments_are_named(arguments):
     with pytest.raises(RISError):
