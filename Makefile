@@ -18,8 +18,10 @@ DEMO := runs/demo
 
 demo: .venv/installed
 	$(BIN)/ris-nb data shapes $(DEMO)/data
-	$(BIN)/ris-nb train --root $(DEMO)/data --model lavt_tiny --out $(DEMO)/lavt_tiny --force
-	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --out $(DEMO)
+	$(BIN)/ris-nb train --root $(DEMO)/data --model lavt_tiny --pretrained --out $(DEMO)/lavt_tiny --force
+	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --out $(DEMO)/val
+	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split testC --out $(DEMO)/testC
+	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --shuffle-seed 0 --out $(DEMO)/val_shuffled
 
 # Notebooks by the rules of nbdev (tests/test_notebooks.py), then the tests a notebook should not carry.
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.

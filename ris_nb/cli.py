@@ -229,11 +229,11 @@ class Train(Data):
     model: str = "lavt_tiny"
     """`ris-nb models` lists the names."""
     pretrained: bool = False
-    """Begin with pretrained encoders, fetched from the Hugging Face Hub."""
+    """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for lavt_tiny part of the library."""
     image_size: int | None = None
     """Side in pixels of the square that the model sees. Default: the model's own."""
     vocabulary: str | None = None
-    """A vocab.txt or a Hub id such as bert-base-uncased. Default: built from the split's expressions; with --pretrained, the model's own."""
+    """A vocab.txt or a Hub id such as bert-base-uncased. Default: built from the split's expressions; with a pretrained language encoder, its own."""
     out: Path | None = None
     """The run's folder. Default: runs/MODEL."""
     resume: bool = False
@@ -242,7 +242,7 @@ class Train(Data):
     """Delete the run in that folder and begin anew."""
 
 # %% ../nbs/20_cli.ipynb #056
-TINY_RECIPE = dict(steps=2000, batch_size=32, lr=1e-3, warmup=100, clip=1.0, validate_every=500, save_every=250)
+TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup=100, clip=1.0, save_every=250)
 
 
 def train_flags() -> type[Train]:
@@ -269,11 +269,13 @@ def at_least(flags, **least: int) -> None:
 def build_model(flags: Train, referrals: list):
     """The model that the flags ask for. Its first weights depend on the seed alone."""
     import torch
-    from ris_nb.batches import build_vocabulary, create_model
+    from ris_nb.batches import SPECIAL, build_vocabulary, create_model
     at_least(flags, image_size=1)
-    at_least(flags.training, seed=0)
-    vocabulary = flags.vocabulary
-    if vocabulary is None and not flags.pretrained:
+    vocabulary, own = flags.vocabulary, False
+    if vocabulary is None and flags.pretrained:
+        with torch.device("meta"):  # shapes without weights: costs nothing, and tells whether the model comes with words
+            own = len(create_model(flags.model).vocabulary) > len(SPECIAL)
+    if vocabulary is None and not own:
         vocabulary = build_vocabulary(sentence.text for referral in referrals for sentence in referral.sentences)
     asked = {"image_size": flags.image_size, "vocabulary": vocabulary}
     torch.manual_seed(flags.training.seed)

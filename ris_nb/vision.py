@@ -7,20 +7,27 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache, partial
+from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .batches import Transform
+from .shapes import SHAPES, SIZES, Scene, make_scene
 from .task import RISError
 
 # %% auto #0
-__all__ = ['to_windows', 'from_windows', 'window_attention', 'shift_mask', 'SwinBlock', 'init_weights', 'pretrained_timm', 'Swin',
-           'released_swin_key', 'released_swin', 'resize_positions', 'ViT']
+__all__ = ['NAMES', 'TINY_SWIN', 'to_windows', 'from_windows', 'window_attention', 'shift_mask', 'SwinBlock', 'init_weights',
+           'pretrained_timm', 'Swin', 'released_swin_key', 'released_swin', 'resize_positions', 'ViT', 'name_map',
+           'Namer', 'learn_names', 'pretrained_namer']
 
 # %% ../nbs/06_vision.ipynb #010
 def to_windows(x: Tensor, window: int) -> Tensor:
@@ -253,3 +260,56 @@ class ViT(VisionTransformer):
         """
         options = {} if image_size is None else {"img_size": image_size}
         return cls.from_timm(pretrained_timm(timm_name, "vit_", **options), drop_path)
+
+# %% ../nbs/06_vision.ipynb #077
+NAMES = ("background", *(f"{size} {shape}" for shape in SHAPES for size in SIZES))
+
+
+def name_map(scene: Scene) -> np.ndarray:
+    """What each pixel of a scene shows, as its number in `NAMES`: uint8 (H, W)."""
+    names = np.zeros(scene.image.shape[:2], np.uint8)
+    for thing, mask in zip(scene.things, scene.masks):
+        names[mask] = NAMES.index(f"{thing.size} {thing.shape}")
+    return names
+
+
+class Namer(nn.Module):
+    """A Swin and linear readers of its maps that name what each cell shows: image (B, 3, H, W) -> (B, 13, H_0, W_0)."""
+
+    def __init__(self, swin: Swin):
+        super().__init__()
+        self.swin = swin
+        self.readers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(NAMES))) for width in swin.widths)
+
+    def forward(self, image: Tensor) -> Tensor:
+        scores = [reader(m).permute(0, 3, 1, 2) for reader, m in zip(self.readers, self.swin(image))]
+        return sum(F.interpolate(s, scores[0].shape[-2:], mode="bilinear") for s in scores)
+
+# %% ../nbs/06_vision.ipynb #080
+TINY_SWIN = dict(width=32, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)
+
+
+def learn_names(namer: Namer, steps: int, batch_size: int = 32, lr: float = 3e-3, seed: int = 1) -> list[float]:
+    """Train on `steps * batch_size` fresh scenes of 64 pixels (`make_scene(seed, ...)`, split train); the losses, one a step."""
+    transform, losses = Transform(64), []
+    optimizer = torch.optim.AdamW(namer.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.3, 50 / steps))
+    for step in range(steps):
+        scenes = [make_scene(seed, 64, "train", step * batch_size + i) for i in range(batch_size)]
+        image = torch.stack([transform.image(Image.fromarray(scene.image)) for scene in scenes])
+        names = torch.stack([torch.from_numpy(name_map(scene)).long() for scene in scenes])
+        loss = F.cross_entropy(F.interpolate(namer(image), size=64, mode="bilinear"), names)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(namer.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+# %% ../nbs/06_vision.ipynb #085
+def pretrained_namer() -> Namer:
+    """The `Namer` of `TINY_SWIN` that comes with the library: `learn_names` for 2,000 steps, seeds 0 and 1."""
+    namer = Namer(Swin(**TINY_SWIN))
+    namer.load_state_dict(load_file(Path(__file__).with_name("weights") / "swin_tiny.safetensors"))
+    return namer.eval()

@@ -250,7 +250,7 @@ def test_in_a_terminal_a_typo_is_one_line_too():
     ("train --root x --schedule linear", ["linear", "cosine"]), ("train --root x --clip 0", ["clip", "None"]),
     ("train --root x --warmup 9 --steps 9", ["warmup", "less than steps (9)"]), ("train --root x --workers -1", ["workers", "-1"]),
     ("train --root x --force --resume", ["--force", "--resume", "choose one"]),
-    ("data shapes new --size 8", ["64 pixels or more", "8"]), ("data shapes new --flavour refshapez", ["refshapez", "refshapesg"]),
+    ("data shapes new --size 8", ["64 to 4096 pixels", "8"]), ("data shapes new --size 100000", ["64 to 4096 pixels", "100000"]), ("data shapes new --flavour refshapez", ["refshapez", "refshapesg"]),
     ("data shapes new --counts trian 5", ["'trian'", "train"]), ("data shapes new --counts train many", ["--counts"]),
     ("data shapes new --seed -1", ["seed"]),
 ])
@@ -261,9 +261,9 @@ def test_flags(line, needles, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, needles", [
-    (["--seed", -1], ["--seed", "0 or more"]), (["--image-size", 0], ["--image-size", "1 or more"]),
+    (["--seed", -1], ["seed must not be negative", "-1"]), (["--image-size", 0], ["--image-size", "1 or more"]),
     (["--batch-size", 6, "--accumulate", 4], ["batch_size 6", "multiple of 4"]), (["--model", "lavt_huge"], ["'lavt_huge'", "lavt_tiny"]),
-    (["--pretrained"], ["lavt_tiny has no pretrained weights"]), (["--vocabulary", "nothing.txt"], ["nothing.txt", "vocab.txt"]),
+    (["--pretrained"], ["lavt_tiny's pretrained Swin", "pretrained=False"]), (["--vocabulary", "nothing.txt"], ["nothing.txt", "vocab.txt"]),
     (["--split", "trian"], ["'trian'", "train, val, testA"]), (["--val", "vall"], ["'vall'", "train, val, testA"]),
     (["--dataset", "refcoco"], ["refcoco", "found refshapes"]), (["--split-by", "unc"], ["'unc'", "generated"]),
 ])

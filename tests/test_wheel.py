@@ -26,6 +26,7 @@ sys.path.append(site)
 import ris_nb
 for module in pkgutil.iter_modules(ris_nb.__path__):
     if not module.name.startswith("_"): importlib.import_module(f"ris_nb.{module.name}")
+ris_nb.vision.pretrained_namer()  # its weights came along
 print(ris_nb.__file__)
 """
 
