@@ -1,7 +1,8 @@
 """Every notebook runs from top to bottom by the rules of nbdev: cells flagged in settings.ini's `tst_flags` are skipped."""
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -17,9 +18,12 @@ def skip_flags() -> list[str]:
     return ini["DEFAULT"]["tst_flags"].split()
 
 
-def run(path: Path, flags: list[str]) -> bool:
-    from nbdev.test import test_nb
-    return test_nb(path, skip_flags=flags, basepath=ROOT)[0]
+RUN = """
+import sys
+from pathlib import Path
+from nbdev.test import test_nb
+sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=sys.argv[3:], basepath=Path(sys.argv[2]))[0])
+"""
 
 
 def test_there_are_notebooks():
@@ -29,6 +33,6 @@ def test_there_are_notebooks():
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
 def test_notebook_runs(path):
-    # A process of its own, so that no notebook passes on what another one left behind.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(run, (path, skip_flags())), f"{path.name} failed; its traceback stands above"
+    # A process of its own, so that no notebook passes on what another one left behind; its loaders may have workers.
+    done = subprocess.run([sys.executable, "-c", RUN, path, ROOT, *skip_flags()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

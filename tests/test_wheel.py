@@ -17,11 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # Runs inside the clean environment: borrows the installed packages of this one, but only those the wheel's requirements lead to.
 CHECK = """
 import importlib, pkgutil, sys
-allowed, site = set(sys.argv[2].split(",")), sys.argv[1]
-class Refuse:
+from importlib.machinery import PathFinder
+absent, site = set(sys.argv[2].split(",")), sys.argv[1]
+class Absent:  # finds modules on the path, but for those
+    find_distributions = staticmethod(PathFinder.find_distributions)
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in allowed: raise ImportError(f"{name} is not among the wheel's requirements")
-sys.meta_path.insert(0, Refuse())
+        return None if name.split(".")[0] in absent else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Absent()
 sys.path.append(site)
 import ris_nb
 for module in pkgutil.iter_modules(ris_nb.__path__):
