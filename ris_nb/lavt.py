@@ -24,8 +24,9 @@ from .vision import TINY_SWIN, Swin, init_weights, pretrained_namer, released_sw
 
 # %% auto #0
 __all__ = ['NORMS', 'RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'upsample',
-           'score_masks', 'mask_loss', 'dice_loss', 'LAVT', 'lavt_tiny', 'lavt_swin_base', 'read_released',
-           'released_pwam_key', 'released_lavt_key', 'released_lavt', 'released_lavt_sizes', 'load_released']
+           'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'LAVT', 'start_from_namer', 'lavt_tiny',
+           'lavt_swin_base', 'read_released', 'released_pwam_key', 'released_lavt_key', 'released_lavt',
+           'released_encoder_sizes', 'released_lavt_sizes', 'load_released']
 
 # %% ../nbs/07_lavt.ipynb #015
 class InstanceNorm(nn.Module):
@@ -188,6 +189,14 @@ def dice_loss(score: Tensor, mask: Tensor) -> Tensor:
 NORMS = {"instance": InstanceNorm, "layer": nn.LayerNorm}
 
 
+def word_rows(vocabulary: Sequence[str], rows: int | None) -> int:
+    """How many rows a word table has: `rows` if given, else one a piece. `RISError` where the pieces don't fit."""
+    rows = rows or len(vocabulary)
+    if len(vocabulary) > rows:
+        raise RISError(f"a vocabulary of {len(vocabulary)} pieces does not fit a word table of {rows} rows")
+    return rows
+
+
 class LAVT(RISModel):
     """Language-aware vision transformer (LAVT, CVPR 2022): Swin reads the sentence at each of its four stages.
 
@@ -203,13 +212,11 @@ class LAVT(RISModel):
                  bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1, bert_positions: int = 512,
                  vocab_size: int | None = None, decoder_width: int | None = None, norm: str = "instance", dice: float = 0.0):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
-        vocab_size = vocab_size or len(self.vocabulary)
-        if len(self.vocabulary) > vocab_size:
-            raise RISError(f"a vocabulary of {len(self.vocabulary)} pieces does not fit a word table of {vocab_size} rows")
         if norm not in NORMS or not dice >= 0:
             raise RISError(f"norm must be one of {', '.join(NORMS)} and dice at least 0, not {norm!r} and {dice}")
         self.dice = dice
-        self.text = TextEncoder(vocab_size, bert_width, bert_layers, bert_heads, bert_ffn, bert_positions, bert_dropout)
+        self.text = TextEncoder(word_rows(self.vocabulary, vocab_size), bert_width, bert_layers, bert_heads, bert_ffn,
+                                bert_positions, bert_dropout)
         self.encoder = LanguageSwin(Swin(width, depths, heads, window, patch, drop_path), bert_width, NORMS[norm])
         self.decoder = SimpleDecoder(self.encoder.vision.widths, decoder_width or 4 * width)
 
@@ -254,6 +261,20 @@ class LAVT(RISModel):
         return model.eval()
 
 # %% ../nbs/07_lavt.ipynb #058
+def start_from_namer(name: str, vision: Swin, overrides: Mapping) -> None:
+    """Give the Swin of model `name` the weights of `pretrained_namer`, which from then on learn at a fifth of the rate.
+
+    Raises `RISError` where `overrides`, the sizes that the model was asked to have, say another Swin than `TINY_SWIN`.
+    """
+    changed = [size for size in overrides if size in TINY_SWIN and overrides[size] != TINY_SWIN[size]]
+    if changed:
+        raise RISError(f"{name}'s pretrained Swin has {', '.join(f'{size}={TINY_SWIN[size]}' for size in changed)}: "
+                       "leave that as it is or use pretrained=False")
+    vision.load_state_dict(pretrained_namer().swin.state_dict())
+    for parameter in vision.parameters():
+        parameter.lr_factor = 0.2
+
+
 @register_model
 def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
     """A LAVT for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
@@ -264,13 +285,7 @@ def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
                  bert_dropout=0.0, bert_positions=32, decoder_width=32, norm="layer", dice=3.0)
     model = LAVT(**{**sizes, **overrides})
     if pretrained:
-        changed = [name for name in overrides if name in TINY_SWIN and overrides[name] != TINY_SWIN[name]]
-        if changed:
-            raise RISError(f"lavt_tiny's pretrained Swin has {', '.join(f'{n}={TINY_SWIN[n]}' for n in changed)}: "
-                           "leave that as it is or use pretrained=False")
-        model.encoder.vision.load_state_dict(pretrained_namer().swin.state_dict())
-        for parameter in model.encoder.vision.parameters():
-            parameter.lr_factor = 0.2
+        start_from_namer("lavt_tiny", model.encoder.vision, overrides)
     return model
 
 
@@ -354,25 +369,31 @@ def released_lavt(source: Mapping | str | Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not re.search(unused, key)}
 
 
-def released_lavt_sizes(state: Mapping[str, Tensor]) -> dict:
-    """What the shapes of a released LAVT say about its sizes, as arguments of `LAVT`; heads of BERT are guessed, 64 wide."""
+def released_encoder_sizes(state: Mapping[str, Tensor], image: str, text: str) -> dict:
+    """Sizes of a released Swin and BERT, as arguments of `LAVT`, off the shapes of entries `{image}...` and `{text}...`.
+
+    BERT's heads leave no trace and are guessed, 64 wide. Raises `KeyError` where an entry is missing.
+    """
     def count(pattern):
         return len({match[1] for key in state if (match := re.match(pattern, key))})
 
-    stages = range(count(r"model\.backbone\.layers\.(\d+)\."))
-    table = "model.backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
+    stages = range(count(rf"{image}\.layers\.(\d+)\."))
+    tables = [state[f"{image}.layers.{k}.blocks.0.attn.relative_position_bias_table"] for k in stages]
+    patch, words = state[f"{image}.patch_embed.proj.weight"], state[f"{text}.embeddings.word_embeddings.weight"]
+    return dict(
+        width=patch.shape[0], patch=patch.shape[-1], window=(isqrt(len(tables[0])) + 1) // 2,
+        depths=[count(rf"{image}\.layers\.{k}\.blocks\.(\d+)\.") for k in stages], heads=[table.shape[1] for table in tables],
+        vocab_size=words.shape[0], bert_width=words.shape[1], bert_heads=max(1, words.shape[1] // 64),
+        bert_layers=count(rf"{text}\.encoder\.layer\.(\d+)\."),
+        bert_ffn=state[f"{text}.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        bert_positions=state[f"{text}.embeddings.position_embeddings.weight"].shape[0])
+
+
+def released_lavt_sizes(state: Mapping[str, Tensor]) -> dict:
+    """What the shapes of a released LAVT say about its sizes, as arguments of `LAVT`; see `released_encoder_sizes`."""
     try:
-        patch, words = state["model.backbone.patch_embed.proj.weight"], state["bert_model.embeddings.word_embeddings.weight"]
-        return dict(
-            width=patch.shape[0], patch=patch.shape[-1],
-            depths=[count(rf"model\.backbone\.layers\.{k}\.blocks\.(\d+)\.") for k in stages],
-            heads=[state[table.format(k)].shape[1] for k in stages],
-            window=(isqrt(state[table.format(0)].shape[0]) + 1) // 2,
-            decoder_width=state["model.classifier.conv1_4.weight"].shape[0],
-            vocab_size=words.shape[0], bert_width=words.shape[1], bert_heads=max(1, words.shape[1] // 64),
-            bert_layers=count(r"bert_model\.encoder\.layer\.(\d+)\."),
-            bert_ffn=state["bert_model.encoder.layer.0.intermediate.dense.weight"].shape[0],
-            bert_positions=state["bert_model.embeddings.position_embeddings.weight"].shape[0])
+        return {**released_encoder_sizes(state, "model.backbone", "bert_model"),
+                "decoder_width": state["model.classifier.conv1_4.weight"].shape[0]}
     except KeyError as error:
         raise RISError(f"not a released LAVT: it has no entry {error.args[0]}") from None
 
