@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.patches import Patch
+from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -31,8 +32,9 @@ from .task import PREDICTION, TRUTH, Output, RISError, SegmentationMetrics, inte
 # %% auto #0
 __all__ = ['SIZE_GROUPS', 'LENGTH_GROUPS', 'FLOORS', 'Record', 'score', 'size_group', 'length_group', 'score_by', 'score_batch',
            'processes', 'shares', 'gather', 'bootstrap', 'Report', 'make_report', 'report_tables', 'device_of',
-           'machine_facts', 'run_share', 'evaluate', 'shuffle_expressions', 'blind_choice', 'Floor', 'pick_cases',
-           'show_record', 'show_cases', 'loader_speed']
+           'machine_facts', 'run_share', 'evaluate', 'shuffle_expressions', 'blind_choice', 'Floor', 'seed_interval',
+           'run_study', 'gather_study', 'study_table', 'show_study', 'pick_cases', 'show_record', 'show_cases',
+           'loader_speed']
 
 # %% ../nbs/09_evaluation.ipynb #006
 @dataclass(frozen=True)
@@ -335,6 +337,64 @@ class Floor(RISModel):
         return [nn.functional.interpolate(s[None, None], size=tuple(size))[0, 0] > 0 for s, size in zip(output.score, sizes)]
 
 # %% ../nbs/09_evaluation.ipynb #062
+def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The mean of runs that differ in their seed alone, and half the width of its Student interval (nan for one run)."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("nan")
+    return float(np.mean(values)), float(student.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1) / n**0.5)
+
+# %% ../nbs/09_evaluation.ipynb #065
+def run_study(variants: dict[str, Callable[[int, Path], dict]], seeds: Iterable[int], folder: str | Path, results: str | Path) -> list[dict]:
+    """Run each variant with each seed and gather the figures: one dict a run, with "variant" and "seed", in that order.
+
+    A variant is a function (seed, run folder) -> dict of figures. Its result is kept as FOLDER/variant/seed/result.json
+    and not computed again, so a study can be stopped and resumed, or shared by processes that are given different seeds.
+    `results` is a JSON file that is written anew after each run, with all results that are there.
+    """
+    rows, folder = gather_study(variants, folder), Path(folder)
+    for seed in seeds:
+        for name, run in variants.items():
+            place = folder / name / str(seed)
+            if not (place / "result.json").exists():
+                _write(place / "result.json", json.dumps(run(seed, place)))
+                rows = gather_study(variants, folder)
+                _write(results, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    return rows
+
+
+def gather_study(variants: Iterable[str], folder: str | Path) -> list[dict]:
+    """The results that `run_study` has kept so far, by variant and seed."""
+    found = ((name, path) for name in variants for path in Path(folder, name).glob("*/result.json"))
+    rows = [{"variant": name, "seed": int(path.parent.name), **json.loads(path.read_text())} for name, path in found]
+    order = list(variants)
+    return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
+
+# %% ../nbs/09_evaluation.ipynb #068
+def study_table(rows: Sequence[dict], fields: Sequence[str]) -> str:
+    """A Markdown table: a line for each variant, with the number of runs and mean ± half interval of each field, in percent."""
+    lines = []
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name]
+        cells = [seed_interval([row[field] for row in mine]) for field in fields]
+        lines.append([name, len(mine), *(f"{_percent(mean)} ± {_percent(half)}" for mean, half in cells)])
+    return _table(["variant", "runs", *fields], lines) + "\n"
+
+
+def show_study(rows: Sequence[dict], field: str, ax: plt.Axes | None = None) -> plt.Axes:
+    """Each run of each variant as a dot, the mean as a bar with its 95 % interval; `field` in percent."""
+    ax = ax or plt.subplots(figsize=(6, 0.4 + 0.4 * len({r["variant"] for r in rows})), layout="constrained")[1]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    for y, name in enumerate(names):
+        values = [100 * row[field] for row in rows if row["variant"] == name]
+        mean, half = seed_interval(values)
+        ax.errorbar(mean, y, xerr=None if np.isnan(half) else half, fmt="|", color=TRUTH, ms=14, mew=2, capsize=4)
+        ax.plot(values, [y] * len(values), "o", color=PREDICTION, ms=5, alpha=0.7)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlabel=f"{field}, %")
+    ax.grid(axis="x", alpha=0.3)
+    return ax
+
+# %% ../nbs/09_evaluation.ipynb #072
 def pick_cases(records: Sequence[Record], count: int = 4) -> dict[str, list[Record]]:
     """The "worst", the "middle" and the "best" `count` records by IoU; of equals those that come first in the split.
 
@@ -345,7 +405,7 @@ def pick_cases(records: Sequence[Record], count: int = 4) -> dict[str, list[Reco
     middle = max(0, (len(rising) - count) // 2)
     return {"worst": rising[:count], "middle": rising[middle:middle + count], "best": falling[:count]}
 
-# %% ../nbs/09_evaluation.ipynb #064
+# %% ../nbs/09_evaluation.ipynb #074
 @torch.no_grad()
 def show_record(model: RISModel, dataset: ReferralDataset, record: Record, ax: plt.Axes | None = None) -> plt.Axes:
     """Ask the model again what `record` asked, and draw the answer at the image's own size."""
@@ -355,7 +415,7 @@ def show_record(model: RISModel, dataset: ReferralDataset, record: Record, ax: p
     photo = read_image(list(dataset.images)[record.image]).resize(mask.shape[::-1])
     return show_referral(photo, record.expression, np.asarray(batch.truth[record.sentence]), mask, ax=ax)
 
-# %% ../nbs/09_evaluation.ipynb #065
+# %% ../nbs/09_evaluation.ipynb #075
 def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count: int = 4, kind: str | None = None,
                path: str | Path | None = None) -> plt.Figure:
     """A grid of `pick_cases` of the report's records, or of those of one `kind`: rows worst, middle, best.
@@ -381,7 +441,7 @@ def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count:
             figure.savefig(part, dpi=100, format=Path(path).suffix[1:] or "png")
     return figure
 
-# %% ../nbs/09_evaluation.ipynb #070
+# %% ../nbs/09_evaluation.ipynb #080
 def loader_speed(loader: DataLoader, seconds: float = 3.0) -> float:
     """Samples (expressions) a second that `loader` gives to a reader who does nothing with them.
 
