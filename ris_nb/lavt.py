@@ -401,7 +401,7 @@ def released_lavt_sizes(state: Mapping[str, Tensor]) -> dict:
 def load_released(model: nn.Module, state: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> None:
     """Load a released state dict; `rename` turns a released key into ours, or into None where we have none.
 
-    Kernels of 1x1 Conv1d (D, C, 1) lose their last axis where ours is a Linear.
+    Kernels of 1x1 convolutions, (D, C, 1) or (D, C, 1, 1), lose their last axes where ours is a Linear.
     Raises `RISError` that names the first entries that are unknown, missing or misshapen; then nothing is loaded.
     """
     own, found, faults = model.state_dict(), {}, {"unknown": [], "missing": [], "misshapen": []}
@@ -410,7 +410,8 @@ def load_released(model: nn.Module, state: Mapping[str, Tensor], rename: Callabl
         if name not in own:
             faults["unknown"].append(key)
             continue
-        found[name] = value.squeeze(-1) if value.ndim == own[name].ndim + 1 and value.shape[-1] == 1 else value
+        rank = own[name].ndim
+        found[name] = value.flatten(rank - 1) if value.ndim > rank > 1 and set(value.shape[rank:]) == {1} else value
         if found[name].shape != own[name].shape:
             faults["misshapen"].append(f"{key} is {tuple(value.shape)}, not {tuple(own[name].shape)}")
     faults["missing"] = [name for name in own if name not in found]
