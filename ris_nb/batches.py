@@ -499,6 +499,10 @@ class RISModel(Checkpointed):
     def transform(self) -> Transform:
         return Transform(self.image_size, self.mean, self.std)
 
+    def for_training(self) -> nn.Module:
+        """What the training loop is to be given: the model itself, or the model with parts that only training needs."""
+        return self
+
     @torch.no_grad()
     def predict(self, images: Sequence, expressions: Sequence[str]) -> list[np.ndarray]:
         """Bool masks, each at its image's own size: expressions[i] speaks of images[i].

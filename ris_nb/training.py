@@ -28,11 +28,11 @@ from .batches import DrawSampler, collate, evaluating, replacing
 from .task import RISError
 
 # %% auto #0
-__all__ = ['UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 'schedule_factor', 'param_groups', 'optimizer_step', 'LossStep',
-           'make_accelerator', 'accumulate_gradients', 'sample_stream', 'GlobalBatches', 'training_loader', 'seed_step',
-           'AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'Meter', 'check_finite', 'save_state',
-           'load_state', 'append_log', 'read_log', 'open_run', 'Run', 'save_run', 'start_run', 'open_tensorboard',
-           'measure', 'report', 'score_run', 'finish_step', 'prepare', 'fit']
+__all__ = ['TINY_RECIPE', 'UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 'schedule_factor', 'param_groups', 'optimizer_step',
+           'LossStep', 'make_accelerator', 'accumulate_gradients', 'sample_stream', 'GlobalBatches', 'training_loader',
+           'seed_step', 'AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'Meter', 'check_finite',
+           'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'Run', 'save_run', 'start_run',
+           'open_tensorboard', 'measure', 'report', 'score_run', 'finish_step', 'prepare', 'fit']
 
 # %% ../nbs/08_training.ipynb #017
 @dataclass
@@ -79,6 +79,9 @@ def check_config(config: TrainConfig) -> None:
         raise RISError(f"clip must be greater than 0, or None for no clipping, not {config.clip}")
 
 # %% ../nbs/08_training.ipynb #022
+TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup=100, clip=1.0, save_every=250)
+
+# %% ../nbs/08_training.ipynb #025
 def schedule_factor(config: TrainConfig, step: int) -> float:
     """What multiplies `config.lr` at `step` (the first is 0): a function of the step alone, so there is no state to save.
 
@@ -94,7 +97,7 @@ def schedule_factor(config: TrainConfig, step: int) -> float:
         return 0.5 * (1 + float(np.cos(np.pi * t)))
     return 1.0
 
-# %% ../nbs/08_training.ipynb #027
+# %% ../nbs/08_training.ipynb #030
 UNDECAYED = ("norm", "relative_position_bias_table", "pos_embed")
 
 
@@ -117,7 +120,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": parameters, "weight_decay": 0.0 if spared else weight_decay, "lr_factor": factor}
             for (factor, spared), parameters in groups.items()]
 
-# %% ../nbs/08_training.ipynb #031
+# %% ../nbs/08_training.ipynb #034
 def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> torch.Tensor:
     """One clipped step at the schedule's rate; then empties the gradients. Returns their norm before clipping, ()."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -130,7 +133,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: 
     optimizer.zero_grad()
     return norm
 
-# %% ../nbs/08_training.ipynb #040
+# %% ../nbs/08_training.ipynb #043
 class LossStep(nn.Module):
     """A model and its losses as one module, batch -> dict of loss terms: what runs in bf16 and on many processes.
 
@@ -146,7 +149,7 @@ class LossStep(nn.Module):
             output = self.model(batch)
         return self.model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
 
-# %% ../nbs/08_training.ipynb #043
+# %% ../nbs/08_training.ipynb #046
 def make_accelerator() -> Accelerator:
     """accelerate's view of the machine: one process or many (`accelerate launch`, `torchrun`), on a GPU if there is one."""
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a step need not reach every parameter
@@ -170,7 +173,7 @@ def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches
             means[name] = means.get(name, 0) + value.detach().float() / accumulate
     return means
 
-# %% ../nbs/08_training.ipynb #048
+# %% ../nbs/08_training.ipynb #051
 def sample_stream(n: int, seed: int, position: int = 0):
     """The endless stream of (index, draw) pairs over `n` objects, epoch after epoch, from any position of it on."""
     epoch, skip = divmod(position, n)
@@ -180,7 +183,7 @@ def sample_stream(n: int, seed: int, position: int = 0):
         yield from islice(iter(sampler), skip, None)
         epoch, skip = epoch + 1, 0
 
-# %% ../nbs/08_training.ipynb #051
+# %% ../nbs/08_training.ipynb #054
 class GlobalBatches(Sampler):
     """The micro-batches of one process: lists of (index, draw) pairs, from step `start` to the end of the run.
 
@@ -207,14 +210,14 @@ class GlobalBatches(Sampler):
         for _ in range(len(self)):
             yield list(islice(stream, size))[self.rank * share:(self.rank + 1) * share]
 
-# %% ../nbs/08_training.ipynb #056
+# %% ../nbs/08_training.ipynb #059
 def training_loader(dataset, config: TrainConfig, start: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
     """Loads the micro-batches of `GlobalBatches`, from step `start` to the end of the run, as `Batch`es on the CPU."""
     return DataLoader(dataset, batch_sampler=GlobalBatches(len(dataset), config, start, rank, world),
                       collate_fn=collate, num_workers=config.workers, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator().manual_seed(config.seed))
 
-# %% ../nbs/08_training.ipynb #059
+# %% ../nbs/08_training.ipynb #062
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Restarts the random numbers of Python, NumPy and torch (on all devices) where (seed, step, rank) says."""
     number = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
@@ -222,7 +225,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
     np.random.seed(number)
     torch.manual_seed(number)
 
-# %% ../nbs/08_training.ipynb #064
+# %% ../nbs/08_training.ipynb #067
 class AllReduce(torch.autograd.Function):
     """The sum of a tensor over all processes, and of its gradient on the way back."""
 
@@ -246,7 +249,7 @@ def global_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     # second moments around the mean: the mean of squares minus the square of the mean would cancel
     return mean, AllReduce.apply((x - mean[:, None, None]).square().sum((0, 2, 3))) / total, total
 
-# %% ../nbs/08_training.ipynb #065
+# %% ../nbs/08_training.ipynb #068
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` with the mean and variance of the whole batch, over all processes, on any device.
 
@@ -267,7 +270,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
         return y.to(x.dtype)
 
-# %% ../nbs/08_training.ipynb #066
+# %% ../nbs/08_training.ipynb #069
 def sync_batchnorm(model: nn.Module) -> nn.Module:
     """Turns every `nn.BatchNorm2d` of `model` into a `SyncBatchNorm2d`, in place; parameters and their names stay."""
     for module in model.modules():
@@ -275,7 +278,7 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
             module.__class__ = SyncBatchNorm2d
     return model
 
-# %% ../nbs/08_training.ipynb #070
+# %% ../nbs/08_training.ipynb #073
 class Meter:
     """Adds up the numbers of the steps on their device, to be read once in a while."""
 
@@ -304,7 +307,7 @@ class Meter:
         self.sums, self.count = None, 0
         return dict(zip(self.names, means))
 
-# %% ../nbs/08_training.ipynb #071
+# %% ../nbs/08_training.ipynb #074
 def check_finite(meter: Meter, accelerator: Accelerator) -> None:
     """RISError when a number was not finite, in any process: names the first such step and its terms."""
     lines = accelerator.gather(meter.watch[None])  # (processes, 1 + names)
@@ -313,7 +316,7 @@ def check_finite(meter: Meter, accelerator: Accelerator) -> None:
         raise RISError(f"step {int(step)} is not finite ({terms}): what was saved before is good; "
                        "train again with a lower lr, a warmup or a clip")
 
-# %% ../nbs/08_training.ipynb #074
+# %% ../nbs/08_training.ipynb #077
 def save_state(run_dir: Path, state: dict) -> None:
     """Writes `state.pt`: whole or not at all. RISError where the disk is full; the state before stays."""
     with replacing(Path(run_dir) / "state.pt") as temporary:
@@ -322,7 +325,7 @@ def save_state(run_dir: Path, state: dict) -> None:
         except RuntimeError as error:  # torch reports a write that fell short as "unexpected pos"
             raise OSError("the disk is full or the file too large") from error
 
-# %% ../nbs/08_training.ipynb #075
+# %% ../nbs/08_training.ipynb #078
 def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int) -> dict:
     """Puts the weights and the optimiser of `state.pt` in their places; returns the rest: step, best score, meter.
 
@@ -343,7 +346,7 @@ def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         raise RISError(f"{path}: is of another model ({' '.join(str(error).split())[:200]})") from error
     return state
 
-# %% ../nbs/08_training.ipynb #080
+# %% ../nbs/08_training.ipynb #083
 def append_log(run_dir: Path, record: dict) -> None:
     """Adds one line to `log.jsonl` and waits until it is on the disk. RISError where that fails."""
     path = Path(run_dir) / "log.jsonl"
@@ -366,7 +369,7 @@ def read_log(run_dir: Path) -> list[dict]:
             break
     return records
 
-# %% ../nbs/08_training.ipynb #083
+# %% ../nbs/08_training.ipynb #086
 FREE = {"workers", "validate_every", "save_every", "log_every", "tensorboard", "best"}
 
 
@@ -391,7 +394,7 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
             raise RISError(f"{run_dir}: was started with another config ({', '.join(changed)}); "
                            "resume with the old values or choose another folder")
 
-# %% ../nbs/08_training.ipynb #086
+# %% ../nbs/08_training.ipynb #089
 @dataclass
 class Run:
     """One training under way: its parts, and where it stands."""
@@ -408,7 +411,7 @@ class Run:
     writer: object = None  # TensorBoard's, where asked for
     began: tuple[float, int] = (0.0, 0)  # the time and the step at which this process began
 
-# %% ../nbs/08_training.ipynb #088
+# %% ../nbs/08_training.ipynb #091
 def save_run(run: Run) -> None:
     """Saves all that a resume needs; and the weights for `load_model`, as long as no validation picks them."""
     meter = run.meter.state(run.accelerator)
@@ -418,7 +421,7 @@ def save_run(run: Run) -> None:
         save_state(run.folder, {"step": run.step, "best": run.best, "meter": meter, "samples": run.samples,
                                 "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
 
-# %% ../nbs/08_training.ipynb #090
+# %% ../nbs/08_training.ipynb #093
 def start_run(run: Run) -> None:
     """Goes back to the last saved state, or to the beginning, and forgets the lines that were logged after it."""
     if (run.folder / "state.pt").exists():
@@ -434,7 +437,7 @@ def start_run(run: Run) -> None:
         if run.config.tensorboard:
             run.writer = open_tensorboard(run.folder, run.step)
 
-# %% ../nbs/08_training.ipynb #092
+# %% ../nbs/08_training.ipynb #095
 def open_tensorboard(run_dir: Path, step: int):
     """A TensorBoard writer that drops what a killed run wrote after `step`. RISError without the package."""
     try:
@@ -443,7 +446,7 @@ def open_tensorboard(run_dir: Path, step: int):
         raise RISError("tensorboard=True needs a package that is missing: pip install tensorboard") from error
     return SummaryWriter(run_dir, purge_step=step + 1)
 
-# %% ../nbs/08_training.ipynb #095
+# %% ../nbs/08_training.ipynb #098
 def measure(run: Run) -> dict[str, float]:
     """The means since the last measurement, the learning rate of this step, and the speed since the start."""
     seconds, steps = time.perf_counter() - run.began[0], run.step - run.began[1]
@@ -460,7 +463,7 @@ def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
     shown = [name for name in ("loss", "lr", f"val_{run.config.best}") if name in record]
     bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
 
-# %% ../nbs/08_training.ipynb #096
+# %% ../nbs/08_training.ipynb #099
 def score_run(run: Run, validate) -> dict[str, float]:
     """The scores that `validate` gives, "val_" before their names; the weights are kept if none were better."""
     with evaluating(run.model):
@@ -473,7 +476,7 @@ def score_run(run: Run, validate) -> dict[str, float]:
             run.model.save_pretrained(run.folder)
     return {f"val_{name}": float(value) for name, value in scores.items()}
 
-# %% ../nbs/08_training.ipynb #099
+# %% ../nbs/08_training.ipynb #102
 def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) -> None:
     """Counts a step; then logs, validates and saves what is due, in the order that makes a kill harmless."""
     run.step += 1
@@ -492,7 +495,7 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
     if saves or validates:
         save_run(run)
 
-# %% ../nbs/08_training.ipynb #101
+# %% ../nbs/08_training.ipynb #104
 def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module, DataLoader]:
     """All that `fit` needs, checked and brought to where the run stands: the run, the loss module and the loader."""
     accelerator = make_accelerator()
@@ -507,7 +510,7 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> 
     loader.batch_sampler.start = run.step
     return run, loss_step, loader
 
-# %% ../nbs/08_training.ipynb #102
+# %% ../nbs/08_training.ipynb #105
 def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=False, progress=True) -> list[dict]:
     """Trains `model` on `dataset` (in training mode) and returns the history: the lines of `log.jsonl`.
 
