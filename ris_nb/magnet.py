@@ -33,17 +33,18 @@ __all__ = ['RELEASED_WEIGHTS', 'LockStep', 'supervise', 'shrink_mask', 'MagNet',
 class LockStep(nn.Module):
     """Swin and BERT side by side: after each stage of Swin and each group of BERT's layers, both read each other.
 
-    As in MagNet (CVPR 2024). BERT's layers are shared out evenly over Swin's stages. `released`: of `LanguageAlignment`.
+    As in MagNet (CVPR 2024). BERT's layers are shared out evenly over Swin's stages. `grids`: of `ImageAlignment`; `released`: of
+    `LanguageAlignment`.
     The last image gate has no stage to feed; it is kept, frozen, as released checkpoints have it.
     """
 
-    def __init__(self, vision: Swin, text: TextEncoder, released: bool = False):
+    def __init__(self, vision: Swin, text: TextEncoder, grids: Sequence[int] = (1, 2, 3, 6), released: bool = False):
         super().__init__()
         stages = len(vision.widths)
         if text.depth % stages:
             raise RISError(f"{text.depth} layers of BERT can't be shared out evenly over {stages} stages of Swin: take a multiple")
         self.vision, self.text, self.group, self.checkpointing = vision, text, text.depth // stages, False
-        self.image_alignments = nn.ModuleList(ImageAlignment(width, text.width) for width in vision.widths)
+        self.image_alignments = nn.ModuleList(ImageAlignment(width, text.width, grids) for width in vision.widths)
         self.language_alignments = nn.ModuleList(LanguageAlignment(text.width, width, released) for width in vision.widths)
         self.image_alignments[-1].gate.requires_grad_(False)
 
@@ -86,10 +87,11 @@ class MagNet(RISModel):
 
     width, depths, heads, window, patch, drop_path: of `Swin`. bert_*: of `TextEncoder`, its layers a multiple of Swin's
     stages. vocab_size: rows of the word table (default: the vocabulary's size). released: compute what the authors'
-    network computes, see `LanguageAlignment`. decoder: "mask", MagNet's own, or "simple", LAVT's. decoder_width and
-    encoder_* are of `PixelDecoder`, decoder_* of `MaskDecoder`, decoder_heads and points of both or of the first; the
-    simple decoder has a width alone. bce, dice: weights of the mask losses. alignment: weight of each of the three terms
-    of `alignment_loss`. grounding: the weight that training is to give Mask Grounding, which is no part of this network:
+    network computes, see `LanguageAlignment`. grids: of `ImageAlignment`. decoder: "mask", MagNet's own, or "simple",
+    LAVT's. decoder_width, decoder_heads, points, encoder_layers and encoder_ffn make the `PixelDecoder`; the first two,
+    decoder_layers and decoder_ffn the `MaskDecoder`; of the simple decoder only the width counts. bce, dice: weights of the
+    mask losses. alignment: weight of each of the three terms of `alignment_loss`, which compares at most alignment_pixels
+    of either side. grounding: the weight that training is to give Mask Grounding, which is no part of the network:
     `Grounded(model, model.grounding)`. image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`.
     The defaults are the paper's sizes.
     """
@@ -100,18 +102,19 @@ class MagNet(RISModel):
                  std=IMAGENET_STD, resolution: str = "model", width: int = 128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                  window: int = 12, patch: int = 4, drop_path: float = 0.3, bert_width: int = 768, bert_layers: int = 12,
                  bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1, bert_positions: int = 512,
-                 vocab_size: int | None = None, released: bool = False, decoder: str = "mask", decoder_width: int = 256,
+                 vocab_size: int | None = None, released: bool = False, grids=(1, 2, 3, 6), decoder: str = "mask", decoder_width: int = 256,
                  decoder_heads: int = 8, points: int = 4, encoder_layers: int = 4, encoder_ffn: int = 1024,
                  decoder_layers: int = 9, decoder_ffn: int = 2048, bce: float = 2.0, dice: float = 2.0,
-                 alignment: float = 0.5, grounding: float = 1.0):
+                 alignment: float = 0.5, alignment_pixels: int = 1024, grounding: float = 1.0):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
         if decoder not in ("mask", "simple") or not all(weight >= 0 for weight in (bce, dice, alignment, grounding)):
             raise RISError(f"decoder must be 'mask' or 'simple' and no loss weight below 0, not {decoder!r} and "
                            f"{bce}, {dice}, {alignment}, {grounding}")
-        self.bce, self.dice, self.alignment, self.grounding = bce, dice, alignment, grounding
+        self.bce, self.dice, self.grounding = bce, dice, grounding
+        self.alignment, self.alignment_pixels = alignment, alignment_pixels
         text = TextEncoder(word_rows(self.vocabulary, vocab_size), bert_width, bert_layers, bert_heads, bert_ffn,
                            bert_positions, bert_dropout)
-        self.encoder = LockStep(Swin(width, depths, heads, window, patch, drop_path), text, released)
+        self.encoder = LockStep(Swin(width, depths, heads, window, patch, drop_path), text, grids, released)
         widths = self.encoder.vision.widths
         if decoder == "simple":
             self.simple_decoder = SimpleDecoder(widths, decoder_width)
@@ -151,7 +154,8 @@ class MagNet(RISModel):
         if self.alignment:
             cells = shrink_mask(batch.mask, output.score.shape[-2:])  # (B, h, w)
             sentence = self.sentence(sentence_vector(output.word_features, batch.words))  # (B, D)
-            losses["alignment"] = alignment_loss(output.pixel_features, sentence, cells, weights=(self.alignment,) * 3)
+            losses["alignment"] = alignment_loss(output.pixel_features, sentence, cells, weights=(self.alignment,) * 3,
+                                                 max_pixels=self.alignment_pixels)
         return losses
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -190,8 +194,8 @@ def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
     sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=3, bert_heads=4, bert_ffn=192,
-                 bert_dropout=0.0, bert_positions=32, decoder_width=32, decoder_heads=4, points=4, encoder_layers=1,
-                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64)
+                 bert_dropout=0.0, bert_positions=32, grids=(1, 4), decoder_width=32, decoder_heads=4, points=1, encoder_layers=1,
+                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64)
     model = MagNet(**{**sizes, **overrides})
     if pretrained:
         start_from_namer("magnet_tiny", model.encoder.vision, overrides)
