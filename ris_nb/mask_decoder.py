@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import pi
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from .task import RISError
 
 # %% auto #0
-__all__ = ['CHUNK', 'RELEASED_PARTS', 'sine_positions', 'deformable_sample', 'DeformableAttention', 'DeformableLayer',
-           'PixelDecoder', 'QueryAttention', 'QueryLayer', 'MaskDecoder', 'released_mask_decoder_key']
+__all__ = ['RELEASED_PARTS', 'sine_positions', 'bordered', 'unbordered', 'deformable_sample', 'DeformableAttention',
+           'DeformableLayer', 'PixelDecoder', 'QueryAttention', 'QueryLayer', 'MaskDecoder',
+           'released_mask_decoder_key']
 
 # %% ../nbs/12_mask_decoder.ipynb #003
 @lru_cache(maxsize=32)
@@ -42,120 +45,171 @@ def sine_positions(h: int, w: int, width: int, device=None) -> Tensor:
     return torch.cat([rows[:, None].expand(-1, w, -1), columns[None].expand(h, -1, -1)], -1)
 
 # %% ../nbs/12_mask_decoder.ipynb #004
-CHUNK = 512  # queries handled at once on a CPU: what they need then stays in its cache
+def _insides(table: Tensor, shapes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """Views (G, h, w, C) of the maps in a table (G, cells, C) with border."""
+    start = 0
+    for h, w in shapes:
+        stop = start + (h + 4) * (w + 1)
+        yield table[:, start:stop].unflatten(1, (h + 4, w + 1))[:, 1:h + 1, 1:]
+        start = stop
 
 
-class _Layout:
-    """Where the cells of some maps lie in one table with a border of zeros, and how to get from pixels to its rows."""
+def bordered(value: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Maps with zeros around them: (G, T, C) -> (G, cells, C), where an (h, w) map takes (h + 4) * (w + 1) cells.
 
-    def __init__(self, shapes, heads, points, device, dtype):
-        first, size, stride, self.places, self.cells = [], [], [], [], 0
-        for h, w in shapes:
-            first.append(self.cells + w + 2)  # cell (0, 0), after a row and a column of zeros
-            size.append((w, h))
-            stride.append(w + 1)  # one column of zeros ends a row and begins the next
-            self.places.append((self.cells + w + 1, h, w))
-            self.cells += (h + 3) * (w + 1) + 2
-        def spread(x):  # (levels, ...) -> (heads * levels * points, ...)
-            return torch.tensor(x, device=device).repeat_interleave(points, 0).repeat(heads, *[1] * (torch.tensor(x).ndim - 1))
-        head = torch.arange(heads, device=device).repeat_interleave(len(shapes) * points)
-        self.size = spread(size).to(dtype)  # (heads * levels * points, 2)
-        self.first = (spread(first) * heads + head).int()
-        self.step = (spread([(1, s) for s in stride]) * heads).int()  # table rows to the next column, the next row
-        down = self.step[:len(shapes) * points, 1]
-        self.corners = torch.stack([0 * down, 0 * down + heads, down, down + heads])  # (4, levels * points)
+    Each row begins with a zero, which is also the end of the row before; a row of zeros lies above and three below.
+    """
+    table = value.new_zeros(len(value), sum((h + 4) * (w + 1) for h, w in shapes), value.shape[2])
+    for inside, part in zip(_insides(table, shapes), value.split([h * w for h, w in shapes], 1)):
+        inside.copy_(part.unflatten(1, inside.shape[1:3]))
+    return table
 
-    def table(self, value: Tensor) -> Tensor:
-        """value (T, heads, d) -> (cells * heads, d) with the border."""
-        table, start = value.new_zeros(self.cells, value[0].numel()), 0
-        for (at, h, w) in self.places:
-            inside = table[at:at + h * (w + 1)].view(h, w + 1, -1)[:, 1:]
-            inside.copy_(value[start:start + h * w].reshape(h, w, -1))
-            start += h * w
-        return table.view(-1, value.shape[-1])
 
-    def untable(self, table: Tensor, heads: int) -> Tensor:
-        table = table.view(self.cells, -1)
-        return torch.cat([table[at:at + h * (w + 1)].view(h, w + 1, -1)[:, 1:].flatten(0, 1) for at, h, w in self.places])
+def unbordered(table: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Back from `bordered`: (G, cells, C) -> (G, T, C)."""
+    return torch.cat([inside.flatten(1, 2) for inside in _insides(table, shapes)], 1)
 
-    def corners_of(self, locations: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """locations (n, heads, levels, points, 2), weights (n, heads, levels, points) -> rows and shares of the four corners
-        (n * heads, 4, levels * points); and, for the gradient, the pixel coordinates and their fractions"""
-        pixels = torch.addcmul(self.size.new_tensor(-0.5), locations.flatten(1, 3), self.size)  # (n, heads * levels * points, 2)
-        near = torch.minimum(pixels.nan_to_num(-1).clamp_(min=-1), self.size)  # farther out there is nothing but zeros
-        low = near.floor()
-        part = near.sub_(low)
-        low = low.int().mul_(self.step)
-        rows = (low[..., 0] + low[..., 1]).add_(self.first)
-        n, lp = rows.shape[0] * weights.shape[1], self.corners.shape[1]
-        shares = weights.new_empty(n, 4, lp)
-        x, y = (axis.reshape(n, lp) for axis in part.unbind(-1))
-        a = weights.reshape(n, lp)
-        below = a * y
-        above = a - below
-        torch.mul(below, x, out=shares[:, 3])
-        torch.sub(below, shares[:, 3], out=shares[:, 2])
-        torch.mul(above, x, out=shares[:, 1])
-        torch.sub(above, shares[:, 1], out=shares[:, 0])
-        return (rows.view(n, 1, lp) + self.corners), shares, pixels, (x, y)
+# %% ../nbs/12_mask_decoder.ipynb #005
+class _Plan(NamedTuple):
+    """Constants of a table; K = heads * levels * points, in this order."""
+    half: Tensor  # 0.5
+    size: Tensor  # (K, 2): width and height of the place's map
+    first: Tensor  # (K,) int32: table row of its cell (0, 0), for its head
+    step: Tensor  # (K, 2) int32: table rows to the next column and the next row
+    corners: Tensor  # (4, levels * points) int32: table rows from a cell to itself, its right, lower and lower right neighbour
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _layout(shapes, heads, points, device, dtype):
-    return _Layout(shapes, heads, points, device, dtype)
+def _plan(shapes: tuple[tuple[int, int], ...], heads: int, points: int, device: torch.device, dtype: torch.dtype) -> _Plan:
+    start, numbers = 0, []
+    for h, w in shapes:
+        numbers.append([w, h, start + w + 2, 1, w + 1])
+        start += (h + 4) * (w + 1)
+    numbers = torch.tensor(numbers, device=device).repeat_interleave(points, 0).repeat(heads, 1)  # (K, 5)
+    head = torch.arange(heads, device=device).repeat_interleave(len(shapes) * points)
+    size, first, step = numbers[:, :2].to(dtype), (numbers[:, 2] * heads + head).int(), (numbers[:, 3:] * heads).int()
+    right, down = step[:len(shapes) * points].unbind(1)
+    return _Plan(size.new_tensor(0.5), size, first, step, torch.stack([0 * right, right, down, right + down]))
+
+# %% ../nbs/12_mask_decoder.ipynb #006
+def _cells(plan: _Plan, locations: Tensor) -> tuple[Tensor, Tensor]:
+    """locations (n, heads, levels, points, 2) -> the table row of each place's upper left cell (n, K), int32, and how far
+    right and down from it the place is (n, K, 2), 0 to 1."""
+    pixels = torch.addcmul(-plan.half, locations.flatten(1, 3), plan.size)
+    pixels = torch.minimum(pixels.nan_to_num_(-1).clamp_(min=-1), plan.size)  # farther out there is nothing but zeros
+    low = pixels.floor()
+    part = pixels.sub_(low)
+    low = low.int().mul_(plan.step)
+    return (low[..., 0] + low[..., 1]).add_(plan.first), part
+
+
+def _shares(part: Tensor, weights: Tensor) -> Tensor:
+    """part (n, K, 2), weights (n, heads, levels, points) -> what each of the four corners counts, (n * heads, 4, levels * points)."""
+    a = weights.flatten(2).flatten(0, 1)  # (n * heads, levels * points)
+    x, y = part.view(*a.shape, 2).unbind(-1)
+    shares = a.new_empty(len(a), 4, a.shape[1])
+    lower = a * y
+    upper = a - lower
+    torch.mul(lower, x, out=shares[:, 3])
+    torch.sub(lower, shares[:, 3], out=shares[:, 2])
+    torch.mul(upper, x, out=shares[:, 1])
+    torch.sub(upper, shares[:, 1], out=shares[:, 0])
+    return shares
+
+# %% ../nbs/12_mask_decoder.ipynb #007
+def _bags(plan: _Plan, locations: Tensor, weights: Tensor, base: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each query and head adds up: table rows and their shares (n * heads, 4, levels * points); and `part` of `_cells`.
+
+    `base` (n, 1): the table row at which the query's image begins."""
+    rows, part = _cells(plan, locations)
+    rows = rows.add_(base).view(-1, 1, plan.corners.shape[1]) + plan.corners
+    return rows, _shares(part, weights), part
+
+
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def _chunks(value: Tensor, shapes: Sequence[tuple[int, int]], queries: int, size: int) -> Iterator:
+    """Some images at a time: their table (rows, d); for `size` queries at a time: their slice of all B * queries ones, and the
+    row (n, 1) at which each one's image begins. What a chunk needs should fit the cache."""
+    B, _, heads, d = value.shape
+    for images in _slices(B, max(1, 4096 // queries)):
+        table = bordered(value[images].flatten(2), shapes)  # (G, cells, heads * d)
+        base = torch.arange(len(table), device=value.device, dtype=torch.int32) * (table.shape[1] * heads)
+        base = base.repeat_interleave(queries)[:, None]
+        start = images.start * queries
+        yield table.view(-1, d), [(slice(start + some.start, start + some.stop), base[some])
+                                  for some in _slices(len(base), size)]
+
+
+def _weighted_sums(table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+    """sum over j of shares[i, j] * table[rows[i, j]], with the shape (n, 4, p) of rows and shares -> (n, d)."""
+    return F.embedding_bag(rows.flatten(1), table, per_sample_weights=shares.flatten(1), mode="sum")
+
+
+def _share_gradients(table: Tensor, rows: Tensor, shares: Tensor, grad: Tensor) -> Tensor:
+    """Of `_weighted_sums`, by its shares: grad[i] . table[rows[i, j]]."""
+    starts = torch.arange(0, rows.numel() + 1, rows[0].numel(), device=rows.device, dtype=rows.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        matrix = torch.sparse_csr_tensor(starts, rows.flatten(), shares.flatten(), (len(rows), len(table)), check_invariants=False)
+    return torch.sparse.sampled_addmm(matrix, grad, table.mT, beta=0.0).values().view_as(shares)
+
+
+def _table_gradients(table: Tensor, rows: Tensor, shares: Tensor, grad: Tensor) -> Tensor:
+    """Of `_weighted_sums`, by its table: the same kind of sum turned round, each row collects from all who read it."""
+    readers = rows.flatten().sort().indices
+    counts = torch.bincount(rows.flatten(), minlength=len(table))
+    return F.embedding_bag(readers // rows[0].numel(), grad, counts.cumsum(0) - counts, mode="sum",
+                           per_sample_weights=shares.flatten().index_select(0, readers))
+
+
+def _place_gradients(plan: _Plan, locations: Tensor, weights: Tensor, part: Tensor, by_share: Tensor) -> tuple[Tensor, Tensor]:
+    """From the shares on to locations (n, heads, levels, points, 2) and weights (n, heads, levels, points)."""
+    x, y = part.view(*by_share[:, 0].shape, 2).unbind(-1)
+    upper_left, upper_right, lower_left, lower_right = by_share.unbind(1)
+    upper, lower = torch.lerp(upper_left, upper_right, x), torch.lerp(lower_left, lower_right, x)
+    by_pixel = torch.stack([torch.lerp(upper_right - upper_left, lower_right - lower_left, y), lower - upper], -1)
+    by_pixel = (by_pixel * weights.reshape(x.shape)[..., None]).view_as(part)
+    pixels = torch.addcmul(-plan.half, locations.flatten(1, 3), plan.size)
+    inside = (pixels > -1) & (pixels < plan.size)
+    return (by_pixel * plan.size * inside).view_as(locations), torch.lerp(upper, lower, y).view_as(weights)
 
 
 class _Sample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, shapes, locations, weights):
-        (B, Q, heads, levels, points), d = weights.shape, value.shape[-1]
-        plan = _layout(shapes, heads, points, value.device, value.dtype)
+        (B, Q, heads, _, points), d = weights.shape, value.shape[-1]
         ctx.save_for_backward(value, locations, weights)
-        ctx.plan = plan
-        out = value.new_empty(B, Q, heads * d)
-        chunk = CHUNK if value.device.type == "cpu" else Q
-        for b in range(B):
-            table = plan.table(value[b])
-            for q in range(0, Q, chunk):
-                rows, shares, *_ = plan.corners_of(locations[b, q:q + chunk], weights[b, q:q + chunk])
-                mixed = F.embedding_bag(rows.flatten(1), table, per_sample_weights=shares.flatten(1), mode="sum")
-                out[b, q:q + chunk] = mixed.view(-1, heads * d)
-        return out
+        ctx.shapes, plan = shapes, _plan(shapes, heads, points, value.device, value.dtype)
+        locations, weights = locations.flatten(0, 1), weights.flatten(0, 1)
+        out = value.new_empty(B * Q, heads * d)
+        for table, chunks in _chunks(value, shapes, Q, 512):
+            for some, base in chunks:
+                rows, shares, _ = _bags(plan, locations[some], weights[some], base)
+                out[some] = _weighted_sums(table, rows, shares).view(-1, heads * d)
+        return out.view(B, Q, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         value, locations, weights = ctx.saved_tensors
-        (B, Q, heads, levels, points), d = weights.shape, value.shape[-1]
-        plan = ctx.plan
-        grad_value, grad_locations, grad_weights = map(torch.empty_like, (value, locations, weights))
-        chunk = 4096
-        for b in range(B):
-            table = plan.table(value[b])
-            grad_table = torch.zeros_like(table)
-            for q in range(0, Q, chunk):
-                rows, shares, pixels, (x, y) = plan.corners_of(locations[b, q:q + chunk], weights[b, q:q + chunk])
-                g = grad[b, q:q + chunk].reshape(-1, d)
-                with torch.enable_grad():
-                    shares.requires_grad_()
-                    mixed = F.embedding_bag(rows.flatten(1), table, per_sample_weights=shares.flatten(1), mode="sum")
-                per_share, = torch.autograd.grad(mixed, shares, g)
-                shares = shares.detach()
-                flat, order = rows.flatten().sort()
-                ends = torch.searchsorted(flat, torch.arange(len(table), device=flat.device, dtype=flat.dtype))
-                grad_table += F.embedding_bag(order // (4 * levels * points), g, ends, per_sample_weights=shares.flatten()[order], mode="sum")
-                g0, g1, g2, g3 = per_share.unbind(1)
-                a = weights[b, q:q + chunk].reshape(x.shape)
-                top, bottom = torch.lerp(g0, g1, x), torch.lerp(g2, g3, x)
-                grad_weights[b, q:q + chunk] = torch.lerp(top, bottom, y).view_as(grad_weights[b, q:q + chunk])
-                by = a * (bottom - top)
-                bx = a * torch.lerp(g1 - g0, g3 - g2, y)
-                inside = (pixels > -1) & (pixels < plan.size)
-                gl = torch.stack([bx, by], -1).view_as(pixels) * plan.size * inside
-                grad_locations[b, q:q + chunk] = gl.view_as(grad_locations[b, q:q + chunk])
-            grad_value[b] = plan.untable(grad_table, heads).view_as(value[b])
-        return grad_value, None, grad_locations, grad_weights
+        (B, Q, heads, _, points), d = weights.shape, value.shape[-1]
+        plan = _plan(ctx.shapes, heads, points, value.device, value.dtype)
+        locations, weights, grad = locations.flatten(0, 1), weights.flatten(0, 1), grad.flatten(0, 1)
+        by_table, by_location, by_weight = [], torch.empty_like(locations), torch.empty_like(weights)
+        for table, chunks in _chunks(value, ctx.shapes, Q, 4096):
+            by_table.append(torch.zeros_like(table))
+            for some, base in chunks:
+                rows, shares, part = _bags(plan, locations[some], weights[some], base)
+                g = grad[some].reshape(-1, d)
+                by_table[-1] += _table_gradients(table, rows, shares, g)
+                by_share = _share_gradients(table, rows, shares, g)
+                by_location[some], by_weight[some] = _place_gradients(plan, locations[some], weights[some], part, by_share)
+        by_value = unbordered(torch.cat(by_table).view(B, -1, heads * d), ctx.shapes).view_as(value)
+        return by_value, None, by_location.unflatten(0, (B, Q)), by_weight.unflatten(0, (B, Q))
 
 
 def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -167,7 +221,7 @@ def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], location
     """
     return _Sample.apply(value, tuple(map(tuple, shapes)), locations, weights)
 
-# %% ../nbs/12_mask_decoder.ipynb #005
+# %% ../nbs/12_mask_decoder.ipynb #008
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
 def _centres(shapes, points, device) -> tuple[Tensor, Tensor]:
@@ -223,7 +277,7 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(x).float().unflatten(-1, (self.heads, -1))  # (B, T, heads, d)
         return self.output_proj(deformable_sample(value, shapes, *self.places(query, shapes)).to(x.dtype))
 
-# %% ../nbs/12_mask_decoder.ipynb #006
+# %% ../nbs/12_mask_decoder.ipynb #009
 class DeformableLayer(nn.Module):
     """Deformable attention, then a two-layer network for each cell; each with a residual and a LayerNorm after it."""
 
@@ -283,7 +337,7 @@ class PixelDecoder(nn.Module):
         *coarse, fine = (part.unflatten(1, shape) for part, shape in zip(x.split([h * w for h, w in shapes], 1), shapes))
         return self.mask_features(fine.permute(0, 3, 1, 2)), coarse
 
-# %% ../nbs/12_mask_decoder.ipynb #007
+# %% ../nbs/12_mask_decoder.ipynb #010
 class QueryAttention(nn.Module):
     """Multi-head attention of ONE query per image; its weights are those of `nn.MultiheadAttention`.
 
@@ -376,7 +430,7 @@ class MaskDecoder(nn.Module):
         masks = self.mask_embed(queries) @ mask_features.flatten(2)  # (B, layers + 1, H * W)
         return masks.unflatten(-1, mask_features.shape[2:]).transpose(0, 1), self.class_embed(queries).transpose(0, 1)
 
-# %% ../nbs/12_mask_decoder.ipynb #008
+# %% ../nbs/12_mask_decoder.ipynb #011
 RELEASED_PARTS = {
     r"pixel_decoder\.input_proj\.(\d+)\.([01])": r"pixel_decoder.projections.\1.\2",
     r"pixel_decoder\.transformer\.level_embed": r"pixel_decoder.level_embed",
