@@ -309,7 +309,7 @@ def learn_names(namer: Namer, steps: int, batch_size: int = 32, lr: float = 3e-3
 
 # %% ../nbs/06_vision.ipynb #085
 def pretrained_namer() -> Namer:
-    """The `Namer` of `TINY_SWIN` that comes with the library: `learn_names` for 2,000 steps, seeds 0 and 1."""
+    """The `Namer` of `TINY_SWIN` that comes with the library: `learn_names` for 10,000 steps, seeds 0 and 1."""
     namer = Namer(Swin(**TINY_SWIN))
     namer.load_state_dict(load_file(Path(__file__).with_name("swin_tiny.safetensors")))
     return namer.eval()
