@@ -225,12 +225,12 @@ def deformable_attention(state, name, query, references, source, shapes, heads):
     return linear(state, f"{name}.output_proj", out)
 
 
-def pixel_decoder(state, maps, heads):
+def pixel_decoder(state, maps, heads, groups):
     """Maps (B, C_k, H_k, W_k), finest first -> mask features (B, D, H_0, W_0) and the other maps, coarsest first."""
     name, sources, positions, shapes = "classifier.pixel_decoder", [], [], []
     for i, s in enumerate(reversed(maps)):
         s = conv2d(state, f"{name}.input_proj.{i}.0", s)
-        s = F.group_norm(s, 32, state[f"{name}.input_proj.{i}.1.weight"], state[f"{name}.input_proj.{i}.1.bias"])
+        s = F.group_norm(s, groups, state[f"{name}.input_proj.{i}.1.weight"], state[f"{name}.input_proj.{i}.1.bias"])
         B, D, H, W = s.shape
         shapes.append((H, W))
         sources.append(s.flatten(2).transpose(1, 2))
@@ -308,8 +308,8 @@ def plain_magnet(state: dict[str, Tensor], spec: dict, image: Tensor, ids: Tenso
     """What the released MagNet computes in evaluation mode, under the names of the references in `parity`, all cells of it.
 
     `state`: a released state dict; the sizes that its shapes don't tell are read from `spec["config"]` as the references
-    have it (`bert.num_attention_heads`, `pwam_idx`: after how many BERT layers each stage meets the words; decoder heads
-    are `decoder_heads`, 8 where it is not given). image (B, 3, S, S), ids (B, L) int64, words (B, L) bool.
+    have it (`bert.num_attention_heads`, `pwam_idx`: after how many BERT layers each stage meets the words; the decoder's heads
+    and groups of its norms are `decoder_heads` and `decoder_groups`, 8 and 32 as released where they are not given). image (B, 3, S, S), ids (B, L) int64, words (B, L) bool.
     Returns s1.., l1.., mask_features, pred_masks, aux_masks, pred_logits and prob.
     """
     config, found, maps = spec["config"], {}, []
@@ -340,7 +340,7 @@ def plain_magnet(state: dict[str, Tensor], spec: dict, image: Tensor, ids: Tenso
         if f"{name}.downsample.reduction.weight" in state:
             x, H, W = merge(state, f"{name}.downsample", x, H, W)
 
-    features, coarse = pixel_decoder(state, maps, heads)
+    features, coarse = pixel_decoder(state, maps, heads, config.get("decoder_groups", 32))
     masks, classes = mask_decoder(state, coarse, features, heads)
     prob = F.interpolate(masks[-1], size=image_size, mode="bilinear", align_corners=True).sigmoid()
     return found | {"mask_features": features, "pred_masks": masks[-1], "aux_masks": torch.stack(masks[:-1]),
