@@ -22,6 +22,7 @@ from .language import TextEncoder
 from .lavt import (LAVT, SimpleDecoder, dice_loss, load_released, mask_loss, read_released, released_encoder_sizes,
                          score_masks, start_from_namer, upsample, word_rows)
 from .mask_decoder import MaskDecoder, PixelDecoder, released_mask_decoder_key
+from .mask_grounding import TINY_PREDICTOR, Grounded
 from .task import Output, RISError
 from .vision import TINY_SWIN, Swin, released_swin_key
 
@@ -33,9 +34,9 @@ __all__ = ['RELEASED_WEIGHTS', 'LockStep', 'supervise', 'shrink_mask', 'MagNet',
 class LockStep(nn.Module):
     """Swin and BERT side by side: after each stage of Swin and each group of BERT's layers, both read each other.
 
-    As in MagNet (CVPR 2024). BERT's layers are shared out evenly over Swin's stages. `grids`: of `ImageAlignment`; `released`: of
-    `LanguageAlignment`.
-    The last image gate has no stage to feed; it is kept, frozen, as released checkpoints have it.
+    As in MagNet (CVPR 2024). BERT's layers are shared out evenly over Swin's stages. `grids`: of `ImageAlignment`;
+    `released`: of `LanguageAlignment`. The last image gate has no stage to feed; it is kept, frozen, as released
+    checkpoints have it.
     """
 
     def __init__(self, vision: Swin, text: TextEncoder, grids: Sequence[int] = (1, 2, 3, 6), released: bool = False):
@@ -91,8 +92,8 @@ class MagNet(RISModel):
     LAVT's. decoder_width, decoder_heads, points, encoder_layers and encoder_ffn make the `PixelDecoder`; the first two,
     decoder_layers and decoder_ffn the `MaskDecoder`; of the simple decoder only the width counts. bce, dice: weights of the
     mask losses. alignment: weight of each of the three terms of `alignment_loss`, which compares at most alignment_pixels
-    of either side. grounding: the weight that training is to give Mask Grounding, which is no part of the network:
-    `Grounded(model, model.grounding)`. image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`.
+    of either side. grounding, predictor: the weight that `for_training` gives Mask Grounding, which is no part of the
+    network, and other arguments of `Grounded`. image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`.
     The defaults are the paper's sizes.
     """
 
@@ -105,12 +106,13 @@ class MagNet(RISModel):
                  vocab_size: int | None = None, released: bool = False, grids=(1, 2, 3, 6), decoder: str = "mask", decoder_width: int = 256,
                  decoder_heads: int = 8, points: int = 4, encoder_layers: int = 4, encoder_ffn: int = 1024,
                  decoder_layers: int = 9, decoder_ffn: int = 2048, bce: float = 2.0, dice: float = 2.0,
-                 alignment: float = 0.5, alignment_pixels: int = 1024, grounding: float = 1.0):
+                 alignment: float = 0.5, alignment_pixels: int = 1024, grounding: float = 1.0,
+                 predictor: Mapping | None = None):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
         if decoder not in ("mask", "simple") or not all(weight >= 0 for weight in (bce, dice, alignment, grounding)):
             raise RISError(f"decoder must be 'mask' or 'simple' and no loss weight below 0, not {decoder!r} and "
                            f"{bce}, {dice}, {alignment}, {grounding}")
-        self.bce, self.dice, self.grounding = bce, dice, grounding
+        self.bce, self.dice, self.grounding, self.predictor = bce, dice, grounding, dict(predictor or {})
         self.alignment, self.alignment_pixels = alignment, alignment_pixels
         text = TextEncoder(word_rows(self.vocabulary, vocab_size), bert_width, bert_layers, bert_heads, bert_ffn,
                            bert_positions, bert_dropout)
@@ -162,6 +164,10 @@ class MagNet(RISModel):
         """Bool masks (H, W) of the asked sizes, where the score is above 0: see `score_masks`."""
         return score_masks(output.score, output.extra["input_size"], sizes)
 
+    def for_training(self) -> nn.Module:
+        """The network in its training harness, `Grounded`; or itself where the weight of Mask Grounding is 0."""
+        return Grounded(self, self.grounding, **self.predictor) if self.grounding else self
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what goes into each block of Swin and each layer of the pixel decoder, and compute what is
         inside again on the way back: less memory for more time, as in timm."""
@@ -195,7 +201,7 @@ def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
     """
     sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=3, bert_heads=4, bert_ffn=192,
                  bert_dropout=0.0, bert_positions=32, grids=(1, 4), decoder_width=32, decoder_heads=4, points=1, encoder_layers=1,
-                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64)
+                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64, predictor=TINY_PREDICTOR)
     model = MagNet(**{**sizes, **overrides})
     if pretrained:
         start_from_namer("magnet_tiny", model.encoder.vision, overrides)
@@ -231,7 +237,7 @@ def fetch_released(place: str) -> Path:
                        "go online, or give the path of a checkpoint") from error
     raise RISError(f"{repository} holds {len(files)} files of weights ({', '.join(files[:5])}); name one: {repository}/FILE")
 
-# %% ../nbs/13_magnet.ipynb #054
+# %% ../nbs/13_magnet.ipynb #053
 def released_magnet(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The weights of a released MagNet, by the names of its four parts, without what is computed (or used by nobody).
 
@@ -262,7 +268,7 @@ def released_magnet_key(key: str) -> str | None:
     name = released_swin_key(rest)
     return name and f"encoder.vision.{name}"
 
-# %% ../nbs/13_magnet.ipynb #057
+# %% ../nbs/13_magnet.ipynb #056
 def released_magnet_sizes(state: Mapping[str, Tensor], decoder_heads: int = 8) -> dict:
     """What the shapes of a released MagNet say about its sizes, as arguments of `MagNet`; see `released_encoder_sizes`."""
     def count(pattern):

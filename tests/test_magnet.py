@@ -37,7 +37,8 @@ def small(**overrides):
     """A MagNet that runs in milliseconds."""
     torch.manual_seed(0)
     sizes = dict(vocabulary=VOCABULARY, width=16, depths=(1, 2, 1), heads=(1, 2, 4), bert_width=32, bert_heads=2, bert_ffn=32,
-                 decoder_width=32, decoder_heads=2, points=2, encoder_layers=1, encoder_ffn=32, decoder_layers=2, decoder_ffn=32)
+                 decoder_width=32, decoder_heads=2, points=2, encoder_layers=1, encoder_ffn=32, decoder_layers=2, decoder_ffn=32,
+                 alignment_pixels=1024)
     return create_model("magnet_tiny", **{**sizes, **overrides}).eval()
 
 
@@ -189,7 +190,7 @@ def test_first_stage_runs_once_an_image():
     model, batch = small(), some_batch(lens=(4, 9, 20, 5), images=2)
     seen = []
     for stage in model.encoder.vision.stages:
-        stage.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+        stage[0].register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     with torch.no_grad():
         model(replace(batch, which=torch.tensor([0, 0, 1, 1])))
     assert seen == [2, 4, 4]
@@ -370,7 +371,7 @@ class Scenes(torch.utils.data.Dataset):
 
 def test_fit_trains_it_grounded_and_resumes(tmp_path):
     def run(folder, steps, resume=False):
-        model = Grounded(small(), weight=1.0, **TINY_PREDICTOR).train()
+        model = small().for_training().train()
         config = TrainConfig(steps=steps, batch_size=4, lr=1e-3, schedule="constant", log_every=1, save_every=2, precision="bf16")
         return model, fit(model, Scenes(model.tokenizer), config, folder, resume=resume, progress=False)
 
@@ -405,7 +406,8 @@ def test_switches():
     assert set(small().losses(small()(batch), batch)) == {"mask", "dice", "alignment"}
     off = small(alignment=0.0)
     assert set(off.losses(off(batch), batch)) == {"mask", "dice"} and not off.sentence.weight.requires_grad
-    assert small(grounding=0.3).grounding == 0.3
+    harness, alone = small(grounding=0.3, predictor={**TINY_PREDICTOR, "see": ["mask"]}).for_training(), small(grounding=0.0)
+    assert type(harness) is Grounded and harness.weight == 0.3 and harness.see == ("mask",) and alone.for_training() is alone
     # with the simple decoder and LAVT's weights the mask losses are LAVT's
     simple = small(decoder="simple", bce=1.0, dice=3.0)
     output = simple(batch)
