@@ -25,9 +25,9 @@ from .shapes import SHAPES, SIZES, Scene, make_scene
 from .task import RISError
 
 # %% auto #0
-__all__ = ['NAMES', 'TINY_SWIN', 'to_windows', 'from_windows', 'window_attention', 'shift_mask', 'SwinBlock', 'init_weights',
-           'pretrained_timm', 'Swin', 'released_swin_key', 'released_swin', 'resize_positions', 'ViT', 'name_map',
-           'Namer', 'learn_names', 'pretrained_namer']
+__all__ = ['NAMES', 'TINY_SWIN', 'to_windows', 'from_windows', 'attend_windows', 'window_attention', 'shift_mask', 'window_order',
+           'SwinBlock', 'init_weights', 'pretrained_timm', 'Swin', 'released_swin_key', 'released_swin',
+           'resize_positions', 'ViT', 'name_map', 'Namer', 'learn_names', 'pretrained_namer']
 
 # %% ../nbs/06_vision.ipynb #010
 def to_windows(x: Tensor, window: int) -> Tensor:
@@ -43,18 +43,24 @@ def from_windows(x: Tensor, window: int, H: int, W: int) -> Tensor:
     return x.transpose(2, 3).reshape(-1, H, W, x.shape[-1])
 
 # %% ../nbs/06_vision.ipynb #017
+def attend_windows(attn: WindowAttention, qkv: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What `window_attention` does between its projections: qkv (B * nW, N, 3 * C) -> (B * nW, N, C)."""
+    M, (BW, N, C), h = 1 if mask is None else len(mask), qkv.shape, attn.num_heads
+    bias = attn.relative_position_bias_table[attn.relative_position_index.view(-1)].view(N, N, h)
+    bias = bias.permute(2, 0, 1).contiguous()  # or the sum below keeps the table's order, and is copied once more
+    if mask is not None:
+        bias = bias + mask[:, None].to(bias.dtype)  # (nW, h, N, N)
+    q, k, v = qkv.view(-1, M, N, 3, h, C // 3 // h).permute(3, 0, 1, 4, 2, 5).reshape(3, -1, M * h, N, C // 3 // h)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.view(1, M * h, N, N))
+    return x.view(BW, h, N, -1).transpose(1, 2).reshape(BW, N, -1)
+
+
 def window_attention(attn: WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention within windows, with the weights of timm's `WindowAttention`: (B * nW, N, C) -> (B * nW, N, C).
 
     `mask` (nW, N, N) is added to the scores of each image's windows; None adds nothing.
     """
-    M, (BW, N, C), h = 1 if mask is None else len(mask), x.shape, attn.num_heads
-    bias = attn.relative_position_bias_table[attn.relative_position_index.view(-1)].view(N, N, h).permute(2, 0, 1)
-    if mask is not None:
-        bias = bias + mask[:, None].to(bias.dtype)  # (nW, h, N, N)
-    q, k, v = attn.qkv(x).view(-1, M, N, 3, h, C // h).permute(3, 0, 1, 4, 2, 5).reshape(3, -1, M * h, N, C // h)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.reshape(1, M * h, N, N))
-    return attn.proj(x.view(BW, h, N, C // h).transpose(1, 2).reshape(BW, N, C))
+    return attn.proj(attend_windows(attn, attn.qkv(x), mask))
 
 # %% ../nbs/06_vision.ipynb #022
 @lru_cache(maxsize=64)
@@ -74,6 +80,20 @@ def shift_mask(H: int, W: int, window: int, shift: int, device: torch.device | s
         return torch.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
 
 # %% ../nbs/06_vision.ipynb #030
+@lru_cache(maxsize=64)
+def window_order(H: int, W: int, window: int, shift: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Which cell stands where once a map of H x W is padded, shifted and cut into windows, and where each cell then is.
+
+    Returns `cell` (nW * window**2,): the cells of all windows, counted row by row on the map, H * W for padding; and
+    `place` (H * W,), its inverse: `cell[place]` is 0, 1, 2, ... Both are cached for each size: don't write into them.
+    """
+    with torch.inference_mode(False):
+        cells = torch.arange(H * W, device=device).view(1, H, W, 1)
+        cells = F.pad(cells, (0, 0, 0, -W % window, 0, -H % window), value=H * W).roll((-shift, -shift), (1, 2))
+        cell = to_windows(cells, window).flatten()
+        return cell, cell.argsort()[:H * W]
+
+# %% ../nbs/06_vision.ipynb #034
 class SwinBlock(SwinTransformerBlock):
     """timm's Swin block in the order of LAVT's and MagNet's released code: (B, H, W, C) -> (B, H, W, C), any H and W.
 
@@ -87,24 +107,22 @@ class SwinBlock(SwinTransformerBlock):
 
     def attend(self, x: Tensor) -> Tensor:
         """Pad, shift, attend within windows, shift back, crop."""
-        (_, H, W, _), window, shift = x.shape, self.window_size[0], self.shift_size[0]
-        bottom, right = -H % window, -W % window
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        mask = None
-        if shift:
-            x = x.roll((-shift, -shift), (1, 2))
-            mask = shift_mask(H + bottom, W + right, window, shift, x.device)
-        x = from_windows(window_attention(self.attn, to_windows(x, window), mask), window, H + bottom, W + right)
-        if shift:
-            x = x.roll((shift, shift), (1, 2))
-        return x[:, :H, :W] if bottom or right else x
+        (B, H, W, C), window, shift = x.shape, self.window_size[0], self.shift_size[0]
+        cell, place = window_order(H, W, window, shift, x.device)
+        qkv = self.attn.qkv(x).flatten(1, 2)  # (B, H * W, 3 * C)
+        if len(cell) > H * W:
+            padding = self.attn.qkv.bias.to(qkv.dtype).expand(B, 1, -1)  # the projection of zeros
+            qkv = torch.cat([qkv, padding], 1)
+        qkv = qkv.index_select(1, cell).view(-1, window**2, 3 * C)
+        mask = shift_mask(H + -H % window, W + -W % window, window, shift, x.device) if shift else None
+        attended = attend_windows(self.attn, qkv, mask).view(B, -1, C)
+        return self.attn.proj(attended.index_select(1, place)).view(B, H, W, C)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path1(self.attend(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
-# %% ../nbs/06_vision.ipynb #042
+# %% ../nbs/06_vision.ipynb #046
 def init_weights(module: nn.Module) -> None:
     """Swin's initialisation of one module, for `apply`: Linear weights from a truncated normal (0.02), biases 0."""
     if isinstance(module, nn.Linear):
@@ -112,7 +130,7 @@ def init_weights(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
-# %% ../nbs/06_vision.ipynb #045
+# %% ../nbs/06_vision.ipynb #049
 def pretrained_timm(name: str, family: str, **options) -> nn.Module:
     """`timm.create_model(name, pretrained=True)` for a name of the family, with one clear `RISError` if it can't be had."""
     if not name.startswith(family) or not timm.is_model(name):
@@ -123,7 +141,7 @@ def pretrained_timm(name: str, family: str, **options) -> nn.Module:
         raise RISError(f"the pretrained weights of {name!r} are neither in the Hub's cache nor within reach: "
                        f"go online once, or copy the cache (HF_HOME) ({type(error).__name__})") from error
 
-# %% ../nbs/06_vision.ipynb #047
+# %% ../nbs/06_vision.ipynb #051
 class Swin(nn.Module):
     """A Swin Transformer whose stages and mergings are called one by one; maps are (B, H, W, C).
 
@@ -175,7 +193,7 @@ class Swin(nn.Module):
         """Pretrained weights by timm's name, such as "swin_base_patch4_window12_384.ms_in22k"; see `pretrained_timm`."""
         return cls.from_timm(pretrained_timm(timm_name, "swin_"), drop_path)
 
-# %% ../nbs/06_vision.ipynb #056
+# %% ../nbs/06_vision.ipynb #060
 def released_swin_key(key: str) -> str | None:
     """Our name for an entry of a released Swin, relative to the backbone; None if no parameter of ours has it."""
     if key.endswith(("relative_position_index", "attn_mask")):
@@ -195,7 +213,7 @@ def released_swin(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     return {ours: value for key, value in state.items() if (ours := released_swin_key(key))}
 
-# %% ../nbs/06_vision.ipynb #064
+# %% ../nbs/06_vision.ipynb #068
 def resize_positions(table: Tensor, grid: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A table of positions (1, 1 + H * W, D), [CLS] first, for `grid` = (H, W), bilinearly resized to `new` = (h, w)."""
     if grid == new:
@@ -204,7 +222,7 @@ def resize_positions(table: Tensor, grid: tuple[int, int], new: tuple[int, int])
     cells = F.interpolate(cells, size=new, mode="bilinear", align_corners=False)
     return torch.cat([table[:, :1], cells.flatten(2).transpose(1, 2)], 1)
 
-# %% ../nbs/06_vision.ipynb #068
+# %% ../nbs/06_vision.ipynb #072
 class ViT(VisionTransformer):
     """timm's Vision Transformer that accepts any image of whole patches and hands out all tokens.
 
@@ -261,7 +279,7 @@ class ViT(VisionTransformer):
         options = {} if image_size is None else {"img_size": image_size}
         return cls.from_timm(pretrained_timm(timm_name, "vit_", **options), drop_path)
 
-# %% ../nbs/06_vision.ipynb #077
+# %% ../nbs/06_vision.ipynb #081
 NAMES = ("background", *(f"{size} {shape}" for shape in SHAPES for size in SIZES))
 
 
@@ -285,7 +303,7 @@ class Namer(nn.Module):
         scores = [reader(m).permute(0, 3, 1, 2) for reader, m in zip(self.readers, self.swin(image))]
         return sum(F.interpolate(s, scores[0].shape[-2:], mode="bilinear") for s in scores)
 
-# %% ../nbs/06_vision.ipynb #080
+# %% ../nbs/06_vision.ipynb #084
 TINY_SWIN = dict(width=32, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)
 
 
@@ -307,7 +325,7 @@ def learn_names(namer: Namer, steps: int, batch_size: int = 32, lr: float = 3e-3
         losses.append(loss.item())
     return losses
 
-# %% ../nbs/06_vision.ipynb #085
+# %% ../nbs/06_vision.ipynb #089
 def pretrained_namer() -> Namer:
     """The `Namer` of `TINY_SWIN` that comes with the library: `learn_names` for 10,000 steps, seeds 0 and 1."""
     namer = Namer(Swin(**TINY_SWIN))

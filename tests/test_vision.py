@@ -23,6 +23,7 @@ from ris_nb.vision import (
     shift_mask,
     to_windows,
     window_attention,
+    window_order,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -269,3 +270,18 @@ def test_window_attention_without_mask_is_timms():
     block = SwinBlock(8, 2, 4)
     x = torch.randn(6, 16, 8)
     torch.testing.assert_close(window_attention(block.attn, x), block.attn(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 5), (3, 9), (1, 1)])
+@pytest.mark.parametrize("shift", [0, 2])
+def test_one_table_pads_shifts_and_cuts(size, shift):
+    H, W = size
+    with torch.inference_mode():
+        cell, place = window_order(H, W, 4, shift)
+    x = torch.randn(2, H, W, 3, requires_grad=True)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -W % 4, 0, -H % 4)).roll((-shift, -shift), (1, 2))
+    fetched = torch.cat([x.flatten(1, 2), x.new_zeros(2, 1, 3)], 1)[:, cell]
+    assert torch.equal(fetched.view(-1, 16, 3), to_windows(padded, 4))
+    assert torch.equal(fetched[:, place].view(x.shape), x)
+    fetched.sum().backward()  # a table made while predicting serves a later training step
+    assert torch.equal(x.grad, torch.ones_like(x)) and window_order(H, W, 4, shift)[0] is cell
