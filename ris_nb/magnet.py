@@ -94,7 +94,7 @@ class MagNet(RISModel):
     mask losses. alignment: weight of each of the three terms of `alignment_loss`, which compares at most alignment_pixels
     of either side. grounding, predictor: the weight that `for_training` gives Mask Grounding, which is no part of the
     network, and other arguments of `Grounded`. image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`.
-    The defaults are the paper's sizes.
+    The defaults are the released network's sizes.
     """
 
     tokenizer = LAVT.tokenizer  # which refuses texts where the model was built without words
