@@ -444,7 +444,7 @@ class MaskDecoder(nn.Module):
         masks = self.mask_embed(queries) @ mask_features.flatten(2)  # (B, layers + 1, H * W)
         return masks.unflatten(-1, mask_features.shape[2:]).transpose(0, 1), self.class_embed(queries).transpose(0, 1)
 
-# %% ../nbs/12_mask_decoder.ipynb #087
+# %% ../nbs/12_mask_decoder.ipynb #088
 RELEASED_PARTS = {
     r"pixel_decoder\.input_proj\.(\d+)\.([01])": r"pixel_decoder.projections.\1.\2",
     r"pixel_decoder\.transformer\.level_embed": r"pixel_decoder.level_embed",
@@ -469,7 +469,7 @@ RELEASED_PARTS = {
     r"predictor\.mask_embed\.layers\.2": r"mask_decoder.mask_embed.4",
 }
 
-# %% ../nbs/12_mask_decoder.ipynb #088
+# %% ../nbs/12_mask_decoder.ipynb #089
 def released_mask_decoder_key(key: str) -> str | None:
     """Our name for an entry `classifier.pixel_decoder...` or `classifier.predictor...` of a released MagNet, or None."""
     for pattern, name in RELEASED_PARTS.items():
