@@ -95,6 +95,9 @@ class ImageAlignment(nn.Module):
         self.regions = nn.ModuleList(RegionBranch(width, language_width, width // len(grids)) for _ in grids)
         self.mixer = nn.Sequential(nn.Linear(2 * width, width), nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
         self.mixer.apply(init_weights)
+        with torch.no_grad():  # start from what the pixels read: the regions come in as they learn to help
+            self.mixer[0].weight[:, -width:] += torch.eye(width)
+            self.mixer[2].weight += torch.eye(width)
         self.gate = LanguageGate(width, nn.GELU)
 
     def pyramid(self, x: Tensor, l: Tensor, words: Tensor) -> list[Tensor]:
