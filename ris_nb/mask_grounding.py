@@ -85,6 +85,16 @@ class GridEncoder(nn.Module):
 MASK_ENCODERS = {"centre": CentreEncoder, "grid": GridEncoder}
 
 # %% ../nbs/10_mask_grounding.ipynb #038
+def _initialise(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if name.endswith("place"):
+            nn.init.normal_(parameter, std=0.3)
+        elif parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)  # BERT's 0.02 is so small that attention stays even: see the chapter
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+# %% ../nbs/10_mask_grounding.ipynb #039
 class WordPredictor(nn.Module):
     """Guesses hidden words from the other words, the image and the mask (Mask Grounding, CVPR 2024).
 
@@ -127,17 +137,7 @@ class WordPredictor(nn.Module):
         tokens = self.layers(self.dropout(self.norm(tokens)), src_key_padding_mask=padding)
         return self.head(tokens[:, : words.shape[1]])
 
-
-def _initialise(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if name.endswith("place"):
-            nn.init.normal_(parameter, std=0.3)
-        elif parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter)  # BERT's 0.02 is so small that attention stays even: see the chapter
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-
-# %% ../nbs/10_mask_grounding.ipynb #053
+# %% ../nbs/10_mask_grounding.ipynb #054
 def mask_grounding_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of the guesses: logits (B, L, V) and targets (B, L), `IGNORE` where nothing is asked -> a scalar.
 
@@ -147,7 +147,7 @@ def mask_grounding_loss(logits: Tensor, targets: Tensor) -> Tensor:
     terms = F.cross_entropy(logits.float().mT, targets, ignore_index=IGNORE, reduction="none")  # (B, L)
     return (terms.sum(1) / (targets != IGNORE).sum(1).clamp(min=1)).mean()
 
-# %% ../nbs/10_mask_grounding.ipynb #058
+# %% ../nbs/10_mask_grounding.ipynb #059
 @torch.no_grad()
 def _feature_widths(host: nn.Module, pixels: bool) -> tuple[int, int | None]:
     """Widths of the host's word and pixel features, found by asking it about a black image."""
@@ -159,7 +159,7 @@ def _feature_widths(host: nn.Module, pixels: bool) -> tuple[int, int | None]:
             raise RISError(f"{type(host).__name__} gives no {name}, which Mask Grounding reads; let its forward return them")
     return output.word_features.shape[-1], output.pixel_features.shape[1] if pixels else None
 
-# %% ../nbs/10_mask_grounding.ipynb #059
+# %% ../nbs/10_mask_grounding.ipynb #060
 SOURCES = ("image", "mask")
 TINY_PREDICTOR = dict(width=96, layers=2, heads=4, ffn=192)
 
@@ -220,7 +220,7 @@ class Grounded(nn.Module):
             return losses
         return {**losses, "grounding": self.weight * mask_grounding_loss(output.extra["word_logits"], output.extra["word_targets"])}
 
-# %% ../nbs/10_mask_grounding.ipynb #073
+# %% ../nbs/10_mask_grounding.ipynb #074
 @torch.no_grad()
 def masked_word_guesses(grounded: Grounded, loader: Iterable[Batch], sees: Sequence[Sequence[str]] | None = None,
                         rate: float = 0.15, seed: int = 0) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ def masked_word_guesses(grounded: Grounded, loader: Iterable[Batch], sees: Seque
                 found[name].append(grounded.guess(output, batch, see)[asked].argmax(-1).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
-
+# %% ../nbs/10_mask_grounding.ipynb #075
 def masked_word_accuracy(grounded: Grounded, loader: Iterable[Batch], **options) -> dict[str, float]:
     """The share of hidden words guessed right, for each way to look; arguments of `masked_word_guesses`.
 
