@@ -35,7 +35,7 @@ from .task import Output, RISError
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SPECIAL', 'read_image', 'Transform', 'build_vocabulary', 'read_vocabulary',
            'Tokenizer', 'Batch', 'encode_item', 'ReferralDataset', 'collate', 'DrawSampler', 'make_loader', 'replacing',
            'evaluating', 'make_batch', 'Checkpointed', 'RISModel', 'register_model', 'list_models', 'create_model',
-           'load_model']
+           'load_model', 'shipped_checkpoint']
 
 # %% ../nbs/04_batches.ipynb #010
 def _open_image(source) -> Image.Image:
@@ -564,3 +564,12 @@ def load_model(folder: str | Path) -> RISModel:
     if config.get("class") not in _CLASSES:
         raise RISError(f"{folder}: holds {_kind(config)}; a checkpoint can be one of {', '.join(sorted(_CLASSES))}")
     return _CLASSES[config["class"]].from_pretrained(folder)
+
+
+def shipped_checkpoint(name: str) -> Path:
+    """The folder of the trained model of that name that comes with the library. `RISError` names those that do."""
+    home = Path(ris_nb.__path__[0]) / "checkpoints"
+    there = sorted(path.parent.name for path in home.glob("*/config.json"))
+    if name not in there:
+        raise RISError(f"no trained {name!r} comes with the library, only {', '.join(there)}: train one, or choose another")
+    return home / name

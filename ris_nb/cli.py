@@ -6,7 +6,7 @@
 __all__ = ['HELP', 'COMMANDS', 'RUN_FILES', 'UsageError', 'error_line', 'parse', 'dispatch', 'one_line', 'main', 'Shapes',
            'run_shapes', 'Check', 'table', 'run_check', 'Data', 'Train', 'train_flags', 'at_least', 'build_model',
            'validation', 'claim_folder', 'check_command', 'run_train', 'ending', 'Models', 'run_models', 'Evaluate',
-           'run_evaluate', 'write_report', 'Predict', 'say_unread', 'run_predict']
+           'run_evaluate', 'write_report', 'Study', 'run_the_study', 'Predict', 'say_unread', 'run_predict']
 
 # %% ../nbs/20_cli.ipynb #003
 import io
@@ -35,6 +35,7 @@ usage: ris-nb COMMAND [flags]        `ris-nb COMMAND --help` explains a command 
   evaluate      score a checkpoint on every expression of a split
   predict       find what an expression speaks of in a photo of yours
   models        list the models that can be trained
+  study         train the variants of a chapter's study from several seeds
 
 a first round, some minutes on a laptop:
   ris-nb data shapes data
@@ -445,6 +446,52 @@ COMMANDS["evaluate"] = (lambda: Evaluate, run_evaluate)
 
 # %% ../nbs/20_cli.ipynb #101
 @dataclass
+class Study:
+    """Repeat a chapter's study: train each of its variants from several seeds and gather the figures in one file.
+
+    A result that is there is not computed again: stop the command and go on, or share the seeds out over processes.
+
+    examples:
+      ris-nb study magnet
+      ris-nb study magnet --seeds 3 4 --only LAVT MagNet
+    """
+    name: Positional[Literal["magnet"]]
+    """Which: magnet (notebook 13)."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of each variant for each of these."""
+    steps: int = 600
+    """Steps of a run."""
+    only: tuple[str, ...] = ()
+    """Variants to run. Default: all of them."""
+    folder: Path = Path("runs/study")
+    """Home of the data, made if missing, and of the runs."""
+    out: Path | None = None
+    """JSON file for the figures. Default: NAME.json in --folder."""
+
+
+def run_the_study(flags: Study) -> int:
+    """Run what is missing, write the figures, print their table."""
+    from ris_nb.evaluation import run_study, study_table
+    from ris_nb.magnet import magnet_study
+    from ris_nb.shapes import make_refshapes
+    at_least(flags, steps=1)
+    data = flags.folder / "data"
+    for flavour in ("refshapes", "refshapesg"):
+        if not (data / flavour).exists():
+            make_refshapes(data, flavour, progress=True)
+    variants = magnet_study(data, flags.steps)
+    if unknown := [name for name in flags.only if name not in variants]:
+        raise UsageError(f"the study has no variant {unknown[0]!r}; there are: {'; '.join(variants)}")
+    chosen = {name: run for name, run in variants.items() if not flags.only or name in flags.only}
+    rows = run_study(chosen, flags.seeds, flags.folder / flags.name, flags.out or flags.folder / f"{flags.name}.json")
+    print(study_table(rows, ["refshapes oIoU", "refshapes mIoU", "refshapesg mIoU"]))
+    return 0
+
+
+COMMANDS["study"] = (lambda: Study, run_the_study)
+
+# %% ../nbs/20_cli.ipynb #104
+@dataclass
 class Predict:
     """Find what an expression speaks of in a photo.
 
@@ -453,17 +500,20 @@ class Predict:
 
     examples:
       ris-nb predict photo.jpg "the dog on the left" --checkpoint runs/first
+      ris-nb predict data/images/refshapes/val_000000.png "the red triangle"
     """
     photo: Positional[Path]
     """The photo, turned upright as its camera says."""
     expression: Positional[str]
     """What to find, in quotes."""
-    checkpoint: Path
-    """A run's folder, or what a model's save_pretrained wrote."""
+    checkpoint: Path | None = None
+    """A run's folder, or what a model's save_pretrained wrote. Default: the trained --model that comes with the library."""
+    model: str = "magnet_tiny"
+    """Which of the library's trained models answers, where no checkpoint is named. They know RefShapes and nothing else."""
     out: Path = Path(".")
     """Folder for the two pictures."""
 
-# %% ../nbs/20_cli.ipynb #102
+# %% ../nbs/20_cli.ipynb #105
 def say_unread(tokenizer, expression: str) -> None:
     """A line on stderr for words that the model doesn't know, another when it doesn't read to the end."""
     unknown = list(dict.fromkeys(tokenizer.unknown(expression)))
@@ -473,16 +523,16 @@ def say_unread(tokenizer, expression: str) -> None:
     if tokenizer.pieces(expression)[-1] != "[SEP]":
         print(f"warning: the model reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
 
-# %% ../nbs/20_cli.ipynb #103
+# %% ../nbs/20_cli.ipynb #106
 def run_predict(flags: Predict) -> int:
     """Write the overlay and the mask."""
     import numpy as np
     from PIL import Image
-    from ris_nb.batches import load_model, read_image, replacing
+    from ris_nb.batches import load_model, read_image, replacing, shipped_checkpoint
     from ris_nb.task import overlay
     from ris_nb.training import make_accelerator
     photo = read_image(flags.photo, upright=True)
-    model = load_model(flags.checkpoint).to(make_accelerator().device)
+    model = load_model(flags.checkpoint or shipped_checkpoint(flags.model)).to(make_accelerator().device)
     mask = model.predict([photo], [flags.expression])[0]
     say_unread(model.tokenizer, flags.expression)
     pictures = {"overlay": overlay(np.asarray(photo), mask), "mask": mask.astype(np.uint8) * 255}
@@ -496,6 +546,6 @@ def run_predict(flags: Predict) -> int:
 
 COMMANDS["predict"] = (lambda: Predict, run_predict)
 
-# %% ../nbs/20_cli.ipynb #113
+# %% ../nbs/20_cli.ipynb #118
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is "__main__", too, but no file
     sys.exit(main())

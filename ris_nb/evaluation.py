@@ -377,13 +377,13 @@ def study_table(rows: Sequence[dict], fields: Sequence[str]) -> str:
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         cells = [seed_interval([row[field] for row in mine]) for field in fields]
-        lines.append([name, len(mine), *(f"{_percent(mean)} ± {_percent(half)}" for mean, half in cells)])
+        lines.append([name, len(mine), *(_percent(mean) + ("" if np.isnan(half) else f" ± {_percent(half)}") for mean, half in cells)])
     return _table(["variant", "runs", *fields], lines) + "\n"
 
 
 def show_study(rows: Sequence[dict], field: str, ax: plt.Axes | None = None) -> plt.Axes:
     """Each run of each variant as a dot, the mean as a bar with its 95 % interval; `field` in percent."""
-    ax = ax or plt.subplots(figsize=(6, 0.4 + 0.4 * len({r["variant"] for r in rows})), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len({r["variant"] for r in rows})), layout="constrained")[1]
     names = list(dict.fromkeys(row["variant"] for row in rows))
     for y, name in enumerate(names):
         values = [100 * row[field] for row in rows if row["variant"] == name]

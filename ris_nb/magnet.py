@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,18 +19,23 @@ from torch.utils.checkpoint import checkpoint
 
 from .alignment import (ImageAlignment, LanguageAlignment, alignment_loss, released_image_alignment_key,
                               released_language_alignment_key, sentence_vector)
-from .batches import IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, RISModel, register_model
+from .batches import (IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, ReferralDataset, RISModel, build_vocabulary, create_model,
+                            make_loader, register_model)
+from .evaluation import evaluate
 from .language import TextEncoder
 from .lavt import (LAVT, SimpleDecoder, dice_loss, load_released, mask_loss, read_released, released_encoder_sizes,
                          score_masks, start_from_namer, upsample, word_rows)
 from .mask_decoder import MaskDecoder, PixelDecoder, released_mask_decoder_key
-from .mask_grounding import TINY_PREDICTOR, Grounded
+from .mask_grounding import TINY_PREDICTOR, Grounded, masked_word_accuracy
+from .refer import open_data
 from .task import Output, RISError
+from .training import TINY_RECIPE, TrainConfig, fit
 from .vision import TINY_SWIN, Swin, released_swin_key
 
 # %% auto #0
-__all__ = ['RELEASED_WEIGHTS', 'LockStep', 'supervise', 'shrink_mask', 'MagNet', 'magnet_tiny', 'magnet_swin_base',
-           'fetch_released', 'released_magnet', 'released_magnet_key', 'released_magnet_sizes']
+__all__ = ['RELEASED_WEIGHTS', 'MAGNET_STUDY', 'LockStep', 'supervise', 'shrink_mask', 'MagNet', 'magnet_tiny',
+           'magnet_swin_base', 'fetch_released', 'released_magnet', 'released_magnet_key', 'released_magnet_sizes',
+           'study_model', 'magnet_study', 'study_scores']
 
 # %% ../nbs/13_magnet.ipynb #012
 class LockStep(nn.Module):
@@ -201,7 +208,8 @@ def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
     """
     sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=3, bert_heads=4, bert_ffn=192,
                  bert_dropout=0.0, bert_positions=32, grids=(1, 4), decoder_width=32, decoder_heads=4, points=1, encoder_layers=1,
-                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64, predictor=TINY_PREDICTOR)
+                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64, bce=1.0, dice=3.0,
+                 grounding=0.1, predictor={**TINY_PREDICTOR, "at_least_one": False})
     model = MagNet(**{**sizes, **overrides})
     if pretrained:
         start_from_namer("magnet_tiny", model.encoder.vision, overrides)
@@ -287,3 +295,70 @@ def released_magnet_sizes(state: Mapping[str, Tensor], decoder_heads: int = 8) -
             decoder_ffn=len(state[f"{mask}.transformer_ffn_layers.0.linear1.weight"]))
     except KeyError as error:
         raise RISError(f"not a released MagNet: it has no entry {error.args[0]}") from None
+
+# %% ../nbs/13_magnet.ipynb #077
+def study_model(kind: str, vocabulary: Sequence[str], **grounding) -> nn.Module:
+    """What a row of the study trains: `kind` (LAVT, or MagNet and how it differs), grounded if `grounding` (of `Grounded`) is given."""
+    changes = {"cam": dict(decoder="simple", alignment=0.0), "cal": dict(decoder="simple"), "released": dict(released=True)}
+    name = "lavt_tiny" if kind == "lavt" else "magnet_tiny"
+    model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes.get(kind, {}))
+    return Grounded(model, **{**TINY_PREDICTOR, "at_least_one": False, **grounding}) if grounding else model
+
+
+MAGNET_STUDY = {  # row -> arguments of `study_model`
+    "LAVT": dict(kind="lavt"),
+    "LAVT, words hidden": dict(kind="lavt", weight=0.0),
+    "+ MG": dict(kind="lavt", weight=0.1),
+    "+ MG, weight 1": dict(kind="lavt", weight=1.0),
+    "+ MG, one word at least": dict(kind="lavt", weight=0.1, at_least_one=True),
+    "+ MG + CAM": dict(kind="cam", weight=0.1),
+    "+ MG + CAM + CAL": dict(kind="cal", weight=0.1),
+    "MagNet": dict(kind="magnet", weight=0.1),
+    "MagNet without MG": dict(kind="magnet"),
+    "MagNet, released language side": dict(kind="released", weight=0.1),
+    "MagNet, 30 % hidden": dict(kind="magnet", weight=0.1, rate=0.3),
+    "MagNet, predictor sees words": dict(kind="magnet", weight=0.1, see=()),
+    "MagNet, predictor sees words, image": dict(kind="magnet", weight=0.1, see=("image",)),
+}
+
+
+def magnet_study(root: str | Path, steps: int = 600, equal_time: float = 1.7) -> dict[str, Callable[[int, Path], dict]]:
+    """The study's variants for `run_study`: each trains on RefShapes and RefShapesG together and is scored on the val split of both.
+
+    `root` holds the sets `refshapes` and `refshapesg`. "LAVT, equal time" runs `equal_time` times as many steps. The figures
+    of a run: steps, seconds (of processor time, in training), oIoU and mIoU of both sets, mIoU of their relational
+    expressions, and the share of hidden words that the predictor guesses from each source.
+    """
+    data = {name: open_data(root, name) for name in ("refshapes", "refshapesg")}
+    train = [referral for each in data.values() for referral in each.referrals("train")]
+    vocabulary = build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+
+    def variant(more: float, arguments: dict):
+        def run(seed: int, folder: Path) -> dict:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
+            torch.manual_seed(seed)
+            model = study_model(vocabulary=vocabulary, **arguments)
+            warmup = min(TINY_RECIPE["warmup"], steps // 4)
+            config = TrainConfig(**{**TINY_RECIPE, "steps": round(more * steps), "warmup": warmup, "seed": seed})
+            start = time.process_time()
+            fit(model, ReferralDataset(train, model.tokenizer, model.transform), config, folder, progress=False)
+            return {"steps": config.steps, "seconds": time.process_time() - start, **study_scores(model, data)}
+        return run
+
+    rows = {name: (1.0, arguments) for name, arguments in MAGNET_STUDY.items()}
+    rows = {"LAVT": rows.pop("LAVT"), "LAVT, equal time": (equal_time, MAGNET_STUDY["LAVT"]), **rows}
+    return {name: variant(*row) for name, row in rows.items()}
+
+
+def study_scores(model: nn.Module, data: Mapping) -> dict[str, float]:
+    """The figures of one trained model: see `magnet_study`."""
+    figures = {}
+    for name, each in data.items():
+        dataset = ReferralDataset(each.referrals("val"), model.tokenizer, model.transform, every=True)
+        report = evaluate(model, dataset, progress=False)
+        figures |= {f"{name} oIoU": report.oIoU, f"{name} mIoU": report.mIoU,
+                    f"{name} relations": report.by_kind["relation"]["mIoU"]}
+    if isinstance(model, Grounded):
+        guessed = masked_word_accuracy(model, make_loader(dataset, 32))
+        figures |= {f"guessed from {source}": value for source, value in guessed.items()}
+    return figures
