@@ -494,6 +494,7 @@ class Slow:
 
     def __call__(self):
         from ris_nb import training
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script put in the background ignores Ctrl-C
         original = training.seed_step
         training.seed_step = lambda *args: (time.sleep(0.3), original(*args))
 

@@ -19,7 +19,7 @@ PREDICTOR = dict(width=16, layers=1, heads=2, ffn=16)
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=1e-2, save_every=3, log_every=2)
 
 
-class Toy(RISModel):
+class GroundedToy(RISModel):
     """Somebody else's model: word vectors, a convolution, dropout, BatchNorm."""
 
     def __init__(self, vocabulary=VOCABULARY, width: int = 8):
@@ -60,7 +60,7 @@ class Balls(torch.utils.data.Dataset):
 
 def toy(**settings):
     torch.manual_seed(0)
-    return Grounded(Toy(), **{**PREDICTOR, **settings})
+    return Grounded(GroundedToy(), **{**PREDICTOR, **settings})
 
 
 def some_batch(n=4):
@@ -172,7 +172,7 @@ def test_bad_arguments(options, message):
 
 
 def test_hosts_that_say_too_little():
-    class NoPixels(Toy):
+    class NoPixels(GroundedToy):
         def forward(self, batch):
             return replace(super().forward(batch), pixel_features=None)
 
@@ -185,7 +185,7 @@ def test_hosts_that_say_too_little():
 
 def test_finding_the_widths_leaves_the_host_alone():
     torch.manual_seed(0)
-    host = Toy().train()
+    host = GroundedToy().train()
     before, random = {k: v.clone() for k, v in host.state_dict().items()}, torch.random.get_rng_state()
     Grounded(host, see=(), **PREDICTOR)
     assert host.training and host.pixels[1].training
@@ -229,7 +229,7 @@ def test_fit_resumes_to_the_bit_and_leaves_the_host_alone(tmp_path):
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values()):
         assert torch.equal(a, b), name
     model = load_model(tmp_path / "parted")
-    assert type(model) is Toy and set(model.state_dict()) == set(whole.host.state_dict())
+    assert type(model) is GroundedToy and set(model.state_dict()) == set(whole.host.state_dict())
     assert all(torch.equal(v, whole.host.state_dict()[k]) for k, v in model.state_dict().items())
 
 
@@ -275,5 +275,5 @@ def test_accuracy_counts_what_it_should():
 def test_no_predictor_in_a_checkpoint(tmp_path):
     grounded = toy()
     grounded.save_pretrained(tmp_path)
-    assert type(load_model(tmp_path)) is Toy
+    assert type(load_model(tmp_path)) is GroundedToy
     assert {p.name for p in Path(tmp_path).iterdir()} == {"config.json", "model.safetensors"}
