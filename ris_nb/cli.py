@@ -230,7 +230,7 @@ class Train(Data):
     model: str = "lavt_tiny"
     """`ris-nb models` lists the names."""
     pretrained: bool = False
-    """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for lavt_tiny part of the library."""
+    """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for the tiny models part of the library."""
     image_size: int | None = None
     """Side in pixels of the square that the model sees. Default: the model's own."""
     vocabulary: str | None = None

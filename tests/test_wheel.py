@@ -28,7 +28,8 @@ sys.path.append(site)
 import ris_nb
 for module in pkgutil.iter_modules(ris_nb.__path__):
     if not module.name.startswith("_"): importlib.import_module(f"ris_nb.{module.name}")
-ris_nb.vision.pretrained_namer()  # its weights came along
+ris_nb.vision.pretrained_namer()  # its weights came along,
+ris_nb.batches.load_model(ris_nb.batches.shipped_checkpoint("magnet_tiny"))  # and the trained model's
 print(ris_nb.__file__)
 """
 
