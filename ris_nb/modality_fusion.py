@@ -9,22 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .entity_slots import FeedForward, merge_heads, split_heads
 from .task import RISError
 
 # %% auto #0
-__all__ = ['SCHEMES', 'RELEASED_PARTS', 'in_full', 'split_heads', 'ModalityFusion', 'relevance_map', 'released_fusion_key']
+__all__ = ['SCHEMES', 'RELEASED_PARTS', 'ModalityFusion', 'relevance_map', 'released_fusion_key']
 
 # %% ../nbs/15_modality_fusion.ipynb #003
-def in_full(x: Tensor) -> Tensor:
-    """x in float32 where it was in half precision; else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(..., n, heads * head_width) -> (..., heads, n, head_width)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-# %% ../nbs/15_modality_fusion.ipynb #004
 class ModalityFusion(nn.Module):
     """The modality fusion of SaG (ICCV 2023), "gather": a sentence reads slots, in one pre-norm decoder layer.
 
@@ -38,7 +29,7 @@ class ModalityFusion(nn.Module):
         self.text_norm, self.slot_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key, self.value = (nn.Linear(width, heads * head_width, bias=False) for _ in range(3))
         self.out, self.dropout = nn.Linear(heads * head_width, width), nn.Dropout(dropout)
-        self.feed_forward = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, ffn), nn.GELU(), nn.Linear(ffn, width))
+        self.feed_forward = FeedForward(width, ffn, dropout=0.0)
 
     def project(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """slots (N, K, D) -> keys and values, each (N, heads, K, head_width): once for all sentences of an image."""
@@ -47,10 +38,10 @@ class ModalityFusion(nn.Module):
 
     def read(self, text: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """text (N or 1, b, D): b sentences for each image, or the same b for all -> z (N, b, D), A_fuse (N, b, K)."""
-        q = split_heads(self.query(self.text_norm(text)), self.heads)  # (N or 1, heads, b, head_width)
-        A = in_full(q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)  # (N, heads, b, K): each sentence divides its attention
-        heard = (A.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # (N, b, heads * head_width)
-        c = in_full(text) + self.dropout(self.out(heard))  # images differ in the third digit of c: no half precision here
+        exact = torch.promote_types(text.dtype, torch.float32)
+        q = split_heads(self.query(self.text_norm(text)), self.heads) * k.shape[-1] ** -0.5  # (N or 1, heads, b, head_width)
+        A = (q @ k.mT).softmax(-1, dtype=exact)  # (N, heads, b, K): each sentence divides its attention
+        c = text.to(exact) + self.dropout(self.out(merge_heads(A.to(v.dtype) @ v)))  # images differ in its third digit
         c = c + self.feed_forward(c)
         return F.normalize(c, dim=-1), A.mean(1)
 
@@ -70,7 +61,7 @@ class ModalityFusion(nn.Module):
         """Every sentence reads every image: text (B, D) -> z (N, B, D) of length one, A_fuse (N, B, K), image first."""
         return self.read(text[None], k, v)
 
-# %% ../nbs/15_modality_fusion.ipynb #005
+# %% ../nbs/15_modality_fusion.ipynb #004
 SCHEMES = ("weighted", "max", "min", "average")  # the paper's, then what it compares with
 
 
@@ -89,10 +80,10 @@ def relevance_map(A_fuse: Tensor, A_slot: Tensor, scheme: str = "weighted") -> T
     chosen = A_fuse.argmax(1) if scheme == "max" else A_fuse.argmin(1)
     return A_slot[torch.arange(len(chosen), device=chosen.device), chosen]
 
-# %% ../nbs/15_modality_fusion.ipynb #006
+# %% ../nbs/15_modality_fusion.ipynb #005
 RELEASED_PARTS = {"attn.norm": "text_norm", "attn.norm_context": "slot_norm", "attn.fn.to_q": "query", "attn.fn.to_k": "key",
                   "attn.fn.to_v": "value", "attn.fn.to_out.0": "out", "ff.norm": "feed_forward.0", "ff.fn.net.0": "feed_forward.1",
-                  "ff.fn.net.3": "feed_forward.3"}
+                  "ff.fn.net.3": "feed_forward.4"}
 
 
 def released_fusion_key(key: str) -> str | None:
