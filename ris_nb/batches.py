@@ -475,6 +475,8 @@ class RISModel(Checkpointed):
     A subclass's own arguments must be JSON values, for `save_pretrained` writes them to config.json.
     """
 
+    needs_masks = True  # does training look at masks? Data sets for a model that doesn't are built with masks=False
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         _CLASSES[cls.__name__] = cls
