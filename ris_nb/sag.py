@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 
@@ -15,20 +17,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batches import SPECIAL, Batch, RISModel, register_model
+from .batches import (SPECIAL, Batch, ReferralDataset, RISModel, Tokenizer, build_vocabulary, create_model,
+                            register_model)
 from .c3_loss import c3_loss, gather_images, image_codes, same_image
 from .entity_slots import (SLOT_KINDS, EntityDiscovery, SlotDecoder, reconstruction_loss, released_decoder_key,
                                  released_slots_key)
+from .evaluation import Floor, evaluate
 from .language import TextEncoder
 from .lavt import LAVT, load_released, read_released, word_rows
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map, released_fusion_key
+from .refer import open_data
 from .task import Output, RISError
+from .training import TINY_RECIPE, TrainConfig, fit
 from .vision import ViT
 
 # %% auto #0
-__all__ = ['NOISES', 'FALSE_NEGATIVES', 'UNUSED', 'AGG', 'relevance_masks', 'PatchEntities', 'DotFusion', 'check_choices', 'SaG',
-           'start_from_tagger', 'sag_tiny', 'slow_vision', 'sag_vit_small', 'sag_vit_small_scripts', 'released_sag_key',
-           'released_sag', 'released_slot_sizes', 'released_sag_sizes']
+__all__ = ['NOISES', 'FALSE_NEGATIVES', 'UNUSED', 'AGG', 'SAG_FLOORS', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
+           'PatchEntities', 'DotFusion', 'check_choices', 'SaG', 'start_from_tagger', 'sag_tiny', 'slow_vision',
+           'sag_vit_small', 'sag_vit_small_scripts', 'released_sag_key', 'released_sag', 'released_slot_sizes',
+           'released_sag_sizes', 'RandomRelevance', 'sag_study', 'study_figures', 'sag_scores', 'floor_scores']
 
 # %% ../nbs/17_sag.ipynb #003
 def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
@@ -338,3 +345,94 @@ def released_sag_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
             decoder_width=len(state["decoder.mlp.0.weight"]), decoder_table=len(state["decoder.pos_emb.row_embed.weight"]))
     except KeyError as error:
         raise RISError(f"not a released SaG: it has no entry {error.args[0]}") from None
+
+# %% ../nbs/17_sag.ipynb #012
+class RandomRelevance(RISModel):
+    """A floor for SaG: relevance of each of `cells` x `cells` patches by chance, turned into masks as SaG turns its own."""
+
+    def __init__(self, cells: int = 16, image_size: int = 64):
+        super().__init__(image_size, SPECIAL, resolution="original")
+        self.cells = cells
+
+    def forward(self, batch: Batch) -> Output:
+        return Output(torch.rand(len(batch), self.cells, self.cells, device=batch.image.device))
+
+    def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return relevance_masks(output.score, sizes)
+
+
+SAG_FLOORS = {"whole image": lambda: Floor("whole image", resolution="original"),
+              "centre box": lambda: Floor("centre box", resolution="original"), "random map": RandomRelevance}
+
+# %% ../nbs/17_sag.ipynb #013
+SAG_RECIPE = {**TINY_RECIPE, "best": "mIoU"}
+SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
+    "SaG": {},
+    "no entity discovery": dict(discovery=False, reconstruction=0.0),
+    "no interaction": dict(interaction=False),
+    "transformer attention": dict(competition="pixels"),
+    "no reconstruction": dict(reconstruction=0.0),
+    "no fusion, no C3": dict(fusion=False),
+    **{f"{g} x {12 // g}": dict(gaussians=g, per_gaussian=12 // g) for g in (12, 6, 4, 3, 2)},
+    "random slots": dict(slots="random"),
+    "query slots": dict(slots="query"),
+    "false negatives dropped": dict(false_negatives="drop"),
+}
+
+
+def sag_study(root: str | Path, steps: int = SAG_RECIPE["steps"]) -> dict[str, Callable[[int, Path], dict]]:
+    """The study's variants for `run_study`: each trains on the set `refshapes` in `root` and is scored on its val split.
+
+    The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" is the ceiling, "no model" the
+    floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU, those of expressions of
+    other images ("shuffled"), and for SaG those of the other schemes and of mean slots.
+    """
+    data = open_data(root, "refshapes")
+    train, val = data.referrals("train"), data.referrals("val")
+    vocabulary = build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+
+    def variant(name: str, **changes):
+        def run(seed: int, folder: Path) -> dict:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
+            torch.manual_seed(seed)
+            model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes)
+            recipe = SAG_RECIPE if name == "sag_tiny" else TINY_RECIPE
+            config = TrainConfig(**{**recipe, "steps": steps, "warmup": min(recipe["warmup"], steps // 4), "seed": seed})
+            start = time.process_time()
+            fit(model, ReferralDataset(train, model.tokenizer, model.transform, masks=model.needs_masks), config, folder, progress=False)
+            return {"steps": steps, "seconds": time.process_time() - start, **sag_scores(model, val)}
+        return run
+
+    return {"LAVT, with masks": variant("lavt_tiny"), **{row: variant("sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
+            "no model": lambda seed, folder: floor_scores(val, Tokenizer(vocabulary), seed)}
+
+# %% ../nbs/17_sag.ipynb #014
+def study_figures(model: RISModel, dataset: ReferralDataset, name: str = "", **options) -> dict[str, float]:
+    """mIoU and oIoU of a model, by the names that `sag_study` gives them; `options`: of `evaluate`."""
+    scores = evaluate(model, dataset, progress=False, **options).scores()
+    return {f"refshapes {score}{name and ', ' + name}": scores[score] for score in ("oIoU", "mIoU")}
+
+
+def sag_scores(model: RISModel, referrals: Sequence) -> dict[str, float]:
+    """The figures of one trained model: see `sag_study`."""
+    dataset = ReferralDataset(referrals, model.tokenizer, model.transform, every=True)
+    figures = {**study_figures(model, dataset), **study_figures(model, dataset, "shuffled", shuffle_seed=0)}
+    if isinstance(model, SaG):
+        kept = model.scheme, model.noise
+        for model.scheme in SCHEMES[1:]:
+            figures |= study_figures(model, dataset, model.scheme)
+        model.scheme, model.noise = kept[0], "mean"
+        figures |= study_figures(model, dataset, "mean slots")
+        model.noise = kept[1]
+    return figures
+
+
+def floor_scores(referrals: Sequence, tokenizer: Tokenizer, seed: int = 0) -> dict[str, float]:
+    """The figures of `SAG_FLOORS`, as "refshapes mIoU, whole image"; and of the best of them by mIoU, as "refshapes mIoU"."""
+    torch.manual_seed(seed)
+    figures = {}
+    for name, floor in SAG_FLOORS.items():
+        model = floor()
+        figures |= study_figures(model, ReferralDataset(referrals, tokenizer, model.transform, every=True), name)
+    best = max(SAG_FLOORS, key=lambda name: figures[f"refshapes mIoU, {name}"])
+    return {**{f"refshapes {score}": figures[f"refshapes {score}, {best}"] for score in ("oIoU", "mIoU")}, **figures}
