@@ -28,11 +28,11 @@ from .batches import DrawSampler, collate, evaluating, replacing
 from .task import RISError
 
 # %% auto #0
-__all__ = ['TINY_RECIPE', 'UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 'schedule_factor', 'param_groups', 'optimizer_step',
-           'LossStep', 'make_accelerator', 'accumulate_gradients', 'sample_stream', 'GlobalBatches', 'training_loader',
-           'seed_step', 'AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'Meter', 'check_finite',
-           'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'Run', 'save_run', 'start_run',
-           'open_tensorboard', 'measure', 'report', 'score_run', 'finish_step', 'prepare', 'fit']
+__all__ = ['TINY_RECIPE', 'UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 'schedule_factor', 'loss_factor', 'param_groups',
+           'optimizer_step', 'LossStep', 'make_accelerator', 'accumulate_gradients', 'sample_stream', 'GlobalBatches',
+           'training_loader', 'seed_step', 'AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'Meter',
+           'check_finite', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'Run', 'save_run',
+           'start_run', 'open_tensorboard', 'measure', 'report', 'score_run', 'finish_step', 'prepare', 'fit']
 
 # %% ../nbs/08_training.ipynb #017
 @dataclass
@@ -46,6 +46,7 @@ class TrainConfig:
     schedule: Literal["poly", "cosine", "constant"] = "poly"  # how the learning rate falls
     power: float = 0.9  # exponent of the poly schedule
     warmup: int = 0  # steps in which the learning rate climbs to its full height
+    warmup_kind: Literal["rate", "loss"] = "rate"  # loss: the loss climbs in place of the rate, as in SaG's released code
     clip: float | None = None  # the largest norm that the whole gradient may have
     accumulate: int = 1  # micro-batches that a step is cut into, to save memory
     precision: Literal["no", "bf16"] = "no"  # bf16: forward pass in bfloat16; weights and losses stay float32
@@ -69,7 +70,8 @@ def check_config(config: TrainConfig) -> None:
     for name in ("weight_decay", "workers", "validate_every", "power", "seed"):
         if not getattr(config, name) >= 0:
             raise RISError(f"{name} must not be negative, but is {getattr(config, name)}")
-    choices = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "bf16"), "best": ("oIoU", "mIoU")}
+    choices = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "bf16"), "best": ("oIoU", "mIoU"),
+               "warmup_kind": ("rate", "loss")}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise RISError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
@@ -85,17 +87,22 @@ TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup
 def schedule_factor(config: TrainConfig, step: int) -> float:
     """What multiplies `config.lr` at `step` (the first is 0): a function of the step alone, so there is no state to save.
 
-    Warm-up climbs to 1 in `warmup` equal stairs. From there, with t running from 0 towards 1: `(1 - t) ** power` for
+    Warm-up climbs to 1 in `warmup` equal stairs, or stands at 1 where the loss climbs (`loss_factor`). From there, with t running from 0 towards 1: `(1 - t) ** power` for
     "poly" (LAVT, CVPR 2022), half a cosine for "cosine" (Shatter and Gather, ICCV 2023), 1 for "constant".
     """
     if step < config.warmup:
-        return (step + 1) / config.warmup
+        return (step + 1) / config.warmup if config.warmup_kind == "rate" else 1.0
     t = (step - config.warmup) / (config.steps - config.warmup)
     if config.schedule == "poly":
         return (1 - t) ** config.power
     if config.schedule == "cosine":
         return 0.5 * (1 + float(np.cos(np.pi * t)))
     return 1.0
+
+
+def loss_factor(config: TrainConfig, step: int) -> float:
+    """What multiplies the loss at `step`: 1, but for a warm-up of kind "loss", whose stairs it climbs."""
+    return min(1.0, (step + 1) / config.warmup) if config.warmup_kind == "loss" and config.warmup else 1.0
 
 # %% ../nbs/08_training.ipynb #030
 UNDECAYED = ("norm", "relative_position_bias_table", "pos_embed")
@@ -157,10 +164,12 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[unused])
 
 
-def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches, accumulate: int = 1) -> dict[str, torch.Tensor]:
+def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches, accumulate: int = 1,
+                         factor: float = 1.0) -> dict[str, torch.Tensor]:
     """Adds to `.grad` the gradient of the mean loss of the next `accumulate` micro-batches, averaged over processes.
 
-    Returns this process's mean of every loss term and of their sum, "loss": detached scalars, still on the device.
+    The gradient is multiplied by `factor`. Returns this process's mean of every loss term and of their sum, "loss", without
+    the factor: detached scalars, still on the device.
     """
     means = {}
     for k in range(accumulate):
@@ -168,7 +177,7 @@ def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches
         with accelerator.no_sync(loss_step) if k + 1 < accumulate else nullcontext():
             terms = loss_step(batch)
             loss = sum(terms.values())
-            (loss / accumulate).backward()
+            (loss * (factor / accumulate)).backward()
         for name, value in {"loss": loss, **terms}.items():
             means[name] = means.get(name, 0) + value.detach().float() / accumulate
     return means
@@ -384,7 +393,7 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
             raise RISError(f"{run_dir}: already holds a run; resume it or choose another folder")
     elif path.exists():
         try:
-            before, now = dict(json.loads(path.read_text())), asdict(config)
+            before, now = {**asdict(TrainConfig()), **json.loads(path.read_text())}, asdict(config)
         except (ValueError, TypeError):
             raise RISError(f"{path}: is broken; choose another folder, or put the config of the run back") from None
         free = FREE | ({"steps"} if config.schedule == "constant" else set())
@@ -525,7 +534,8 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
     with tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not progress or rank > 0) as bar:
         while run.step < config.steps:
             seed_step(config.seed, run.step, rank)
-            values = accumulate_gradients(run.accelerator, loss_step, batches, config.accumulate)
+            factor = loss_factor(config, run.step)
+            values = accumulate_gradients(run.accelerator, loss_step, batches, config.accumulate, factor)
             values["grad_norm"] = optimizer_step(run.optimizer, config, run.step)
             finish_step(run, values, validate, bar)
     if run.writer:
