@@ -29,7 +29,7 @@ from .modality_fusion import SCHEMES, ModalityFusion, relevance_map, released_fu
 from .refer import open_data
 from .task import Output, RISError
 from .training import TINY_RECIPE, TrainConfig, fit
-from .vision import ViT
+from .vision import ViT, pretrained_tagger
 
 # %% auto #0
 __all__ = ['NOISES', 'FALSE_NEGATIVES', 'UNUSED', 'AGG', 'SAG_FLOORS', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
@@ -226,7 +226,6 @@ def start_from_tagger(name: str, vision: ViT) -> None:
 
     Raises `RISError` where the model was asked to have another ViT than the tagger's.
     """
-    from ris_nb.vision import pretrained_tagger
     state, own = pretrained_tagger().vit.state_dict(), vision.state_dict()
     changed = [key for key in own if key not in state or state[key].shape != own[key].shape]
     if changed or len(state) > len(own):
@@ -243,7 +242,7 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     `pretrained`: its ViT starts as that of `pretrained_tagger`, which learned from lists of what is in a picture, and learns
     at a fifth of the rate.
     """
-    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, vit_width=96, vit_depth=4, vit_heads=4, patch=4, vit_image_size=64,
+    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, vit_width=64, vit_depth=4, vit_heads=2, patch=4, vit_image_size=64,
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
                  width=64, gaussians=6, per_gaussian=2, iterations=3, head_width=16, self_head_width=16, ffn=128,
                  dropout=0.0, decoder_width=64, decoder_table=16)
