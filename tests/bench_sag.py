@@ -1,0 +1,175 @@
+"""How fast SaG makes one training step and how much it keeps for it, against the released arithmetic written out plainly. Run by hand:
+
+    python tests/bench_sag.py [--threads 2] [--repeats 3] [--batch 4] [--double] [--out data/results/bench/sag_step.json]
+
+A step is the forward pass, both losses and the backward pass at the released size (384 pixels, ViT-S/16, BERT-base, 12 x 3 slots),
+without dropout, so that both sides compute the same numbers, and without an optimizer, which would be the same. Both sides have the
+same weights and inputs and take turns within one run, since other work on the machine changes from minute to minute. "clock" is
+what a user waits; it means little on a machine that others use too, where "cpu", the seconds of all threads together, still does.
+
+Activation memory: "saved" is the bytes of all storages that autograd keeps between forward and backward, weights aside; "peak" is
+by how much the process's resident memory grows at most during a step, the memory of the weights' gradients being there before.
+
+Differences: the largest of a tensor over its largest entry; the worst of all tensors. A ReLU whose input is zero but for rounding
+passes a gradient on one side and none on the other, so gradients can differ by more than rounding; `--double` compares both sides in
+double precision (some 15 GB) too, where that does not happen.
+"""
+import argparse
+import ctypes
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from bench_magnet import processor, timed
+from parity import Case, make_weight
+from plain_sag import plain_sag, released_shapes, sag_inputs
+from test_sag_sizes import computed
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from ris_nb.sag import UNUSED, SaG, released_sag_key
+
+PRODUCT = 2304, 512, 512  # patches of 4 images, channels in, channels out: keys, values, the slot decoder's layers
+LENS = 9, 7, 12, 5, 8, 16, 4, 10
+NOISE = 1e-6  # gradients this small beside the largest are zero but for rounding, as of a bias that a softmax takes no notice of
+
+
+def saved_bytes(call, weights):
+    """Bytes of the distinct storages that autograd saves during `call`, without those of the weights."""
+    known, kept = {w.untyped_storage().data_ptr() for w in weights}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        result = call()
+    return sum(kept.values()), result
+
+
+def resident(field):
+    """VmRSS, or VmHWM: the most since it was last set back, in bytes."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def peak_growth(call):
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+class Side:
+    """One way to compute a step: `forward() -> tensors`, among them c3 and recon_loss, and the weights by our names."""
+
+    def __init__(self, forward, weights):
+        self.forward, self.weights = forward, weights
+
+    def step(self):
+        found = self.forward()
+        (found["c3"] + found["recon_loss"]).backward()
+        return {key: value.detach() for key, value in found.items()}
+
+    def clear(self):
+        for weight in self.weights.values():
+            if weight.grad is not None:
+                weight.grad.zero_()
+
+
+def make_sides(state, image, ids, eps):
+    model = SaG.from_released(state)
+    state = {key: value.clone().requires_grad_() for key, value in state.items()}
+    model.to(image.dtype)
+    return {"plain": Side(lambda: plain_sag(state, {}, image, ids, eps), {released_sag_key(key): value for key, value in state.items()}),
+            "ris_nb": Side(lambda: computed(model, image, ids, eps), dict(model.named_parameters()))}
+
+
+def worst(found, expected, floor=0.0):
+    """The largest difference relative to the largest entry of its tensor, and whose it is."""
+    scale = {key: value.abs().max().item() for key, value in expected.items()}
+    least = floor * max(scale.values())
+    return max(((found[key] - value).abs().max().item() / scale[key], key) for key, value in expected.items() if scale[key] > least)
+
+
+def differences(sides):
+    """Outputs and gradients of ris_nb against those of plain, one step each; leaves the gradients in place."""
+    outputs = {}
+    for name, side in sides.items():
+        side.clear()
+        outputs[name] = side.step()
+    gradients = {name: {key: w.grad for key, w in side.weights.items() if w.grad is not None} for name, side in sides.items()}
+    assert set(gradients["plain"]) == set(gradients["ris_nb"]), set(gradients["plain"]) ^ set(gradients["ris_nb"])
+    flat = {name: torch.cat([g[key].flatten() for key in sorted(g)]) for name, g in gradients.items()}
+    return {"outputs": worst(outputs["ris_nb"], outputs["plain"]), "gradients": worst(gradients["ris_nb"], gradients["plain"], NOISE),
+            "all gradients, as one vector": ((flat["ris_nb"] - flat["plain"]).norm() / flat["plain"].norm()).item()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--double", action="store_true", help="compare in double precision, too")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "results" / "bench" / "sag_step.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    case = Case("sag_step", dict(batch=args.batch, input_seed=1005, lens=[LENS[i % len(LENS)] for i in range(args.batch)]), {})
+    state = {key: make_weight(5, key, shape) for key, shape in released_shapes({}).items() if not re.search(UNUSED, key)}
+    image, ids, eps = sag_inputs(case)
+    sides = make_sides(state, image, ids, eps)
+    report = {"machine": f"{processor()}, {args.threads} threads, torch {torch.__version__}", "batch": args.batch,
+              "parameters": sum(w.numel() for w in sides["ris_nb"].weights.values()), "repeats": args.repeats}
+    difference = {"float32": differences(sides)}  # this warms everything, too
+
+    memory, flops = defaultdict(dict), {}
+    for name, side in sides.items():
+        memory[name]["saved"], found = saved_bytes(side.forward, side.weights.values())
+        del found
+        memory[name]["peak"] = peak_growth(side.step)
+        with FlopCounterMode(display=False) as counter:
+            side.step()
+        flops[name] = counter.get_total_flops()
+
+    matrix, weight = torch.randn(PRODUCT[:2]), torch.randn(PRODUCT[2], PRODUCT[1])
+    clock, cpu = defaultdict(list), defaultdict(list)
+    for _ in range(args.repeats):
+        for name, call in (*((name, side.step) for name, side in sides.items()), *[("product", lambda: F.linear(matrix, weight))] * 20):
+            wall, busy, _ = timed(call)
+            clock[name].append(wall)
+            cpu[name].append(busy)
+    work = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
+
+    if args.double:
+        del sides
+        state = {key: value.double() for key, value in state.items()}
+        difference["float64"] = differences(make_sides(state, image.double(), ids, eps.double()))
+
+    report |= {
+        "seconds": {name: {"clock, least": min(clock[name]), "clock, median": median(clock[name]), "cpu, least": min(cpu[name]),
+                           "cpu, median": median(cpu[name])} for name in ("plain", "ris_nb")},
+        "times faster": {"clock, least": min(clock["plain"]) / min(clock["ris_nb"]),
+                         "clock, median of rounds": median(a / b for a, b in zip(clock["plain"], clock["ris_nb"])),
+                         "cpu, least": min(cpu["plain"]) / min(cpu["ris_nb"]),
+                         "cpu, median of rounds": median(a / b for a, b in zip(cpu["plain"], cpu["ris_nb"]))},
+        "activation MB": {name: {kind: n / 1e6 for kind, n in kinds.items()} for name, kinds in memory.items()},
+        "part of the plain memory": {kind: memory["ris_nb"][kind] / memory["plain"][kind] for kind in ("saved", "peak")},
+        "GFLOP": {name: n / 1e9 for name, n in flops.items()},
+        "GFLOP/s of a lone product": {"clock": work / min(clock["product"]) / 1e9, "cpu": work / min(cpu["product"]) / 1e9},
+        "matrix floor, seconds": {name: {"clock": n / work * min(clock["product"]), "cpu": n / work * min(cpu["product"])}
+                                  for name, n in flops.items()},
+        "difference of ris_nb to plain": difference}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
