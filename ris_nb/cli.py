@@ -221,12 +221,13 @@ class Train(Data):
     examples:
       ris-nb train --root data --out runs/first
       ris-nb train --root data --out runs/first --resume
+      ris-nb train --root data --out runs/unmasked --model sag_tiny --pretrained
       ris-nb train --root refer_data --dataset refcoco --split-by unc --image-size 128 --steps 5000
     """
     split: str = "train"
     """The split to learn from."""
     val: str = "auto"
-    """The split whose score picks the weights to keep. auto: val, where the data has one with masks; none: keep the last."""
+    """The split whose score picks the weights to keep. auto: val, where the data has one with masks and the model learns from masks; none: keep the last."""
     model: str = "lavt_tiny"
     """`ris-nb models` lists the names."""
     pretrained: bool = False
@@ -286,7 +287,8 @@ def validation(flags: Train, data, model):
     from ris_nb.evaluation import evaluate
     split = flags.val
     if split == "auto":
-        split = "val" if "val" in data.splits and all(r.has_mask for r in data.referrals("val")) else "none"
+        masks = model.needs_masks and "val" in data.splits and all(r.has_mask for r in data.referrals("val"))
+        split = "val" if masks else "none"
     if split == "none":
         return None
     dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True)
@@ -338,7 +340,7 @@ def run_train(flags: Train) -> int:
     data = open_data(flags.root, flags.dataset, flags.split_by)
     referrals = data.referrals(flags.split)
     model = build_model(flags, referrals)
-    dataset = ReferralDataset(referrals, model.tokenizer, model.transform)
+    dataset = ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
     validate = validation(flags, data, model)
     accelerator = make_accelerator()
     training_loader(dataset, flags.training, world=accelerator.num_processes)  # refuses a batch that can't be shared out
@@ -454,13 +456,14 @@ class Study:
     examples:
       ris-nb study magnet
       ris-nb study magnet --seeds 3 4 --only LAVT MagNet
+      ris-nb study sag
     """
-    name: Positional[Literal["magnet"]]
-    """Which: magnet (notebook 13)."""
+    name: Positional[Literal["magnet", "sag"]]
+    """Which: magnet (notebook 13) or sag (notebook 17)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each variant for each of these."""
-    steps: int = 600
-    """Steps of a run."""
+    steps: int | None = None
+    """Steps of a run. Default: the study's own."""
     only: tuple[str, ...] = ()
     """Variants to run. Default: all of them."""
     folder: Path = Path("runs/study")
@@ -473,18 +476,20 @@ def run_the_study(flags: Study) -> int:
     """Run what is missing, write the figures, print their table."""
     from ris_nb.evaluation import run_study, study_table
     from ris_nb.magnet import magnet_study
+    from ris_nb.sag import sag_study
     from ris_nb.shapes import make_refshapes
     at_least(flags, steps=1)
+    study, flavours = {"magnet": (magnet_study, ("refshapes", "refshapesg")), "sag": (sag_study, ("refshapes",))}[flags.name]
     data = flags.folder / "data"
-    for flavour in ("refshapes", "refshapesg"):
+    for flavour in flavours:
         if not (data / flavour).exists():
             make_refshapes(data, flavour, progress=True)
-    variants = magnet_study(data, flags.steps)
+    variants = study(data) if flags.steps is None else study(data, flags.steps)
     if unknown := [name for name in flags.only if name not in variants]:
         raise UsageError(f"the study has no variant {unknown[0]!r}; there are: {'; '.join(variants)}")
     chosen = {name: run for name, run in variants.items() if not flags.only or name in flags.only}
     rows = run_study(chosen, flags.seeds, flags.folder / flags.name, flags.out or flags.folder / f"{flags.name}.json")
-    print(study_table(rows, ["refshapes oIoU", "refshapes mIoU", "refshapesg mIoU"]))
+    print(study_table(rows, ["refshapes oIoU", *(f"{flavour} mIoU" for flavour in flavours)]))
     return 0
 
 
