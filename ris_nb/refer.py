@@ -20,9 +20,10 @@ from pycocotools import mask as coco_mask
 from .task import RISError
 
 # %% auto #0
-__all__ = ['Instruction', 'VALUES', 'MEMORY', 'BUILDERS', 'INSTRUCTIONS', 'STOP', 'SPLIT_NAMES', 'PHOTO_FOLDERS', 'PlainPickle',
-           'load_plain_pickle', 'mask_runs', 'read_mask', 'Sentence', 'Referral', 'in_split', 'Referrals', 'ReferData',
-           'FolderData', 'open_data', 'check_data']
+__all__ = ['Instruction', 'VALUES', 'MEMORY', 'BUILDERS', 'INSTRUCTIONS', 'STOP', 'SPLIT_NAMES', 'PUBLISHED', 'PHOTO_FOLDERS',
+           'PHRASECUT_SPLITS', 'PlainPickle', 'load_plain_pickle', 'mask_runs', 'read_mask', 'Sentence', 'Referral',
+           'in_split', 'Referrals', 'photo_folders', 'ReferData', 'PhraseCutData', 'FolderData', 'open_data',
+           'published_counts', 'count_split', 'photo_problem', 'check_data']
 
 # %% ../nbs/03_refer.ipynb #016
 class PlainPickle:
@@ -168,12 +169,12 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise RISError(f"{path} can't be read: {error.strerror}") from None
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, expected: type = dict, of: str = "images, annotations and categories"):
     try:
         found = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
         raise RISError(f"{path} is no readable JSON ({error}); get it again") from None
-    if not isinstance(found, dict): raise RISError(f"{path}: expected an object with images, annotations and categories")
+    if not isinstance(found, expected): raise RISError(f"{path}: expected {'a list' if expected is list else 'an object'} with {of}")
     return found
 
 def _same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -361,33 +362,53 @@ class Referrals:
         return found
 
 # %% ../nbs/03_refer.ipynb #058
+PUBLISHED: dict[tuple[str, str], dict[str, tuple[int, int, int]]] = {   # images, refs, sentences
+    ("refcoco", "unc"): {"train": (16_994, 42_404, 120_624), "val": (1_500, 3_811, 10_834), "testA": (750, 1_975, 5_657), "testB": (750, 1_810, 5_095)},
+    ("refcoco+", "unc"): {"train": (16_992, 42_278, 120_191), "val": (1_500, 3_805, 10_758), "testA": (750, 1_975, 5_726), "testB": (750, 1_798, 4_889)},
+    ("refcocog", "umd"): {"train": (21_899, 42_226, 80_512), "val": (1_300, 2_573, 4_896), "test": (2_600, 5_023, 9_602)},
+    ("refcocog", "google"): {"train": (24_698, 44_822, 85_474), "val": (4_650, 5_000, 9_536)},
+    ("phrasecut", "authors"): {"train": (71_746, 310_816, 310_816), "val": (2_971, 20_316, 20_316), "test": (2_545, 14_354, 14_354)},
+}
+
+# %% ../nbs/03_refer.ipynb #062
 PHOTO_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")   # the toolbox's own, then two that are often met
 
+PHRASECUT_SPLITS = ("train", "val", "miniv", "test")   # miniv is a small part of val
+
+def _phrasecut_files(folder: Path) -> dict[str, Path]:
+    paths = {split: folder / f"refer_{split}.json" for split in PHRASECUT_SPLITS}
+    return {split: path for split, path in paths.items() if path.is_file()}
+
 def _splits_by(folder: Path) -> list[str]:
-    return sorted(path.name[5:-3] for path in folder.glob("refs(*).p"))
+    return ["authors"] if _phrasecut_files(folder) else sorted(path.name[5:-3] for path in folder.glob("refs(*).p"))
 
 def _datasets(root: Path) -> list[str]:
-    return sorted({path.parent.name for path in root.glob("*/refs(*).p")})
+    return sorted({path.parent.name for pattern in ("*/refs(*).p", "phrasecut/refer_*.json") for path in root.glob(pattern)})
 
 def _how_to_get(root: Path, dataset: str) -> str:
     if dataset.startswith("refshapes"): return f"`ris-nb data shapes {root}` makes it"
-    return (f"annotations (https://github.com/lichengunc/refer) belong in {root / dataset}, "
-            f"COCO's train2014 photos (https://cocodataset.org) in {root / PHOTO_FOLDERS[0]}")
+    if dataset in {name for name, _ in PUBLISHED}: return f"`ris-nb data prepare {dataset} --root {root}` fetches what is missing"
+    return f"annotations belong in {root / dataset}, photos in {root / 'images' / dataset}"
 
 def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:
     found = _splits_by(root / dataset)
     if not found:
         there = ", ".join(_datasets(root)) or "no data set at all"
-        raise RISError(f"no {dataset} in {root}: looked for {root / dataset / 'refs(*).p'}, found {there}; {_how_to_get(root, dataset)}")
+        looked = "refer_*.json" if dataset == "phrasecut" else "refs(*).p"
+        raise RISError(f"no {dataset} in {root}: looked for {root / dataset / looked}, found {there}; {_how_to_get(root, dataset)}")
     if split_by is None and len(found) > 1:
         raise RISError(f"{dataset} in {root} is split by {' and by '.join(found)}: say which one you want (split_by)")
     if split_by is not None and split_by not in found:
         raise RISError(f"{dataset} in {root} is not split by {split_by!r}: there is {', '.join(found)}")
     return split_by or found[0]
 
-# %% ../nbs/03_refer.ipynb #059
+# %% ../nbs/03_refer.ipynb #063
+def photo_folders(dataset: str) -> tuple[str, ...]:
+    """Where the images of a data set may lie, below the data root; the first is the one to write to."""
+    return PHOTO_FOLDERS if dataset.startswith("refcoco") else (f"images/{dataset}",)
+
 def _image_folder(root: Path, dataset: str) -> Path:
-    names = PHOTO_FOLDERS if dataset.startswith("refcoco") else (f"images/{dataset}",)
+    names = photo_folders(dataset)
     for name in names:
         if (root / name).is_dir(): return root / name
     looked = ", ".join(str(root / name) for name in names)
@@ -409,7 +430,7 @@ def _referral(ref: dict, annotation: dict, image: tuple, categories: dict) -> Re
     return Referral(int(ref["ref_id"]), *image, categories.get(ref.get("category_id"), ""), str(ref["split"]),
                     tuple(map(_sentence, ref["sentences"])), tuple(map(float, box)) if box else None, annotation.get("segmentation"))
 
-# %% ../nbs/03_refer.ipynb #061
+# %% ../nbs/03_refer.ipynb #065
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 def _told(error: Exception) -> str:
@@ -435,7 +456,7 @@ def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
             raise ValueError(f"entry {number} is malformed, or its annotation or image is not in instances.json ({_told(error)})") from None
     return referrals
 
-# %% ../nbs/03_refer.ipynb #062
+# %% ../nbs/03_refer.ipynb #066
 class ReferData(Referrals):
     """A data set in the layout of the REFER toolbox: RefCOCO, RefCOCO+, RefCOCOg, RefShapes.
 
@@ -456,7 +477,58 @@ class ReferData(Referrals):
         except ValueError as error:
             raise RISError(f"{refs}: {error}") from None
 
-# %% ../nbs/03_refer.ipynb #068
+# %% ../nbs/03_refer.ipynb #074
+def _phrase_sizes(path: Path) -> dict[int, tuple[int, int]]:
+    try:
+        return {int(photo["image_id"]): _size(photo | {"id": photo["image_id"]}) for photo in _read_json(path, list, "the photos' sizes")}
+    except _MALFORMED as error:
+        raise RISError(f"{path} is not as PhraseCut has it ({_told(error)})") from None
+
+def _around(boxes: list) -> tuple[float, ...]:
+    """The smallest box (x, y, width, height) around several."""
+    x, y, width, height = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
+    left, top = x.min(), y.min()
+    return float(left), float(top), float((x + width).max() - left), float((y + height).max() - top)
+
+def _phrase(task: dict, number: int, split: str, folder: Path, sizes: dict) -> Referral:
+    if not isinstance(task["phrase"], str): raise ValueError("its phrase is no string")
+    image, kind = int(task["image_id"]), "one instance" if len(task["Polygons"]) == 1 else "several instances"
+    # arrays, because a third of a million tasks as nested lists take gigabytes
+    parts = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2).ravel() for instance in task["Polygons"] for polygon in instance]
+    return Referral(number, image, folder / f"{image}.jpg", sizes[image], str(task.get("phrase_structure", {}).get("name", "")), split,
+                    (Sentence(task["phrase"], kind, number),), _around(task["instance_boxes"]), parts)
+
+# %% ../nbs/03_refer.ipynb #076
+class PhraseCutData(Referrals):
+    """PhraseCut (CVPR 2020): a referral is one phrase, its mask the union of all instances that the phrase means.
+
+    Reads `root/phrasecut/refer_<split>.json` when the split is asked for, and `image_data_split.json`; images lie in
+    `root/images/phrasecut`. `kind` of a sentence is "one instance" or "several instances"; `ref_id` is the task's place in the file.
+    Raises `RISError` where something is missing or malformed.
+    """
+    def __init__(self, root: str | Path, split_by: str | None = None):
+        root = Path(root)
+        super().__init__(root, "phrasecut", _choose_split_by(root, "phrasecut", split_by), ())
+        self._files, self._parsed = _phrasecut_files(root / "phrasecut"), {}
+        self.splits = list(self._files)
+        self._folder = _image_folder(root, "phrasecut")
+        self._sizes = _phrase_sizes(root / "phrasecut/image_data_split.json")
+
+    def referrals(self, split: str) -> list[Referral]:
+        """The phrases of a split, in the order of the file. `RISError` names the splits there are when it has none."""
+        if split in self._files and split not in self._parsed: self._parsed[split] = self._parse(split)
+        return list(self._parsed.get(split) or super().referrals(split))
+
+    def _parse(self, split: str) -> list[Referral]:
+        path, referrals = self._files[split], []
+        for number, task in enumerate(_read_json(path, list, "tasks")):
+            try:
+                referrals.append(_phrase(task, number, split, self._folder, self._sizes))
+            except _MALFORMED as error:
+                raise RISError(f"{path}: entry {number} is malformed, or its photo is not in image_data_split.json ({_told(error)})") from None
+        return referrals
+
+# %% ../nbs/03_refer.ipynb #083
 def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     """What a line of one's own marks: (size, category, bbox, segmentation)."""
     if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
@@ -473,7 +545,7 @@ def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     box = annotation.get("bbox")
     return size, categories.get(annotation.get("category_id"), ""), tuple(map(float, box)) if box else None, annotation.get("segmentation")
 
-# %% ../nbs/03_refer.ipynb #069
+# %% ../nbs/03_refer.ipynb #084
 def _parse_line(line: bytes) -> dict:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
@@ -488,7 +560,7 @@ def _parse_line(line: bytes) -> dict:
         raise ValueError(f"split {ascii(entry['split'])[:60]} is none of {', '.join(SPLIT_NAMES[:6])}")
     return entry
 
-# %% ../nbs/03_refer.ipynb #071
+# %% ../nbs/03_refer.ipynb #086
 def _own_annotations(path: Path) -> tuple | None:
     if not path.is_file(): return None
     try:
@@ -508,7 +580,7 @@ def _gather(referrals: dict[tuple, Referral], entry: dict, number: int, image: t
     if known: referrals[key] = replace(known, sentences=known.sentences + (sentence,))
     else: referrals[key] = Referral(len(referrals), *image, marked[0], split, (sentence,), *marked[1:])
 
-# %% ../nbs/03_refer.ipynb #072
+# %% ../nbs/03_refer.ipynb #087
 class _FolderReader:
     """Reads lines one by one; `referrals` grows."""
     def __init__(self, root: Path, coco: tuple | None):
@@ -526,7 +598,7 @@ class _FolderReader:
             raise ValueError(f"the mask is {annotated[1]} x {annotated[0]}, {path.name} is {size[1]} x {size[0]}: draw masks on the photo as it is stored")
         _gather(self.referrals, entry, number, (image_id, path, annotated), marked)
 
-# %% ../nbs/03_refer.ipynb #073
+# %% ../nbs/03_refer.ipynb #088
 class FolderData(Referrals):
     """A folder of one's own: photos, masks, and `expressions.jsonl` with one JSON object a line.
 
@@ -546,9 +618,9 @@ class FolderData(Referrals):
                 raise RISError(f"{path}, line {number}: {error}") from None
         super().__init__(root, root.resolve().name, "folder", reader.referrals.values())
 
-# %% ../nbs/03_refer.ipynb #079
-def open_data(root: str | Path, dataset: str | None = None, split_by: str | None = None) -> ReferData | FolderData:
-    """The referrals below `root`: a folder of one's own where it has an `expressions.jsonl`, a REFER data set otherwise.
+# %% ../nbs/03_refer.ipynb #094
+def open_data(root: str | Path, dataset: str | None = None, split_by: str | None = None) -> ReferData | PhraseCutData | FolderData:
+    """The referrals below `root`: a folder of one's own where it has an `expressions.jsonl`, PhraseCut or a REFER data set otherwise.
 
     `dataset` may be left out where there is one. Raises `RISError`: what is missing, where it was looked for and how to get it.
     """
@@ -563,13 +635,27 @@ def open_data(root: str | Path, dataset: str | None = None, split_by: str | None
             raise RISError(f"no data set in {root}: looked for {root / 'expressions.jsonl'} (a folder of one's own) and {root / '*' / 'refs(*).p'} "
                            f"(RefCOCO, RefShapes); `ris-nb data shapes {root}` makes one")
         dataset = found[0]
+    if dataset == "phrasecut": return PhraseCutData(root, split_by)
     return ReferData(root, dataset, split_by)
 
-# %% ../nbs/03_refer.ipynb #082
+# %% ../nbs/03_refer.ipynb #097
+def published_counts(dataset: str, split_by: str, split: str) -> dict[str, int] | None:
+    """What was published for a split: images, refs, sentences; None where nothing is known."""
+    counts = PUBLISHED.get((dataset, split_by), {}).get(split)
+    return counts and dict(zip(("images", "refs", "sentences"), counts))
+
+def count_split(data: Referrals, split: str) -> dict[str, int]:
+    """What is there of a split: images, refs, sentences. Opens no image."""
+    referrals = data.referrals(split)
+    return dict(images=len({referral.image_path for referral in referrals}), refs=len(referrals),
+                sentences=sum(len(referral.sentences) for referral in referrals))
+
+# %% ../nbs/03_refer.ipynb #099
 def _first_of(problems: list[str], what: str, of: int) -> list[str]:
     return [f"{len(problems)} of {of} {what}; the first: {problems[0]}"] if problems else []
 
-def _photo_problem(path: Path, annotated: tuple, masked: bool) -> str | None:
+def photo_problem(path: Path, annotated: tuple[int, int], masked: bool = True) -> str | None:
+    """What is wrong with an image file, read to its end: missing, broken off, or not of the shape (H, W) that masks were drawn on."""
     try:
         size = _image_size(path)
         with Image.open(path) as image:
@@ -586,7 +672,7 @@ def _reach(referral: Referral) -> float:
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in referral.segmentation])
     return float(max(-points.min(), *(points.max(0) - referral.size[::-1])))
 
-# %% ../nbs/03_refer.ipynb #083
+# %% ../nbs/03_refer.ipynb #100
 def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
     """Summed mask pixels, and what is wrong."""
     pixels, broken, outside = 0, [], []
@@ -600,26 +686,26 @@ def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
     return pixels, (_first_of(broken, "masks can't be used", len(masked))
                     + _first_of(outside, "masks reach out of their images and are cut at the edge", len(masked)))
 
-# %% ../nbs/03_refer.ipynb #084
+# %% ../nbs/03_refer.ipynb #101
 def _check_split(data: Referrals, split: str) -> dict:
     referrals = data.referrals(split)
     photos = {referral.image_path: referral for referral in referrals}
-    bad = [_photo_problem(path, r.size, r.has_mask) for path, r in photos.items()]
+    bad = [photo_problem(path, r.size, r.has_mask) for path, r in photos.items()]
     pixels, problems = _check_masks(referrals)
     empty = [f"referral {r.ref_id}" for r in referrals if not r.sentences or not all(s.text.strip() for s in r.sentences)]
-    return dict(dataset=data.dataset, split_by=data.split_by, split=split, images=len(photos), refs=len(referrals),
-                sentences=sum(len(r.sentences) for r in referrals), mask_pixels=pixels,
+    return dict(dataset=data.dataset, split_by=data.split_by, split=split, **count_split(data, split), mask_pixels=pixels,
+                published=published_counts(data.dataset, data.split_by, split),
                 problems=_first_of([p for p in bad if p], "images can't be used", len(photos)) + problems
                 + _first_of(empty, "referrals have no or an empty sentence", len(referrals)))
 
-# %% ../nbs/03_refer.ipynb #085
+# %% ../nbs/03_refer.ipynb #102
 def _broken_row(dataset: str, split_by: str, error: RISError) -> dict:
-    return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, problems=[str(error)])
+    return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, published=None, problems=[str(error)])
 
 def check_data(root: str | Path) -> list[dict]:
     """Every data set, way of splitting and split below `root`: images, refs, sentences, summed mask pixels, problems.
 
-    `mask_pixels` is the sum of `Referral.area`. Every image is read to its end. A data set that can't be opened is a row with an
+    `mask_pixels` is the sum of `Referral.area`, `published` what `published_counts` knows of the split, for comparison. Every image is read to its end. A data set that can't be opened is a row with an
     empty `split` and the reason among its `problems`. Raises `RISError` where there is no data set at all.
     """
     root = Path(root)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ris_nb.refer import FolderData, ReferData, Referral, Sentence, check_data, load_plain_pickle, open_data
+from ris_nb.refer import FolderData, PhraseCutData, ReferData, Referral, Sentence, check_data, load_plain_pickle, open_data
 from ris_nb.task import RISError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -305,7 +305,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert "no folder" in said(tmp_path / "nowhere")
     assert "expressions.jsonl" in said(tmp_path) and "ris-nb data shapes" in said(tmp_path)
     root = root_with(tmp_path / "r")
-    assert "found refcoco" in said(root, "refcocog") and "github.com/lichengunc/refer" in said(root, "refcocog")
+    assert "found refcoco" in said(root, "refcocog") and "ris-nb data prepare refcocog" in said(root, "refcocog")
     assert "ris-nb data shapes" in said(root, "refshapes") and "there is unc" in said(root, "refcoco", "google")
     assert f"the root is {root.resolve()}" in said(root / "refcoco")
     (root / "refcoco/refs(google).p").write_bytes((root / "refcoco/refs(unc).p").read_bytes())
@@ -339,11 +339,79 @@ def test_check_finds_what_would_break_a_training(tmp_path):
     Image.new("RGB", (48, 64)).save(photos / "turned.png")
     train, val = check_data(root)
     assert {k: v for k, v in train.items() if k != "problems"} == dict(
-        dataset="refcoco", split_by="unc", split="train", images=5, refs=5, sentences=5, mask_pixels=2000)
+        dataset="refcoco", split_by="unc", split="train", images=5, refs=5, sentences=5, mask_pixels=2000, published=dict(images=16_994, refs=42_404, sentences=120_624))
     assert len(train["problems"]) == 1 and "4 of 5 images" in train["problems"][0] and "gone.jpg is missing" in train["problems"][0]
     said = " | ".join(val["problems"])
     assert val["mask_pixels"] == 14 * 20 and "1 of 2 masks can't be used" in said and "reach out" in said and "empty sentence" in said
     json.dumps([train, val])
+
+
+# ---- PhraseCut
+
+def task(phrase="windows", image=12, polygons=(((4, 4), (12, 4), (12, 12), (4, 12)),), **changes):
+    return {"task_id": f"{image}__0", "image_id": image, "instance_boxes": [[4, 4, 8, 8]] * len(polygons),
+            "Polygons": [[list(map(list, p))] for p in polygons], "phrase": phrase, "phrase_structure": {"name": phrase}, **changes}
+
+
+def phrasecut(root, photos=None, **splits):
+    (root / "phrasecut").mkdir(parents=True, exist_ok=True)
+    (root / "images/phrasecut").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 48)).save(root / "images/phrasecut/12.jpg")
+    photos = [{"image_id": 12, "height": 48, "width": 64, "url": "x"}] if photos is None else photos
+    (root / "phrasecut/image_data_split.json").write_text(json.dumps(photos))
+    for split, tasks in splits.items(): (root / f"phrasecut/refer_{split}.json").write_text(json.dumps(tasks))
+    return root
+
+
+def test_phrasecut_masks_are_the_union_of_instances(tmp_path):
+    boxes = [((0, 0), (10, 0), (10, 10), (0, 10)), ((5, 5), (15, 5), (15, 15), (5, 15)), ((40, 40), (41, 41))]   # the last encloses nothing
+    data = open_data(phrasecut(tmp_path, val=[task(polygons=boxes), task("door")], train=[task("roof")]))
+    assert isinstance(data, PhraseCutData) and data.splits == ["train", "val"]
+    both, door = data.referrals("val")
+    expected = np.zeros((48, 64), bool); expected[:10, :10] = expected[5:15, 5:15] = True
+    assert (both.mask() == expected).all() and both.mask().sum() == 175
+    assert (both.sentences[0].kind, door.sentences[0].kind, door.sentences[0].text) == ("several instances", "one instance", "door")
+    assert data.referrals("val") == [both, door] and open_data(tmp_path, "phrasecut", "authors").referrals("train")[0].category == "roof"
+    rows = check_data(tmp_path)
+    assert [(r["split"], r["refs"], r["sentences"], r["problems"]) for r in rows] == [("train", 1, 1, []), ("val", 2, 2, [])]
+    assert rows[1]["published"] == dict(images=2_971, refs=20_316, sentences=20_316)
+
+
+def test_phrasecut_reads_a_split_when_it_is_asked_for(tmp_path):
+    root = phrasecut(tmp_path, val=[task()])
+    (root / "phrasecut/refer_train.json").write_text("[broken")
+    (root / "phrasecut/refer_val_ris.json").write_text("another tool's")
+    data = open_data(root)
+    assert data.splits == ["train", "val"] and len(data.referrals("val")) == 1
+    with pytest.raises(RISError, match="refer_train.json is no readable JSON") as info: data.referrals("train")
+    one_line(info)
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(image_id=13), "entry 1 is malformed"), (dict(image_id="../../etc/passwd"), "entry 1"), (dict(Polygons=[[[1, 2, 3]]]), "entry 1"),
+    (dict(Polygons=None), "entry 1"), (dict(phrase=None), "entry 1"), (dict(instance_boxes=[]), "entry 1"), (dict(phrase_structure=7), "entry 1")])
+def test_malformed_phrases_are_named(tmp_path, change, said):
+    root = phrasecut(tmp_path, val=[task(), task(**change)])
+    with pytest.raises(RISError, match=said) as info: PhraseCutData(root).referrals("val")
+    assert "refer_val.json" in one_line(info)
+
+
+def test_phrasecut_says_what_is_missing(tmp_path):
+    def said(*args):
+        with pytest.raises(RISError) as info: open_data(*args)
+        return one_line(info)
+    root = phrasecut(tmp_path / "r", photos={}, val=[task()])
+    assert "image_data_split.json" in said(root)
+    assert "not split by 'unc'" in said(root, "phrasecut", "unc")
+    (root / "images/phrasecut").rename(root / "images/elsewhere")
+    assert "images of phrasecut are missing" in said(root) and "ris-nb data prepare phrasecut" in said(root)
+    (tmp_path / "empty").mkdir()
+    assert "refer_*.json" in said(tmp_path / "empty", "phrasecut")
+
+
+def test_a_phrase_without_a_pixel_is_found_by_the_check(tmp_path):
+    row, = check_data(phrasecut(tmp_path, val=[task(), task(polygons=[((70, 4), (90, 4), (90, 12))])]))
+    assert "1 of 2 masks can't be used" in row["problems"][0]
 
 
 # ---- a folder of one's own
