@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import find_case, load_case, released_state
+from parity import find_case, load_case, make_weight
 
 from ris_nb.c3_loss import c3_loss
 from ris_nb.modality_fusion import RELEASED_PARTS, SCHEMES, ModalityFusion, relevance_map, released_fusion_key
@@ -19,12 +19,18 @@ def data(images=3, sentences=4, slots=5):
     return torch.randn(sentences, 16), torch.randn(images, slots, 16)
 
 
-@pytest.mark.skipif(find_case("sag_tiny") is None, reason="the small SaG reference is not here")
-def test_released_parity():
+CASES = [pytest.param(name, heads, marks=pytest.mark.skipif(find_case(name) is None, reason=f"the reference {name} is not here"))
+         for name, heads in (("sag_tiny", (4, 8)), ("sag_tiny_query", (4, 8)), ("sag_tiny_transformer", (4, 8)), ("sag_full", (4, 256)))]
+
+
+@pytest.mark.parametrize("name, heads", CASES)
+def test_released_parity(name, heads):
     """z of all pairs, A_fuse, maps, and the gradients' norms: from the reference's own slots and sentences."""
-    case = load_case("sag_tiny")
-    state = {key.removeprefix("cma."): value for key, value in released_state(case).items() if key.startswith("cma.")}
-    fusion = ModalityFusion(32, heads=4, head_width=8, ffn=128).eval()
+    case = load_case(name)
+    state = {key.removeprefix("cma."): make_weight(case.spec["weight_seed"], key, shape)
+             for key, shape in case.spec["keys"].items() if key.startswith("cma.")}
+    ffn, width = state["ff.fn.net.0.weight"].shape
+    fusion = ModalityFusion(width, *heads, ffn).eval()
     fusion.load_state_dict({released_fusion_key(key): value for key, value in state.items()})
     text, slots, A_slot = case["txt_emb"][:, 0], case["slots"], case["A_slot"]
     k, v = fusion.project(slots)
@@ -32,7 +38,7 @@ def test_released_parity():
     own, A_fuse = fusion(text, k, v)
     assert (z - case["cm_feat"]).abs().max() < 1e-5 and (A_fuse - case["A_fuse"]).abs().max() < 1e-5
     for pairs, matching in ((z, own), (A, A_fuse)):
-        torch.testing.assert_close(torch.stack([pairs[i, i] for i in range(3)]), matching)
+        torch.testing.assert_close(torch.stack([pairs[i, i] for i in range(len(text))]), matching)
     assert (relevance_map(A_fuse, A_slot) - case["maps"]).abs().max() < 1e-5
     c3_loss(text, z).backward()
     named = dict(fusion.named_parameters())
