@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from math import log, pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .task import RISError
@@ -19,7 +21,7 @@ from .task import RISError
 # %% auto #0
 __all__ = ['SLOT_KINDS', 'compete', 'EntitySlots', 'RandomSlots', 'QuerySlots', 'split_heads', 'merge_heads', 'FeedForward',
            'Aggregation', 'Interaction', 'sine_positions', 'EntityDiscovery', 'reconstruction_loss', 'SlotDecoder',
-           'released_slots_key', 'released_decoder_key']
+           'relu_back', 'repaint', 'Repainting', 'reconstruct', 'released_slots_key', 'released_decoder_key']
 
 # %% ../nbs/14_entity_slots.ipynb #012
 def compete(scores: Tensor, competition: str = "slots") -> tuple[Tensor, Tensor]:
@@ -134,7 +136,8 @@ class Aggregation(nn.Module):
     def project(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the features X (N, P, D): two of (N, heads, P, head_width)."""
         X = self.norm_features(X)
-        return split_heads(self.key(X), self.heads), split_heads(self.value(X), self.heads)
+        k, v = (split_heads(layer(X), self.heads).contiguous() for layer in (self.key, self.value))  # else each iteration makes a copy
+        return k, v
 
     def forward(self, S: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Slots S (N, K, D), keys and values -> new slots (N, K, D) and A (N, heads, K, P), as it was before dividing by the pixels' sum."""
@@ -195,10 +198,8 @@ class EntityDiscovery(nn.Module):
                  heads: int = 4, head_width: int = 256, self_heads: int = 4, self_head_width: int = 128, ffn: int = 2048,
                  interaction: bool = True, competition: str = "slots", dropout: float = 0.1):
         super().__init__()
-        if slots not in SLOT_KINDS:
-            raise RISError(f"no slots of kind {slots!r}: choose from {', '.join(SLOT_KINDS)}")
-        if width % 4:
-            raise RISError(f"slots of width {width} cannot hold sines and cosines of rows and columns: choose a multiple of 4")
+        if slots not in SLOT_KINDS or width % 4:
+            raise RISError(f"slots are {', '.join(SLOT_KINDS)}, of a width that 4 divides (for positions), not {slots!r} of width {width}")
         self.iterations = iterations
         self.project = nn.Linear(feature_width, width)
         self.slots = SLOT_KINDS[slots](gaussians, per_gaussian, width)
@@ -236,27 +237,24 @@ def reconstruction_loss(V_hat: Tensor, V: Tensor) -> Tensor:
 class SlotDecoder(nn.Module):
     """SaG's slot decoder (ICCV 2023): each slot paints all patches, and alpha mixes the paintings patch by patch.
 
-    An MLP of four layers (`hidden` ReLUs) reads slot + position of a patch and says d features and one logit; alpha is the
-    softmax of the logits over the slots. Positions are learned, for grids of up to `table` rows and columns. The patches are
-    computed in chunks of `chunk` numbers a layer, and once more for the gradient, so that little is kept.
+    An MLP of four layers (`hidden` ReLUs) reads slot + position (learned, for grids of up to `table` rows and columns) and says d
+    features and one logit; alpha is the logits' softmax over the slots. Patches are computed in chunks of about `chunk` numbers
+    a layer, and once more for the gradient, so that little is kept. To train, see `reconstruct`.
     """
 
     def __init__(self, width: int, feature_width: int, hidden: int = 512, table: int = 50, chunk: int = 2**20):
         super().__init__()
-        self.rows, self.columns = nn.Embedding(table, width // 2), nn.Embedding(table, width // 2)
-        for embedding in (self.rows, self.columns):
-            nn.init.uniform_(embedding.weight)
-        self.layers = nn.ModuleList([nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, hidden),
-                                     nn.Linear(hidden, feature_width + 1)])
-        self.chunk = chunk
+        self.rows, self.columns = (nn.Embedding.from_pretrained(torch.rand(table, width // 2), freeze=False) for _ in range(2))
+        widths, self.chunk = (width, hidden, hidden, hidden, feature_width + 1), chunk
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:]))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """(h, w) -> (h * w, width): columns in the first half, rows in the second. `RISError` for a grid beyond the table."""
-        (h, w), table = grid, self.rows.num_embeddings
-        if max(h, w) > table:
+        h, w = grid
+        if max(grid) > (table := len(self.rows.weight)):
             raise RISError(f"a grid of {h} x {w} patches is beyond the slot decoder's {table} positions: use a smaller image")
-        columns = self.columns.weight[:w][None].expand(h, w, -1)
-        return torch.cat([columns, self.rows.weight[:h][:, None].expand(h, w, -1)], -1).flatten(0, 1)
+        columns, rows = self.columns.weight[:w].expand(h, -1, -1), self.rows.weight[:h, None].expand(-1, w, -1)
+        return torch.cat([columns, rows], -1).flatten(0, 1)
 
     def mix(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """First layer of slots a (N, K, H) and of p positions b (p, H) -> mixed third layer (N, p, H), alpha (N, p, K)."""
@@ -270,17 +268,89 @@ class SlotDecoder(nn.Module):
     def forward(self, slots: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """slots (N, K, D), grid (h, w) -> V_hat (N, P, d), alpha (N, K, P) of sum one over the slots."""
         first, last = self.layers[0], self.layers[3]
+        mix = partial(checkpoint, self.mix, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else self.mix
         a = F.linear(slots, first.weight)  # W (s + p) + b = W s + (W p + b)
         b = F.linear(self.positions(grid), first.weight, first.bias)
-        chunks = b.split(max(1, self.chunk // a.numel()))
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-            mixed = [checkpoint(self.mix, a, part, use_reentrant=False, preserve_rng_state=False) for part in chunks]
-        else:
-            mixed = [self.mix(a, part) for part in chunks]
-        h, alpha = (torch.cat(parts, 1) for parts in zip(*mixed))
+        h, alpha = (torch.cat(parts, 1) for parts in zip(*(mix(a, part) for part in b.split(max(1, self.chunk // a.numel())))))
         return F.linear(h, last.weight[:-1], last.bias[:-1]), alpha.mT
 
 # %% ../nbs/14_entity_slots.ipynb #079
+def relu_back(gradient: Tensor, h: Tensor) -> Tensor:
+    """A gradient (..., H) on its way back through a ReLU that answered `h`, of any shape of as many rows; overwrites it."""
+    h = h.view_as(gradient)
+    return torch.ops.aten.threshold_backward.grad_input(gradient, h, 0, grad_input=gradient)
+
+# %% ../nbs/14_entity_slots.ipynb #081
+def repaint(V: Tensor, a: Tensor, b: Tensor, layers: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`SlotDecoder.mix` and its last layer for p patches -> V_hat (N, p, d), alpha (N, p, K).
+
+    The gradients of half the squared error from V (N, p, d) are added to `sums`, in the order of a (N, K, H), b (p, H) and `layers`.
+    """
+    (W1, c1, W2, c2, W3, c3), (to_a, to_b, to_W1, to_c1, to_W2, to_c2, to_W3, to_c3) = layers, sums
+    h1 = (a[:, None] + b[:, None]).relu_()  # (N, p, K, H)
+    h2 = F.linear(h1, W1, c1).relu_()
+    h3 = F.linear(h2, W2, c2).relu_()
+    alpha = (h3 @ W3[-1]).softmax(-1, dtype=to_a.dtype)
+    m = (alpha.to(h3.dtype)[:, :, None] @ h3)[:, :, 0]  # (N, p, H)
+    V_hat = F.linear(m, W3[:-1], c3[:-1])
+
+    g = (V_hat - V).to(m.dtype)
+    to_W3[:-1] += g.flatten(0, 1).T @ m.flatten(0, 1)
+    to_c3[:-1] += g.sum((0, 1))
+    g = g @ W3[:-1]  # of m
+    to_alpha = (h3 @ g[..., None])[..., 0].to(alpha.dtype)
+    to_logit = (alpha * (to_alpha - (alpha * to_alpha).sum(-1, keepdim=True))).to(m.dtype)
+    to_W3[-1] += to_logit.flatten() @ h3.flatten(0, 2)
+    g = torch.stack([alpha.to(m.dtype), to_logit], -1) @ torch.stack([g, W3[-1].expand_as(g)], -2)  # of h3
+    for h, below, W, to_W, to_c in ((h3, h2, W2, to_W2, to_c2), (h2, h1, W1, to_W1, to_c1)):
+        g = relu_back(g.view(-1, len(W)), h)
+        to_W += g.T @ below.flatten(0, 2)
+        to_c += g.sum(0)
+        g = g @ W
+    g = relu_back(g, h1).view_as(h1)
+    to_a += g.sum(1)
+    to_b += g.sum((0, 2))
+    return V_hat, alpha
+
+# %% ../nbs/14_entity_slots.ipynb #082
+class Repainting(torch.autograd.Function):
+    """`reconstruct` from the first layer on: its gradient is there before anybody asks for it."""
+
+    @staticmethod
+    def forward(ctx, V: Tensor, chunk: int, a: Tensor, b: Tensor, *layers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `repaint` -> the mean squared error, V_hat (N, P, d), alpha (N, P, K)."""
+        sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (a, b, *layers)]
+        to_a, to_b, *to_layers = sums
+        parts = [repaint(part, a, *rows, layers, [to_a, to_rows, *to_layers]) for part, rows, to_rows in
+                 zip(V.split(chunk, 1), zip(b.split(chunk)), to_b.split(chunk))]
+        V_hat, alpha = (torch.cat(part, 1) for part in zip(*parts))
+        ctx.save_for_backward(*sums)
+        ctx.factor = 2 / V.numel()
+        ctx.mark_non_differentiable(V_hat, alpha)
+        return reconstruction_loss(V_hat, V), V_hat, alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, *_) -> tuple:
+        return None, None, *(ctx.factor * gradient * x for x in ctx.saved_tensors)
+
+
+def reconstruct(decoder: SlotDecoder, slots: Tensor, grid: tuple[int, int], V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`reconstruction_loss` of what the slots paint of the features V (N, P, d), a scalar, and what `decoder` returns for them.
+
+    For training: the loss's gradient is computed along with it, so nothing is computed twice, and next to nothing kept. Only
+    the loss passes gradients on, and V gets none.
+    """
+    first, *others = decoder.layers
+    a = F.linear(slots, first.weight)
+    b = F.linear(decoder.positions(grid), first.weight, first.bias)
+    chunk = decoder.chunk if a.device.type == "cpu" else 64 * decoder.chunk  # a GPU wants more at once than a cache holds
+    layers = [x.to(a.dtype) for layer in others for x in (layer.weight, layer.bias)]
+    with torch.autocast(a.device.type, enabled=False):
+        loss, V_hat, alpha = Repainting.apply(V.detach(), max(1, chunk // a.numel()), a, b, *layers)
+    return loss, V_hat, alpha.mT
+
+# %% ../nbs/14_entity_slots.ipynb #097
 _LAYERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from parity import find_case, load_case, released_state
 from plain_sag import sag_inputs
 
-from ris_nb.entity_slots import (SLOT_KINDS, Aggregation, EntityDiscovery, EntitySlots, SlotDecoder, compete, reconstruction_loss,
+from ris_nb.entity_slots import (SLOT_KINDS, Aggregation, EntityDiscovery, EntitySlots, SlotDecoder, compete, reconstruct, reconstruction_loss,
                                  released_decoder_key, released_slots_key, sine_positions)
 from ris_nb.task import RISError
 
@@ -87,6 +87,41 @@ def test_decoder_equals_the_plain_one_in_double_precision(N, K, grid, chunk):
         found.append([V_hat, alpha, s.grad, *(p.grad for p in m.parameters())])
     for mine, plain in zip(*found):
         torch.testing.assert_close(mine, plain, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("N, K, grid, chunk", [(1, 1, (1, 1), 1), (2, 6, (5, 7), 1), (3, 4, (2, 9), 600), (2, 6, (4, 4), 2**20)])
+def test_reconstruct_equals_autograd_in_double_precision(N, K, grid, chunk):
+    """The gradient made along with the loss, scaled by whatever comes after, against the plain decoder's."""
+    torch.manual_seed(0)
+    m = SlotDecoder(16, 11, hidden=24, table=9, chunk=chunk).double()
+    slots, V = torch.randn(N, K, 16).double(), torch.randn(N, grid[0] * grid[1], 11).double().requires_grad_(True)
+    found = []
+    for plain in (False, True):
+        s = slots.clone().requires_grad_(True)
+        m.zero_grad()
+        V_hat, alpha = plain_decoder(m, s, grid) if plain else (None, None)
+        loss, V_hat, alpha = (reconstruction_loss(V_hat, V), V_hat, alpha) if plain else reconstruct(m, s, grid, V)
+        (loss * 0.3 + s.sum()).backward()
+        found.append([loss, V_hat, alpha, s.grad, *(p.grad for p in m.parameters())])
+    for mine, plain in zip(*found):
+        torch.testing.assert_close(mine, plain, atol=1e-10, rtol=1e-8)
+    assert V.grad is None
+
+
+def test_reconstruct_in_mixed_precision():
+    torch.manual_seed(0)
+    m, slots, V = SlotDecoder(32, 48, hidden=32, chunk=2000), torch.randn(2, 6, 32), torch.randn(2, 64, 48)
+    grads = []
+    for enabled in (False, True):
+        s = slots.clone().requires_grad_(True)
+        m.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, V_hat, alpha = reconstruct(m, s, (8, 8), V)
+        assert loss.dtype == alpha.dtype == torch.float32
+        loss.backward()
+        grads.append([loss.detach(), s.grad, *(p.grad for p in m.parameters())])
+    for half, full in zip(*reversed(grads)):
+        assert half.dtype == torch.float32 and (half - full).norm() < 0.15 * full.norm() + 1e-6
 
 
 def test_decoder_keeps_little_and_trains_frozen_slots():
@@ -197,7 +232,7 @@ def test_positions_made_while_predicting_can_be_trained_on():
 
 @pytest.mark.parametrize("make, words", [
     (lambda: EntityDiscovery(20, 16, 3, 2, slots="entities"), "entity, random, query"),
-    (lambda: EntityDiscovery(20, 18, 3, 2), "multiple of 4"),
+    (lambda: EntityDiscovery(20, 18, 3, 2), "that 4 divides"),
     (lambda: Aggregation(16, competition="pixel"), "slots"),
     (lambda: SlotDecoder(16, 20, table=4).positions((4, 5)), "smaller image"),
 ])
