@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .batches import (SPECIAL, Batch, ReferralDataset, RISModel, Tokenizer, build_vocabulary, create_model,
                             register_model)
 from .c3_loss import c3_loss, gather_images, image_codes, same_image
-from .entity_slots import (SLOT_KINDS, EntityDiscovery, SlotDecoder, reconstruction_loss, released_decoder_key,
+from .entity_slots import (SLOT_KINDS, EntityDiscovery, SlotDecoder, reconstruct, released_decoder_key,
                                  released_slots_key)
 from .evaluation import Floor, evaluate
 from .language import TextEncoder
@@ -29,10 +29,10 @@ from .modality_fusion import SCHEMES, ModalityFusion, relevance_map, released_fu
 from .refer import open_data
 from .task import Output, RISError
 from .training import TINY_RECIPE, TrainConfig, fit
-from .vision import ViT, pretrained_tagger
+from .vision import TINY_VIT, ViT, pretrained_tagger
 
 # %% auto #0
-__all__ = ['NOISES', 'FALSE_NEGATIVES', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
+__all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
            'check_choices', 'SaG', 'start_from_tagger', 'sag_tiny', 'slow_vision', 'sag_vit_small',
            'sag_vit_small_scripts', 'RandomRelevance', 'study_figures', 'floor_scores', 'released_sag_key',
            'released_sag', 'released_slot_sizes', 'released_sag_sizes', 'PatchEntities', 'DotFusion', 'sag_study',
@@ -122,20 +122,22 @@ class SaG(RISModel):
         return self.seeded_noise.expand(images, -1, -1) if self.noise == "seeded" else None
 
     def forward(self, batch: Batch, noise: Tensor | None = None) -> Output:
-        """`score` (B, h, w): relevance of each patch; `word_features` (B, L, E). `noise` (N, K, D): see `sample`.
+        """`score` (B, h, w): relevance of each patch; `word_features` (B, L', E) up to the batch's longest sentence. `noise`
+        (N, K, D): see `sample`.
 
         `extra`: `V` (N, P, d), `slots` (N, K, D), `A_slot` (N, K, P), `A_fuse` (B, K), `text` (B, D); and, where gradients
-        are recorded, what the losses need: see `compare` and `V_hat` (N, P, d), `alpha` (N, K, P) of `SlotDecoder`.
+        are recorded, what the losses need: see `compare` and `error`, `V_hat` (N, P, d), `alpha` (N, K, P) of `reconstruct`.
         """
         grid = tuple(side // self.vision.patch for side in batch.image.shape[-2:])
         V = self.vision(batch.image)[:, 1:]  # (N, P, d), without [CLS]
         slots, A_slot = self.entities(V, grid, self.sample(len(V), noise))
-        l = self.text(batch.ids, batch.words)  # (B, L, E)
+        longest = int(batch.words.any(0).nonzero().max()) + 1
+        l = self.text(batch.ids[:, :longest], batch.words[:, :longest])  # (B, L', E): BERT needn't read padding
         extra = {"V": V, "slots": slots, "A_slot": A_slot, "text": self.sentence(l[:, 0])}
         if torch.is_grad_enabled():
             extra |= self.compare(extra["text"], slots, batch)
             if self.reconstruction:
-                extra["V_hat"], extra["alpha"] = self.decoder(slots, grid)
+                extra["error"], extra["V_hat"], extra["alpha"] = reconstruct(self.decoder, slots, grid, V)
         else:
             extra["A_fuse"] = self.fusion(extra["text"], *self.fusion.project(slots), batch.which)[1]
         M = relevance_map(extra["A_fuse"], A_slot if batch.which is None else A_slot[batch.which], self.scheme)
@@ -155,13 +157,13 @@ class SaG(RISModel):
         return {"z": z, "own": own, "A_fuse": A[own, sentences], "same": same}
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """{"c3": `c3_loss`, "reconstruction": `reconstruction_loss`}, weighted; no mask is looked at."""
+        """{"c3": `c3_loss`, "reconstruction": the error of `reconstruct`}, weighted; no mask is looked at."""
         extra = output.extra
         if "z" not in extra:
             raise RISError("SaG's losses compare all pairs of a batch, which forward leaves out under torch.no_grad()")
         losses = {"c3": self.c3 * c3_loss(extra["text"], extra["z"], extra["own"], self.temperature, extra["same"], self.detach)}
         if self.reconstruction:
-            losses["reconstruction"] = self.reconstruction * reconstruction_loss(extra["V_hat"], extra["V"])
+            losses["reconstruction"] = self.reconstruction * extra["error"]
         return losses
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -186,16 +188,19 @@ class SaG(RISModel):
         return model.eval()
 
 # %% ../nbs/17_sag.ipynb #028
-def start_from_tagger(name: str, vision: ViT) -> None:
+TAGGER_VIT = {"vit_width": "width", "vit_depth": "depth", "vit_heads": "heads", "patch": "patch", "vit_image_size": "image_size"}
+
+
+def start_from_tagger(name: str, vision: ViT, overrides: Mapping) -> None:
     """Give the ViT of model `name` the weights of `pretrained_tagger`, which from then on learn at a fifth of the rate.
 
-    Raises `RISError` where the model was asked to have another ViT than the tagger's.
+    Raises `RISError` where `overrides`, the sizes that the model was asked to have, say another ViT than `TINY_VIT`.
     """
-    state, own = pretrained_tagger().vit.state_dict(), vision.state_dict()
-    changed = [key for key in own if key not in state or state[key].shape != own[key].shape]
-    if changed or len(state) > len(own):
-        raise RISError(f"{name}'s pretrained ViT has other sizes than those asked for: leave them as they are or use pretrained=False")
-    vision.load_state_dict(state)
+    changed = [ours for ours, theirs in TAGGER_VIT.items() if overrides.get(ours, TINY_VIT[theirs]) != TINY_VIT[theirs]]
+    if changed:
+        raise RISError(f"{name}'s pretrained ViT has {', '.join(f'{ours}={TINY_VIT[TAGGER_VIT[ours]]}' for ours in changed)}: "
+                       "leave that as it is or use pretrained=False")
+    vision.load_state_dict(pretrained_tagger().vit.state_dict())
     for parameter in vision.parameters():
         parameter.lr_factor = 0.2
 
@@ -207,13 +212,13 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     `pretrained`: its ViT starts as that of `pretrained_tagger`, which learned from lists of what is in a picture, and learns
     at a fifth of the rate.
     """
-    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, vit_width=64, vit_depth=4, vit_heads=2, patch=4, vit_image_size=64,
+    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **{ours: TINY_VIT[theirs] for ours, theirs in TAGGER_VIT.items()},
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
                  width=64, gaussians=6, per_gaussian=2, iterations=3, head_width=16, self_head_width=16, ffn=128,
                  dropout=0.0, decoder_width=64, decoder_table=16)
     model = SaG(**{**sizes, **overrides})
     if pretrained:
-        start_from_tagger("sag_tiny", model.vision)
+        start_from_tagger("sag_tiny", model.vision, overrides)
     return model
 
 # %% ../nbs/17_sag.ipynb #029
