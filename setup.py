@@ -21,7 +21,7 @@ setup(
     license=cfg["license_name"],
     license_files=["LICENSE"],
     packages=find_packages(include=["ris_nb", "ris_nb.*"]),
-    package_data={"ris_nb": ["*.safetensors", "checkpoints/*/*"]},
+    package_data={"ris_nb": ["*.safetensors", "mirrors.json", "checkpoints/*/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"lab": cfg["lab_requirements"].split(),
