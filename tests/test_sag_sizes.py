@@ -7,6 +7,7 @@ from parity import find_case, load_case, make_weight, released_state
 from plain_sag import plain_masks, plain_sag, released_shapes, sag_inputs, sizes
 
 from ris_nb.batches import Batch
+from ris_nb.entity_slots import SlotDecoder, reconstruct
 from ris_nb.sag import SaG, released_sag_key
 
 CASES = "sag_tiny", "sag_tiny_nointer", "sag_tiny_query", "sag_tiny_random", "sag_tiny_transformer", "sag_full"
@@ -151,3 +152,25 @@ def test_sentences_of_one_image():
     found = computed(released_model(state, spec).double(), image[:2].double(), ids, eps[:2].double(), which)
     for key in ("A_fuse", "maps", "txt_emb"):
         close(found[key], expected[key], key, 1e-5)
+
+
+def test_reconstruction_in_mixed_precision():
+    """Under autocast the layers run in bfloat16, and the gradients that come with the loss are near those of full precision."""
+    torch.manual_seed(0)
+    decoder, slots, V = SlotDecoder(32, 24, hidden=48, table=6, chunk=2 * 5 * 48 * 7), torch.randn(2, 5, 32), torch.randn(2, 30, 24)
+    found = []
+    for half in (False, True):
+        decoder.zero_grad()
+        x = slots.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss, V_hat, alpha = reconstruct(decoder, x, (5, 6), V)
+        (2 * loss).backward()
+        assert V_hat.dtype == (torch.bfloat16 if half else torch.float32) and loss.dtype == alpha.dtype == torch.float32
+        found.append([loss, V_hat.float(), alpha, x.grad, *(p.grad for p in decoder.parameters())])
+    for full, half in zip(*found):
+        assert half.dtype == torch.float32
+        close(half, full, "half precision", 0.15)
+    with torch.no_grad():
+        painted, shares = decoder(slots, (5, 6))
+    close(found[0][1], painted, "V_hat", 1e-6)
+    close(found[0][2], shares, "alpha", 1e-6)
