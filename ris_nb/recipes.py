@@ -331,6 +331,7 @@ def annotations(job: Job) -> tuple[list[Referrals], dict | None]:
         if complete or not job.entry["annotations"]: return data, None
     except RISError as error:
         if not job.entry["annotations"]: raise RISError(f"{error}; no mirror is known: put {by_hand(job)}") from None
+    inside(job.root, job.root / job.dataset / "any")
     reasons = []
     for mirror in job.entry["annotations"]:
         try:
@@ -346,11 +347,9 @@ def photo_folder(root: Path, dataset: str) -> Path:
     places = [root / name for name in photo_folders(dataset)]
     return next((place for place in places if place.is_dir()), places[0])
 
-def needed_photos(root: Path, sources: list[Referrals]) -> dict[Path, tuple[int, int]]:
+def needed_photos(sources: list[Referrals]) -> dict[Path, tuple[int, int]]:
     """The photos that the references name, and their sizes (H, W) as annotated."""
-    needed = {r.image_path: r.size for data in sources for split in data.splits for r in data.referrals(split)}
-    for folder in {path.parent for path in needed}: inside(root, folder / "any")
-    return needed
+    return {r.image_path: r.size for data in sources for split in data.splits for r in data.referrals(split)}
 
 def missing(job: Job, needed: dict[Path, tuple[int, int]], doing: str) -> dict[Path, tuple[int, int]]:
     """Those of the photos that are not there, or not whole. Each is read to its end."""
@@ -441,11 +440,12 @@ class Prepared:
 
 def run_job(job: Job, coco: Path | None) -> Prepared:
     """The steps one after the other."""
-    for path in (job.root / job.dataset / "source.json", photo_folder(job.root, job.dataset) / "any"):
-        inside(job.root, path).parent.mkdir(parents=True, exist_ok=True)
+    folder = photo_folder(job.root, job.dataset)
+    if not folder.is_dir(): inside(job.root, folder / "any").parent.mkdir(parents=True)
     data, source = annotations(job)
-    needed = needed_photos(job.root, data)
+    needed = needed_photos(data)
     absent = unlinked = missing(job, needed, "looking at photos")
+    for place in {path.parent for path in absent}: inside(job.root, place / "any")
     if coco is not None and absent:
         link_photos(absent, coco)
         unlinked = missing(job, absent, "looking at links")

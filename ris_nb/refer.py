@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import pickletools
+import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -486,19 +487,39 @@ def _phrase_sizes(path: Path) -> dict[int, tuple[int, int]]:
 
 def _around(boxes: list) -> tuple[float, ...]:
     """The smallest box (x, y, width, height) around several."""
-    x, y, width, height = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
-    left, top = x.min(), y.min()
-    return float(left), float(top), float((x + width).max() - left), float((y + height).max() - top)
+    left, top = (float(min(box[k] for box in boxes)) for k in (0, 1))
+    right, bottom = (max(box[k] + box[k + 2] for box in boxes) for k in (0, 1))
+    return left, top, float(right - left), float(bottom - top)
 
 def _phrase(task: dict, number: int, split: str, folder: Path, sizes: dict) -> Referral:
     if not isinstance(task["phrase"], str): raise ValueError("its phrase is no string")
     image, kind = int(task["image_id"]), "one instance" if len(task["Polygons"]) == 1 else "several instances"
-    # arrays, because a third of a million tasks as nested lists take gigabytes
     parts = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2).ravel() for instance in task["Polygons"] for polygon in instance]
     return Referral(number, image, folder / f"{image}.jpg", sizes[image], str(task.get("phrase_structure", {}).get("name", "")), split,
                     (Sentence(task["phrase"], kind, number),), _around(task["instance_boxes"]), parts)
 
 # %% ../nbs/03_refer.ipynb #076
+_GAP = re.compile(r"[ \t\n\r]*")
+
+def _items(path: Path) -> Iterable:
+    """The items of a JSON list in a file, one after the other. `RISError` where it is none."""
+    raw, decoder = _read(path), json.JSONDecoder()
+    try:
+        text = raw.decode("utf-8-sig")
+        del raw   # hundreds of megabytes
+        place = _GAP.match(text).end()
+        if text[place:place + 1] != "[": raise ValueError("expected a list")
+        place = _GAP.match(text, place + 1).end()
+        while text[place:place + 1] != "]":
+            item, place = decoder.raw_decode(text, place)
+            yield item
+            place = _GAP.match(text, place).end()
+            if text[place:place + 1] not in (",", "]"): raise ValueError(f"no comma at character {place:,}")
+            if text[place] == ",": place = _GAP.match(text, place + 1).end()
+    except (ValueError, RecursionError) as error:
+        raise RISError(f"{path} is no readable JSON ({error}); get it again") from None
+
+# %% ../nbs/03_refer.ipynb #078
 class PhraseCutData(Referrals):
     """PhraseCut (CVPR 2020): a referral is one phrase, its mask the union of all instances that the phrase means.
 
@@ -521,14 +542,14 @@ class PhraseCutData(Referrals):
 
     def _parse(self, split: str) -> list[Referral]:
         path, referrals = self._files[split], []
-        for number, task in enumerate(_read_json(path, list, "tasks")):
+        for number, task in enumerate(_items(path)):
             try:
                 referrals.append(_phrase(task, number, split, self._folder, self._sizes))
             except _MALFORMED as error:
                 raise RISError(f"{path}: entry {number} is malformed, or its photo is not in image_data_split.json ({_told(error)})") from None
         return referrals
 
-# %% ../nbs/03_refer.ipynb #083
+# %% ../nbs/03_refer.ipynb #085
 def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     """What a line of one's own marks: (size, category, bbox, segmentation)."""
     if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
@@ -545,7 +566,7 @@ def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     box = annotation.get("bbox")
     return size, categories.get(annotation.get("category_id"), ""), tuple(map(float, box)) if box else None, annotation.get("segmentation")
 
-# %% ../nbs/03_refer.ipynb #084
+# %% ../nbs/03_refer.ipynb #086
 def _parse_line(line: bytes) -> dict:
     try:
         entry = json.loads(line.decode("utf-8-sig"))
@@ -560,7 +581,7 @@ def _parse_line(line: bytes) -> dict:
         raise ValueError(f"split {ascii(entry['split'])[:60]} is none of {', '.join(SPLIT_NAMES[:6])}")
     return entry
 
-# %% ../nbs/03_refer.ipynb #086
+# %% ../nbs/03_refer.ipynb #088
 def _own_annotations(path: Path) -> tuple | None:
     if not path.is_file(): return None
     try:
@@ -580,7 +601,7 @@ def _gather(referrals: dict[tuple, Referral], entry: dict, number: int, image: t
     if known: referrals[key] = replace(known, sentences=known.sentences + (sentence,))
     else: referrals[key] = Referral(len(referrals), *image, marked[0], split, (sentence,), *marked[1:])
 
-# %% ../nbs/03_refer.ipynb #087
+# %% ../nbs/03_refer.ipynb #089
 class _FolderReader:
     """Reads lines one by one; `referrals` grows."""
     def __init__(self, root: Path, coco: tuple | None):
@@ -598,7 +619,7 @@ class _FolderReader:
             raise ValueError(f"the mask is {annotated[1]} x {annotated[0]}, {path.name} is {size[1]} x {size[0]}: draw masks on the photo as it is stored")
         _gather(self.referrals, entry, number, (image_id, path, annotated), marked)
 
-# %% ../nbs/03_refer.ipynb #088
+# %% ../nbs/03_refer.ipynb #090
 class FolderData(Referrals):
     """A folder of one's own: photos, masks, and `expressions.jsonl` with one JSON object a line.
 
@@ -618,7 +639,7 @@ class FolderData(Referrals):
                 raise RISError(f"{path}, line {number}: {error}") from None
         super().__init__(root, root.resolve().name, "folder", reader.referrals.values())
 
-# %% ../nbs/03_refer.ipynb #094
+# %% ../nbs/03_refer.ipynb #096
 def open_data(root: str | Path, dataset: str | None = None, split_by: str | None = None) -> ReferData | PhraseCutData | FolderData:
     """The referrals below `root`: a folder of one's own where it has an `expressions.jsonl`, PhraseCut or a REFER data set otherwise.
 
@@ -638,7 +659,7 @@ def open_data(root: str | Path, dataset: str | None = None, split_by: str | None
     if dataset == "phrasecut": return PhraseCutData(root, split_by)
     return ReferData(root, dataset, split_by)
 
-# %% ../nbs/03_refer.ipynb #097
+# %% ../nbs/03_refer.ipynb #099
 def published_counts(dataset: str, split_by: str, split: str) -> dict[str, int] | None:
     """What was published for a split: images, refs, sentences; None where nothing is known."""
     counts = PUBLISHED.get((dataset, split_by), {}).get(split)
@@ -650,7 +671,7 @@ def count_split(data: Referrals, split: str) -> dict[str, int]:
     return dict(images=len({referral.image_path for referral in referrals}), refs=len(referrals),
                 sentences=sum(len(referral.sentences) for referral in referrals))
 
-# %% ../nbs/03_refer.ipynb #099
+# %% ../nbs/03_refer.ipynb #101
 def _first_of(problems: list[str], what: str, of: int) -> list[str]:
     return [f"{len(problems)} of {of} {what}; the first: {problems[0]}"] if problems else []
 
@@ -672,7 +693,7 @@ def _reach(referral: Referral) -> float:
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in referral.segmentation])
     return float(max(-points.min(), *(points.max(0) - referral.size[::-1])))
 
-# %% ../nbs/03_refer.ipynb #100
+# %% ../nbs/03_refer.ipynb #102
 def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
     """Summed mask pixels, and what is wrong."""
     pixels, broken, outside = 0, [], []
@@ -686,7 +707,7 @@ def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
     return pixels, (_first_of(broken, "masks can't be used", len(masked))
                     + _first_of(outside, "masks reach out of their images and are cut at the edge", len(masked)))
 
-# %% ../nbs/03_refer.ipynb #101
+# %% ../nbs/03_refer.ipynb #103
 def _check_split(data: Referrals, split: str) -> dict:
     referrals = data.referrals(split)
     photos = {referral.image_path: referral for referral in referrals}
@@ -698,7 +719,7 @@ def _check_split(data: Referrals, split: str) -> dict:
                 problems=_first_of([p for p in bad if p], "images can't be used", len(photos)) + problems
                 + _first_of(empty, "referrals have no or an empty sentence", len(referrals)))
 
-# %% ../nbs/03_refer.ipynb #102
+# %% ../nbs/03_refer.ipynb #104
 def _broken_row(dataset: str, split_by: str, error: RISError) -> dict:
     return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, published=None, problems=[str(error)])
 
