@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'RUN_FILES', 'UsageError', 'error_line', 'parse', 'dispatch', 'one_line', 'main', 'Shapes',
-           'run_shapes', 'Check', 'table', 'run_check', 'Data', 'Train', 'train_flags', 'at_least', 'build_model',
-           'validation', 'claim_folder', 'check_command', 'run_train', 'ending', 'Models', 'run_models', 'Evaluate',
-           'run_evaluate', 'write_report', 'Study', 'run_the_study', 'Predict', 'say_unread', 'run_predict']
+           'run_shapes', 'Check', 'table', 'beside_published', 'run_check', 'Prepare', 'run_prepare', 'Data', 'Train',
+           'train_flags', 'at_least', 'build_model', 'validation', 'claim_folder', 'check_command', 'run_train',
+           'ending', 'Models', 'run_models', 'Evaluate', 'run_evaluate', 'write_report', 'Study', 'run_the_study',
+           'Predict', 'say_unread', 'run_predict']
 
 # %% ../nbs/20_cli.ipynb #003
 import io
@@ -31,6 +32,7 @@ usage: ris-nb COMMAND [flags]        `ris-nb COMMAND --help` explains a command 
 
   data shapes   make RefShapes, a data set of drawn shapes
   data check    count what a data root holds, and name what is broken in it
+  data prepare  fetch RefCOCO, RefCOCO+, RefCOCOg or PhraseCut, or finish what was begun
   train         train a model; a stopped run goes on with --resume
   evaluate      score a checkpoint on every expression of a split
   predict       find what an expression speaks of in a photo of yours
@@ -159,8 +161,8 @@ COMMANDS["data shapes"] = (lambda: Shapes, run_shapes)
 class Check:
     """Count what a data root holds and name what is broken in it. Exit code 1 when something is.
 
-    For each data set and split: images, refs (referred objects), sentences, and the pixels of all masks together.
-    Every image is read to its end.
+    For each data set and split: images, refs (referred objects), sentences, and the pixels of all masks together;
+    for RefCOCO and its siblings and PhraseCut the counts that were published, too. Every image is read to its end.
 
     examples:
       ris-nb data check data
@@ -180,7 +182,17 @@ def table(head, rows) -> str:
     pad = lambda cell, width, to_right: cell.rjust(width) if to_right else cell.ljust(width)
     return "\n".join("  ".join(map(pad, line, widths, right)).rstrip() for line in cells)
 
-# %% ../nbs/20_cli.ipynb #046
+# %% ../nbs/20_cli.ipynb #047
+def beside_published(columns: tuple[str, ...], rows: list[dict]) -> tuple[list[str], list[list]]:
+    """Head and lines of the table of `check_data`'s rows; with a column of the published counts where any are known."""
+    head, lines = list(columns), [[row[name] for name in columns] for row in rows]
+    if any(row["published"] for row in rows):
+        head.append("published (images, refs, sentences)")
+        for line, known in zip(lines, (row["published"] for row in rows)):
+            line.append("  ".join(f"{count:,}" for count in known.values()) if known else "")
+    return head, lines
+
+# %% ../nbs/20_cli.ipynb #049
 def run_check(flags: Check) -> int:
     """Print the counts, then the problems (on stderr); 1 if there are any."""
     from ris_nb.refer import check_data
@@ -189,7 +201,7 @@ def run_check(flags: Check) -> int:
         print(json.dumps(rows, indent=1))
     else:
         columns = ("dataset", "split_by", "split", "images", "refs", "sentences", "mask_pixels")
-        print(table(columns, [[row[name] for name in columns] for row in rows]))
+        print(table(*beside_published(columns, rows)))
         for row in rows:
             for problem in row["problems"]:
                 print(f"{row['dataset']} {row['split_by']} {row['split']}: {problem}", file=sys.stderr)
@@ -198,7 +210,46 @@ def run_check(flags: Check) -> int:
 
 COMMANDS["data check"] = (lambda: Check, run_check)
 
-# %% ../nbs/20_cli.ipynb #053
+# %% ../nbs/20_cli.ipynb #056
+@dataclass
+class Prepare:
+    """Fetch a published data set into a data root; call it again to finish what was begun.
+
+    Annotations come from the first mirror whose archive holds what was published, photos are those that the annotations
+    name. What is there already is not fetched. Exit code 1 where counts differ from the published ones.
+
+    examples:
+      ris-nb data prepare refcoco --root data
+      ris-nb data prepare refcoco+ --root data --coco /datasets/coco
+      ris-nb data prepare phrasecut --root data --parallel 4
+    """
+    dataset: Positional[Literal["refcoco", "refcoco+", "refcocog", "phrasecut"]]
+    """Which."""
+    root: Path
+    """Data root, the folder to write to; one root takes all of them."""
+    coco: Path | None = None
+    """A folder that has COCO's photos (train2014 or train2017): they are linked instead of fetched."""
+    mirrors: Path | None = None
+    """A list of mirrors of your own, written as ris_nb/mirrors.json is."""
+    parallel: int = 8
+    """Photos to fetch at a time, 64 at most."""
+
+# %% ../nbs/20_cli.ipynb #057
+def run_prepare(flags: Prepare) -> int:
+    """Fetch what is missing, with progress bars; say what is there now."""
+    from ris_nb.recipes import prepare
+    done = prepare(flags.dataset, flags.root, flags.coco, flags.mirrors, flags.parallel)
+    if done.source:
+        print(f"annotations from {done.source['url']}, {done.source['bytes']:,} bytes, SHA-256 {done.source['sha256']}")
+    print(f"photos: {done.fetched:,} fetched, {done.linked:,} linked, {done.there:,} were there\nnext: ris-nb data check {shlex.quote(str(flags.root))}")
+    for line in done.differences:
+        print(f"{done.dataset} {line}", file=sys.stderr)
+    return int(bool(done.differences))
+
+
+COMMANDS["data prepare"] = (lambda: Prepare, run_prepare)
+
+# %% ../nbs/20_cli.ipynb #061
 @dataclass
 class Data:
     """Which data to read."""
@@ -209,7 +260,7 @@ class Data:
     split_by: str | None = None
     """unc, umd, google, ...; needed where a data set is split in several ways."""
 
-# %% ../nbs/20_cli.ipynb #054
+# %% ../nbs/20_cli.ipynb #062
 @dataclass
 class Train(Data):
     """Train a model. The weights and all that a resume needs are kept in a folder.
@@ -243,7 +294,7 @@ class Train(Data):
     force: bool = False
     """Delete the run in that folder and begin anew."""
 
-# %% ../nbs/20_cli.ipynb #056
+# %% ../nbs/20_cli.ipynb #064
 def train_flags() -> type[Train]:
     """`Train` and the flags of `TrainConfig`. Made on demand: importing the training loop costs seconds."""
     from ris_nb.training import TINY_RECIPE, TrainConfig
@@ -256,7 +307,7 @@ def train_flags() -> type[Train]:
     TrainFlags.__doc__ = Train.__doc__
     return TrainFlags
 
-# %% ../nbs/20_cli.ipynb #059
+# %% ../nbs/20_cli.ipynb #067
 def at_least(flags, **least: int) -> None:
     """`UsageError` for a field of `flags` that is below its least value."""
     for name, value in least.items():
@@ -264,7 +315,7 @@ def at_least(flags, **least: int) -> None:
         if given is not None and given < value:
             raise UsageError(f"--{name.replace('_', '-')} must be {value} or more, not {given}")
 
-# %% ../nbs/20_cli.ipynb #062
+# %% ../nbs/20_cli.ipynb #070
 def build_model(flags: Train, referrals: list):
     """The model that the flags ask for. Its first weights depend on the seed alone."""
     import torch
@@ -294,7 +345,7 @@ def validation(flags: Train, data, model):
     dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True)
     return lambda model: evaluate(model, dataset, workers=flags.training.workers, progress=False).scores()
 
-# %% ../nbs/20_cli.ipynb #065
+# %% ../nbs/20_cli.ipynb #073
 RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*")
 
 
@@ -315,7 +366,7 @@ def claim_folder(folder: Path, flags: Train, command: dict) -> None:
     with replacing(path) as part:
         part.write_text(json.dumps(command, indent=1))
 
-# %% ../nbs/20_cli.ipynb #066
+# %% ../nbs/20_cli.ipynb #074
 def check_command(path: Path, command: dict) -> None:
     """`RISError` where the run in the folder of `path`, its command.json, was started otherwise; names what differs."""
     from ris_nb.task import RISError
@@ -328,7 +379,7 @@ def check_command(path: Path, command: dict) -> None:
     if changed:
         raise RISError(f"{path.parent}: was started otherwise ({', '.join(changed)}); resume with the old values or choose another --out")
 
-# %% ../nbs/20_cli.ipynb #069
+# %% ../nbs/20_cli.ipynb #077
 def run_train(flags: Train) -> int:
     """Train, then say how it ended and what to type next."""
     from ris_nb.batches import ReferralDataset
@@ -355,7 +406,7 @@ def run_train(flags: Train) -> int:
     accelerator.end_training()
     return 0
 
-# %% ../nbs/20_cli.ipynb #070
+# %% ../nbs/20_cli.ipynb #078
 def ending(out: Path, last: dict, flags: Train, split: str) -> str:
     """Two lines: how a run ended, and the command that looks closer. `last` is the last line of its log."""
     scores = {name: last[name] for name in ("loss", "val_oIoU", "val_mIoU") if name in last}
@@ -368,7 +419,7 @@ def ending(out: Path, last: dict, flags: Train, split: str) -> str:
 
 COMMANDS["train"] = (train_flags, run_train)
 
-# %% ../nbs/20_cli.ipynb #084
+# %% ../nbs/20_cli.ipynb #092
 @dataclass
 class Models:
     """List the models that `ris-nb train --model` can train."""
@@ -383,7 +434,7 @@ def run_models(flags: Models) -> int:
 
 COMMANDS["models"] = (lambda: Models, run_models)
 
-# %% ../nbs/20_cli.ipynb #087
+# %% ../nbs/20_cli.ipynb #095
 @dataclass
 class Evaluate(Data):
     """Score a checkpoint on every expression of a split.
@@ -409,7 +460,7 @@ class Evaluate(Data):
     shuffle_seed: int | None = None
     """Ask each image the expressions of other images. A model that listens scores much lower then."""
 
-# %% ../nbs/20_cli.ipynb #089
+# %% ../nbs/20_cli.ipynb #097
 def run_evaluate(flags: Evaluate) -> int:
     """Score, print and write."""
     from ris_nb.batches import ReferralDataset, load_model
@@ -431,7 +482,7 @@ def run_evaluate(flags: Evaluate) -> int:
     accelerator.end_training()
     return 0
 
-# %% ../nbs/20_cli.ipynb #090
+# %% ../nbs/20_cli.ipynb #098
 def write_report(out: Path, report, model, dataset) -> None:
     """Write report.json, records.jsonl and table.md into the folder `out`; and cases.png, unless expressions were shuffled."""
     import matplotlib.pyplot as plt
@@ -446,7 +497,7 @@ def write_report(out: Path, report, model, dataset) -> None:
 
 COMMANDS["evaluate"] = (lambda: Evaluate, run_evaluate)
 
-# %% ../nbs/20_cli.ipynb #101
+# %% ../nbs/20_cli.ipynb #109
 @dataclass
 class Study:
     """Repeat a chapter's study: train each of its variants from several seeds and gather the figures in one file.
@@ -495,7 +546,7 @@ def run_the_study(flags: Study) -> int:
 
 COMMANDS["study"] = (lambda: Study, run_the_study)
 
-# %% ../nbs/20_cli.ipynb #104
+# %% ../nbs/20_cli.ipynb #112
 @dataclass
 class Predict:
     """Find what an expression speaks of in a photo.
@@ -518,7 +569,7 @@ class Predict:
     out: Path = Path(".")
     """Folder for the two pictures."""
 
-# %% ../nbs/20_cli.ipynb #105
+# %% ../nbs/20_cli.ipynb #113
 def say_unread(tokenizer, expression: str) -> None:
     """A line on stderr for words that the model doesn't know, another when it doesn't read to the end."""
     unknown = list(dict.fromkeys(tokenizer.unknown(expression)))
@@ -528,7 +579,7 @@ def say_unread(tokenizer, expression: str) -> None:
     if tokenizer.pieces(expression)[-1] != "[SEP]":
         print(f"warning: the model reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
 
-# %% ../nbs/20_cli.ipynb #106
+# %% ../nbs/20_cli.ipynb #114
 def run_predict(flags: Predict) -> int:
     """Write the overlay and the mask."""
     import numpy as np
@@ -551,6 +602,6 @@ def run_predict(flags: Predict) -> int:
 
 COMMANDS["predict"] = (lambda: Predict, run_predict)
 
-# %% ../nbs/20_cli.ipynb #118
+# %% ../nbs/20_cli.ipynb #126
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is "__main__", too, but no file
     sys.exit(main())
