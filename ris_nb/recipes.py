@@ -20,6 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
@@ -40,8 +41,8 @@ __all__ = ['UNPACKED', 'ARCHIVE', 'PHOTO', 'GIVE_UP', 'check_mirrors', 'read_mir
            'asked_to_wait', 'starting_at', 'receive', 'size_of', 'append', 'judged', 'Attempts', 'verify', 'download',
            'trusted_members', 'copy_out', 'unpack', 'opened', 'differences', 'inside', 'sha256', 'install', 'Job',
            'fetch_annotations', 'by_hand', 'annotations', 'photo_folder', 'needed_photos', 'missing', 'Servers',
-           'whole', 'fetch_photo', 'fetch_photos', 'in_coco', 'link_photos', 'Prepared', 'run_job', 'open_client',
-           'prepare']
+           'whole', 'fetch_photo', 'fetch_photos', 'in_coco', 'link_photos', 'Prepared', 'run_job', 'workshop',
+           'open_client', 'prepare']
 
 # %% ../nbs/18_full_scale.ipynb #006
 def check_mirrors(files: list[str], annotations: list[dict], photos: list[str], by_hand: str):
@@ -325,12 +326,13 @@ def by_hand(job: Job) -> str:
 
 def annotations(job: Job) -> tuple[list[Referrals], dict | None]:
     """The data set, its annotations fetched unless they are there; and where they were fetched from, None if they were not."""
+    complete = all((job.root / job.dataset / name).is_file() for name in job.entry["files"])
     try:
         data = opened(job.root, job.dataset, job.published)
-        complete = all((job.root / job.dataset / name).is_file() for name in job.entry["files"])
         if complete or not job.entry["annotations"]: return data, None
-    except RISError as error:
-        if not job.entry["annotations"]: raise RISError(f"{error}; no mirror is known: put {by_hand(job)}") from None
+    except RISError:
+        if complete and not job.entry["annotations"]: raise
+        if not job.entry["annotations"]: raise RISError(f"no mirror is known for the annotations of {job.dataset}: put {by_hand(job)} and call again") from None
     inside(job.root, job.root / job.dataset / "any")
     reasons = []
     for mirror in job.entry["annotations"]:
@@ -453,12 +455,27 @@ def run_job(job: Job, coco: Path | None) -> Prepared:
     return Prepared(job.dataset, source, len(needed) - len(absent), len(absent) - len(unlinked), len(unlinked), differences(data, job.published))
 
 # %% ../nbs/18_full_scale.ipynb #066
+@contextmanager
+def workshop(root: Path):
+    """A locked folder, `root/.prepare`, for what is on its way. Afterwards it is gone, unless half an archive waits there to be gone on with."""
+    folder = inside(root, root / ".prepare/lock").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock", timeout=0):
+        try:
+            yield
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder / "stage", ignore_errors=True)
+            with suppress(OSError):
+                (folder / "lock").unlink(missing_ok=True)
+                folder.rmdir()   # fails where something is left
+
 def open_client(parallel: int, patience: Patience) -> httpx.Client:
     """A client that follows redirects and holds at most `parallel` connections."""
     return httpx.Client(follow_redirects=True, timeout=patience.timeout, limits=httpx.Limits(max_connections=parallel),
                         headers={"User-Agent": f"ris_nb/{version('ris_nb')}"})
 
-# %% ../nbs/18_full_scale.ipynb #067
+# %% ../nbs/18_full_scale.ipynb #068
 def prepare(dataset: str, root: str | Path, coco: str | Path | None = None, mirrors: str | Path | None = None, parallel: int = 8,
             progress: bool = True, patience: Patience = Patience(), published: dict = PUBLISHED) -> Prepared:
     """Bring RefCOCO, RefCOCO+, RefCOCOg or PhraseCut to `root`, complete and checked; what is there already is not fetched again.
@@ -473,12 +490,9 @@ def prepare(dataset: str, root: str | Path, coco: str | Path | None = None, mirr
     if coco is not None and not dataset.startswith("refcoco"): raise RISError(f"the photos of {dataset} are not COCO's")
     if coco is not None and not Path(coco).is_dir(): raise RISError(f"no folder {coco}")
     try:
-        inside(root, root / ".prepare/lock").parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".prepare/lock", timeout=0), open_client(parallel, patience) as client:
-            prepared = run_job(Job(root, dataset, listed[dataset], published, client, patience, parallel, progress), coco and Path(coco))
-            shutil.rmtree(root / ".prepare")
+        with workshop(root), open_client(parallel, patience) as client:
+            return run_job(Job(root, dataset, listed[dataset], published, client, patience, parallel, progress), coco and Path(coco))
     except Timeout:
         raise RISError(f"another call prepares {root} at this moment; wait for it to end") from None
     except OSError as error:
         raise RISError(f"can't write to {root}: {error.strerror or error}; what is there is kept, call again to go on") from None
-    return prepared
