@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from ris_nb import recipes
+from ris_nb.cli import main
 from ris_nb.recipes import Patience, Prepared, prepare, read_mirrors, unpack
 from ris_nb.refer import check_data, open_data
 from ris_nb.task import RISError
@@ -439,7 +440,7 @@ def test_hostile_archives_are_refused_and_write_nothing(world, tmp_path, member)
     world.server.files["/refcoco.zip"] = path.read_bytes()
     said = world.refused()
     assert "leads out of the folder" in said or "is a link or a device" in said
-    assert not [f for f in world.files() if not f.startswith(".prepare/lock")]
+    assert not world.files()
 
 
 def test_bombs_go_off_in_a_bucket(tmp_path):
@@ -578,6 +579,41 @@ def test_a_second_call_finishes_what_a_killed_one_began(world, end, where):
     world.complete()
 
 
+@pytest.fixture
+def command(world, monkeypatch, capsys):
+    monkeypatch.setattr(recipes.prepare, "__defaults__", (*recipes.prepare.__defaults__[:-2], QUICK, world.published))
+    def run(*words):
+        world.list.write_text(json.dumps(world.mirrors))
+        code = main(["data", "prepare", "refcoco", "--root", str(world.root), "--mirrors", str(world.list), *map(str, words)])
+        said = capsys.readouterr()
+        return code, said.out, [line for line in said.err.splitlines() if "|" not in line and "00:00" not in line]
+    return run
+
+
+def test_the_command(world, command, tmp_path):
+    world.server.faults[f"/photos/{world.names[1]}"] = "404"
+    code, out, err = command()
+    assert code == 2 and out == "" and len([line for line in err if line.startswith("ris-nb: 1 of 6 photos")]) == 1
+    world.server.faults.clear()
+    code, out, err = command("--coco", coco_folder(world, tmp_path / "coco", "train2014/{name}"))
+    assert code == 0 and "0 fetched, 1 linked, 5 were there" in out and f"ris-nb data check {world.root}" in out
+    world.published["refcoco", "unc"]["val"] = (3, 7, 9)
+    code, out, err = command()
+    assert code == 1 and "refcoco unc val has 6 refs instead of 7" in err
+    (world.root / "refcoco/refs(unc).p").unlink()
+    assert command("--parallel", 2)[0] == 2   # and now no archive is right
+
+
+def test_the_check_shows_published_counts(world, command, capsys):
+    code, out, err = command()
+    assert hashlib.sha256(world.archive).hexdigest() in out
+    assert main(["data", "check", str(world.root)]) == 0
+    head, train, val = capsys.readouterr().out.splitlines()
+    assert head.endswith("published (images, refs, sentences)") and train.endswith("16,994  42,404  120,624") and val.endswith("1,500  3,811  10,834")
+    assert main(["data", "check", str(world.root), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[1]["published"] == dict(images=1500, refs=3811, sentences=10834)
+
+
 # ---- PhraseCut, mirrors as data, options
 
 def test_phrasecut(world, tmp_path):
@@ -589,7 +625,7 @@ def test_phrasecut(world, tmp_path):
     entry = dict(files=["image_data_split.json", "refer_val.json"], annotations=[], photos=[f"{world.server.url}/{k}/{{name}}" for k in "ab"], by_hand="a script")
     world.mirrors["phrasecut"] = entry
     options = dict(dataset="phrasecut", published={("phrasecut", "authors"): {"val": (2, 2, 2)}})
-    with pytest.raises(RISError, match="put image_data_split.json, refer_val.json into .*a script") as info: world.prepare(**options)
+    with pytest.raises(RISError, match="no mirror is known for the annotations of phrasecut: put image_data_split.json, refer_val.json into .*a script") as info: world.prepare(**options)
     assert "\n" not in str(info.value)
     entry["annotations"] = [dict(url=f"{world.server.url}/cut.zip", sha256=None)]
     assert world.prepare(**options).fetched == 2
