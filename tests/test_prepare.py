@@ -529,6 +529,38 @@ def test_reading_through_a_link_is_fine(world, tmp_path):
     assert "leads out of" in world.refused() and not lost.exists()
 
 
+WRITTEN = None   # where the process writes, while it is a list
+
+
+def audit(event, arguments):
+    if WRITTEN is None or event not in ("open", "os.mkdir", "os.rename", "os.symlink", "os.remove", "os.rmdir", "os.truncate", "os.link"): return
+    if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT): return
+    paths = {"os.symlink": slice(1, 2), "os.rename": slice(0, 2), "os.link": slice(1, 2)}.get(event, slice(0, 1))
+    fd = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1   # shutil.rmtree names files by their folder's descriptor
+    folder = os.readlink(f"/proc/self/fd/{fd}") if fd >= 0 else os.getcwd()
+    WRITTEN.extend((event, os.path.normpath(os.path.join(folder, os.fsdecode(path)))) for path in arguments[paths] if not isinstance(path, int))
+
+
+sys.addaudithook(audit)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc to learn which folder a descriptor stands for")
+def test_not_a_byte_is_written_outside_of_the_root(world, tmp_path, monkeypatch):
+    refs, instances = refer_files()
+    world.server.files["/evil.zip"] = zipped([("refs(unc).p", refs), ("instances.json", instances), ("../../../x", b"evil")])
+    world.mirrors["refcoco"]["annotations"].insert(0, dict(url=f"{world.server.url}/evil.zip", sha256=None))
+    world.server.faults |= {"/refcoco.zip": ["cut", "500", "corrupt"], f"/photos/{world.names[4]}": ["cut", "page"]}
+    coco = coco_folder(world, tmp_path / "coco", "train2014/{name}")
+    world.list.write_text(json.dumps(world.mirrors))
+    monkeypatch.setitem(globals(), "WRITTEN", [])
+    prepare("refcoco", world.root, coco, world.list, progress=False, patience=QUICK, published=world.published)
+    written = WRITTEN
+    monkeypatch.setitem(globals(), "WRITTEN", None)
+    assert len(written) > 20 and {event for event, _ in written} >= {"open", "os.rename", "os.symlink", "os.mkdir", "os.rmdir"}
+    assert not [(event, path) for event, path in written if not Path(path).is_relative_to(world.root)]
+    world.complete()
+
+
 # ---- accidents
 
 def test_a_full_disk_is_one_line(world, monkeypatch):
