@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from math import log, pi
 
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .mask_decoder import sine_positions
 from .task import RISError
 
 # %% auto #0
 __all__ = ['SLOT_KINDS', 'compete', 'EntitySlots', 'RandomSlots', 'QuerySlots', 'split_heads', 'merge_heads', 'FeedForward',
-           'Aggregation', 'Interaction', 'sine_positions', 'EntityDiscovery', 'reconstruction_loss', 'SlotDecoder',
-           'relu_back', 'repaint', 'Repainting', 'reconstruct', 'released_slots_key', 'released_decoder_key']
+           'Aggregation', 'Interaction', 'EntityDiscovery', 'reconstruction_loss', 'SlotDecoder', 'relu_back',
+           'repaint', 'Repainting', 'reconstruct', 'start_as_kmeans', 'released_slots_key', 'released_decoder_key']
 
 # %% ../nbs/14_entity_slots.ipynb #012
 def compete(scores: Tensor, competition: str = "slots") -> tuple[Tensor, Tensor]:
@@ -166,27 +167,7 @@ class Interaction(nn.Module):
         groups = groups + self.dropout(self.out(merge_heads(F.scaled_dot_product_attention(q, k, v))))
         return (groups + self.feed_forward(groups)).view(S.shape)
 
-# %% ../nbs/14_entity_slots.ipynb #049
-@lru_cache(maxsize=64)
-def sine_positions(grid: tuple[int, int], width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Where each patch of a grid (h, w) is, as waves: (h * w, width), rows in the first half, columns in the second.
-
-    As in the released code of SaG (ICCV 2023): coordinates 1 to h become angles up to 2 pi; number i of a half is the sine
-    (i even) or cosine (i odd) of the angle over 10000 ** (2 * (i // 2) / half). Cached for each size: don't write into it.
-    """
-    with torch.inference_mode(False):  # made while predicting, it must serve a later training step
-        half = width // 2
-        period = 10000 ** (2 * (torch.arange(half, device=device) // 2) / half)
-        waves = []
-        for n in grid:
-            angle = torch.arange(1, n + 1, device=device) / (n + 1e-6) * 2 * pi
-            angle = angle[:, None] / period  # (n, half)
-            waves.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], -1).flatten(1))
-        rows, columns = waves
-        h, w = grid
-        return torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], -1).flatten(0, 1)
-
-# %% ../nbs/14_entity_slots.ipynb #054
+# %% ../nbs/14_entity_slots.ipynb #053
 class EntityDiscovery(nn.Module):
     """SaG's entity discovery module (ICCV 2023): the patches of an image become K slots in `iterations` tied steps.
 
@@ -209,7 +190,7 @@ class EntityDiscovery(nn.Module):
 
     def embed(self, V: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features V (N, P, d) of a grid (h, w) -> X (N, P, D), with their positions."""
-        return self.project(V) + sine_positions(tuple(grid), self.slots.width, V.device).to(V.dtype)
+        return self.project(V) + sine_positions(*grid, self.slots.width, V.device).flatten(0, 1).to(V.dtype)
 
     def forward(self, V: Tensor, grid: tuple[int, int], noise: Tensor | None = None, history: bool = False):
         """V (N, P, d), grid (h, w) with h * w = P, noise (N, K, D), (K, D) or None -> slots (N, K, D), A_slot (N, K, P).
@@ -227,13 +208,13 @@ class EntityDiscovery(nn.Module):
         slots = self.norm(self.out(S))
         return (slots, maps[-1], maps) if history else (slots, maps[-1])
 
-# %% ../nbs/14_entity_slots.ipynb #065
+# %% ../nbs/14_entity_slots.ipynb #064
 def reconstruction_loss(V_hat: Tensor, V: Tensor) -> Tensor:
     """Mean squared error of V_hat (N, P, d) from the features V, which get no gradient: a scalar, the mean over the images."""
     exact = torch.promote_types(V_hat.dtype, torch.float32)
     return (V_hat.to(exact) - V.detach().to(exact)).square().flatten(1).mean(1).mean()
 
-# %% ../nbs/14_entity_slots.ipynb #072
+# %% ../nbs/14_entity_slots.ipynb #071
 class SlotDecoder(nn.Module):
     """SaG's slot decoder (ICCV 2023): each slot paints all patches, and alpha mixes the paintings patch by patch.
 
@@ -274,13 +255,13 @@ class SlotDecoder(nn.Module):
         h, alpha = (torch.cat(parts, 1) for parts in zip(*(mix(a, part) for part in b.split(max(1, self.chunk // a.numel())))))
         return F.linear(h, last.weight[:-1], last.bias[:-1]), alpha.mT
 
-# %% ../nbs/14_entity_slots.ipynb #079
+# %% ../nbs/14_entity_slots.ipynb #078
 def relu_back(gradient: Tensor, h: Tensor) -> Tensor:
     """A gradient (..., H) on its way back through a ReLU that answered `h`, of any shape of as many rows; overwrites it."""
     h = h.view_as(gradient)
     return torch.ops.aten.threshold_backward.grad_input(gradient, h, 0, grad_input=gradient)
 
-# %% ../nbs/14_entity_slots.ipynb #081
+# %% ../nbs/14_entity_slots.ipynb #080
 def repaint(V: Tensor, a: Tensor, b: Tensor, layers: Sequence[Tensor], sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """`SlotDecoder.mix` and its last layer for p patches -> V_hat (N, p, d), alpha (N, p, K).
 
@@ -312,7 +293,7 @@ def repaint(V: Tensor, a: Tensor, b: Tensor, layers: Sequence[Tensor], sums: Seq
     to_b += g.sum((0, 2))
     return V_hat, alpha
 
-# %% ../nbs/14_entity_slots.ipynb #082
+# %% ../nbs/14_entity_slots.ipynb #081
 class Repainting(torch.autograd.Function):
     """`reconstruct` from the first layer on: its gradient is there before anybody asks for it."""
 
@@ -350,7 +331,31 @@ def reconstruct(decoder: SlotDecoder, slots: Tensor, grid: tuple[int, int], V: T
         loss, V_hat, alpha = Repainting.apply(V.detach(), max(1, chunk // a.numel()), a, b, *layers)
     return loss, V_hat, alpha.mT
 
-# %% ../nbs/14_entity_slots.ipynb #097
+# %% ../nbs/14_entity_slots.ipynb #096
+@torch.no_grad()
+def start_as_kmeans(discovery: EntityDiscovery, sharpness: float = 4.0) -> None:
+    """Let entity discovery begin as soft k-means on the features: an initialisation of ours, for trainings too short for SaG's.
+
+    The projections become the identity, queries `sharpness` times that, and what the other layers add starts at a tenth. Raises
+    `RISError` unless the features, the slots and the heads of the aggregation together have one width.
+    """
+    block = discovery.aggregation
+    if not discovery.project.in_features == discovery.project.out_features == block.query.out_features:
+        raise RISError(f"features of width {discovery.project.in_features}, slots of {discovery.project.out_features} and heads of "
+                       f"{block.query.out_features} together cannot begin as k-means: give all three one width")
+    for layer in (discovery.project, block.query, block.key, block.value, block.out, discovery.out):
+        nn.init.eye_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    block.query.weight *= sharpness
+    quiet = [block.feed_forward[-1]]
+    if isinstance(discovery.interaction, Interaction):
+        quiet += [discovery.interaction.out, discovery.interaction.feed_forward[-1]]
+    for layer in quiet:
+        layer.weight *= 0.1
+        layer.bias *= 0.1
+
+# %% ../nbs/14_entity_slots.ipynb #103
 _LAYERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
 
 

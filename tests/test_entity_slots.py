@@ -6,7 +6,7 @@ from parity import find_case, load_case, released_state
 from plain_sag import sag_inputs
 
 from ris_nb.entity_slots import (SLOT_KINDS, Aggregation, EntityDiscovery, EntitySlots, SlotDecoder, compete, reconstruct, reconstruction_loss,
-                                 released_decoder_key, released_slots_key, sine_positions)
+                                 released_decoder_key, released_slots_key, start_as_kmeans)
 from ris_nb.task import RISError
 
 CASES = ("sag_tiny", "sag_tiny_random", "sag_tiny_query", "sag_tiny_nointer", "sag_tiny_transformer")
@@ -223,11 +223,18 @@ def test_half_precision_scores_are_summed_in_float32():
     torch.testing.assert_close(W.sum(-1), torch.ones(1, 36))
 
 
-def test_positions_made_while_predicting_can_be_trained_on():
-    sine_positions.cache_clear()
-    with torch.inference_mode():
-        made = sine_positions((3, 5), 8)
-    assert not made.is_inference() and sine_positions((3, 5), 8) is made
+def test_start_as_kmeans_groups_what_is_alike():
+    """Four kinds of patches, four slots that begin at one of each: every kind goes to its own slot, before any training."""
+    torch.manual_seed(0)
+    kinds = 3 * torch.eye(16)[:4]
+    V = kinds[torch.arange(36) % 4][None] + 0.1 * torch.randn(1, 36, 16)
+    discovery = EntityDiscovery(16, 16, 4, 1, iterations=3, slots="query", heads=2, head_width=8, self_head_width=8, ffn=32).eval()
+    start_as_kmeans(discovery)
+    discovery.slots.params.data.copy_(kinds)
+    with torch.no_grad():
+        won = discovery(V, (6, 6))[1][0].argmax(0)
+    assert won.tolist() == [i % 4 for i in range(36)]
+    assert all(p.requires_grad for p in discovery.parameters())
 
 
 @pytest.mark.parametrize("make, words", [
