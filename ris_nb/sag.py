@@ -21,7 +21,7 @@ from .batches import (SPECIAL, Batch, ReferralDataset, RISModel, Tokenizer, buil
                             register_model)
 from .c3_loss import c3_loss, gather_images, image_codes, same_image
 from .entity_slots import (SLOT_KINDS, EntityDiscovery, SlotDecoder, reconstruct, released_decoder_key,
-                                 released_slots_key)
+                                 released_slots_key, start_as_kmeans)
 from .evaluation import Floor, evaluate
 from .language import TextEncoder
 from .lavt import LAVT, load_released, read_released, word_rows
@@ -210,15 +210,17 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     """A SaG for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
 
     `pretrained`: its ViT starts as that of `pretrained_tagger`, which learned from lists of what is in a picture, and learns
-    at a fifth of the rate.
+    at a fifth of the rate; its slots start with `start_as_kmeans`.
     """
     sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **{ours: TINY_VIT[theirs] for ours, theirs in TAGGER_VIT.items()},
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
-                 width=64, gaussians=6, per_gaussian=2, iterations=3, head_width=16, self_head_width=16, ffn=128,
-                 dropout=0.0, decoder_width=64, decoder_table=16)
+                 width=64, gaussians=6, per_gaussian=2, iterations=3, heads=1, head_width=64, self_head_width=16, ffn=128,
+                 dropout=0.0, decoder_width=64, decoder_table=16, temperature=0.2)
     model = SaG(**{**sizes, **overrides})
     if pretrained:
         start_from_tagger("sag_tiny", model.vision, overrides)
+        if isinstance(model.entities, EntityDiscovery):
+            start_as_kmeans(model.entities)
     return model
 
 # %% ../nbs/17_sag.ipynb #029
