@@ -388,7 +388,7 @@ class DotFusion(nn.Module):
         return z, relevance.float().softmax(-1)
 
 # %% ../nbs/17_sag.ipynb #075
-SAG_RECIPE = {**TINY_RECIPE, "best": "mIoU"}
+SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4, "best": "mIoU"}
 SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
     "SaG": {},
     "no entity discovery": dict(discovery=False, reconstruction=0.0),
