@@ -583,7 +583,8 @@ def test_one_at_a_time(world):
 
 
 RUN = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script put in the background ignores Ctrl-C
 from ris_nb import recipes
 recipes.PUBLISHED = {("refcoco", "unc"): {split: tuple(c) for split, c in json.loads(sys.argv[1]).items()}}
 recipes.prepare.__defaults__ = (*recipes.prepare.__defaults__[:-1], recipes.PUBLISHED)
