@@ -24,7 +24,7 @@ from .vision import TINY_SWIN, Swin, init_weights, pretrained_namer, released_sw
 
 # %% auto #0
 __all__ = ['NORMS', 'RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'upsample',
-           'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'LAVT', 'start_from_namer', 'lavt_tiny',
+           'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'LAVT', 'start_pretrained', 'lavt_tiny',
            'lavt_swin_base', 'read_released', 'released_pwam_key', 'released_lavt_key', 'released_lavt',
            'released_encoder_sizes', 'released_lavt_sizes', 'load_released']
 
@@ -261,17 +261,17 @@ class LAVT(RISModel):
         return model.eval()
 
 # %% ../nbs/07_lavt.ipynb #058
-def start_from_namer(name: str, vision: Swin, overrides: Mapping) -> None:
-    """Give the Swin of model `name` the weights of `pretrained_namer`, which from then on learn at a fifth of the rate.
+def start_pretrained(name: str, encoder: nn.Module, source: nn.Module, sizes: Mapping, overrides: Mapping) -> None:
+    """Give the encoder of model `name` the weights of `source`, which from then on learn at a fifth of the rate.
 
-    Raises `RISError` where `overrides`, the sizes that the model was asked to have, say another Swin than `TINY_SWIN`.
+    sizes: the model's arguments that fit `source`. Raises `RISError` where `overrides`, what the model was asked to have, differ.
     """
-    changed = [size for size in overrides if size in TINY_SWIN and overrides[size] != TINY_SWIN[size]]
+    changed = [size for size, value in sizes.items() if overrides.get(size, value) != value]
     if changed:
-        raise RISError(f"{name}'s pretrained Swin has {', '.join(f'{size}={TINY_SWIN[size]}' for size in changed)}: "
+        raise RISError(f"{name}'s pretrained {type(encoder).__name__} has {', '.join(f'{size}={sizes[size]}' for size in changed)}: "
                        "leave that as it is or use pretrained=False")
-    vision.load_state_dict(pretrained_namer().swin.state_dict())
-    for parameter in vision.parameters():
+    encoder.load_state_dict(source.state_dict())
+    for parameter in encoder.parameters():
         parameter.lr_factor = 0.2
 
 
@@ -285,7 +285,7 @@ def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
                  bert_dropout=0.0, bert_positions=32, decoder_width=32, norm="layer", dice=3.0)
     model = LAVT(**{**sizes, **overrides})
     if pretrained:
-        start_from_namer("lavt_tiny", model.encoder.vision, overrides)
+        start_pretrained("lavt_tiny", model.encoder.vision, pretrained_namer().swin, TINY_SWIN, overrides)
     return model
 
 

@@ -24,13 +24,13 @@ from .batches import (IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, ReferralDatas
 from .evaluation import evaluate
 from .language import TextEncoder
 from .lavt import (LAVT, SimpleDecoder, dice_loss, load_released, mask_loss, read_released, released_encoder_sizes,
-                         score_masks, start_from_namer, upsample, word_rows)
+                         score_masks, start_pretrained, upsample, word_rows)
 from .mask_decoder import MaskDecoder, PixelDecoder, released_mask_decoder_key
 from .mask_grounding import TINY_PREDICTOR, Grounded, masked_word_accuracy
 from .refer import open_data
 from .task import Output, RISError
 from .training import TINY_RECIPE, TrainConfig, fit
-from .vision import TINY_SWIN, Swin, released_swin_key
+from .vision import TINY_SWIN, Swin, pretrained_namer, released_swin_key
 
 # %% auto #0
 __all__ = ['RELEASED_WEIGHTS', 'MAGNET_STUDY', 'LockStep', 'supervise', 'shrink_mask', 'MagNet', 'magnet_tiny',
@@ -212,7 +212,7 @@ def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
                  grounding=0.1, predictor={**TINY_PREDICTOR, "at_least_one": False})
     model = MagNet(**{**sizes, **overrides})
     if pretrained:
-        start_from_namer("magnet_tiny", model.encoder.vision, overrides)
+        start_pretrained("magnet_tiny", model.encoder.vision, pretrained_namer().swin, TINY_SWIN, overrides)
     return model
 
 

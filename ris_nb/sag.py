@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from .batches import (SPECIAL, Batch, ReferralDataset, RISModel, Tokenizer, build_vocabulary, create_model,
                             register_model)
 from .c3_loss import c3_loss, gather_images, image_codes, same_image
-from .entity_slots import (SLOT_KINDS, EntityDiscovery, SlotDecoder, reconstruct, released_decoder_key,
+from .entity_slots import (EntityDiscovery, SlotDecoder, reconstruct, released_decoder_key,
                                  released_slots_key, start_as_kmeans)
 from .evaluation import Floor, evaluate
 from .language import TextEncoder
-from .lavt import LAVT, load_released, read_released, word_rows
+from .lavt import LAVT, load_released, read_released, start_pretrained, word_rows
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map, released_fusion_key
 from .refer import open_data
 from .task import Output, RISError
@@ -33,10 +33,9 @@ from .vision import TINY_VIT, ViT, pretrained_tagger
 
 # %% auto #0
 __all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
-           'check_choices', 'SaG', 'start_from_tagger', 'sag_tiny', 'slow_vision', 'sag_vit_small',
-           'sag_vit_small_scripts', 'RandomRelevance', 'study_figures', 'floor_scores', 'released_sag_key',
-           'released_sag', 'released_slot_sizes', 'released_sag_sizes', 'PatchEntities', 'DotFusion', 'sag_study',
-           'sag_scores']
+           'check_choices', 'SaG', 'sag_tiny', 'slow_vision', 'sag_vit_small', 'sag_vit_small_scripts',
+           'RandomRelevance', 'study_figures', 'floor_scores', 'released_sag_key', 'released_sag',
+           'released_slot_sizes', 'released_sag_sizes', 'PatchEntities', 'DotFusion', 'sag_study', 'sag_scores']
 
 # %% ../nbs/17_sag.ipynb #013
 def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
@@ -93,8 +92,7 @@ class SaG(RISModel):
                  false_negatives: str = "keep", noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
                  discovery: bool = True, fusion: bool = True):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
-        check_choices(noise=(noise, NOISES), false_negatives=(false_negatives, FALSE_NEGATIVES), scheme=(scheme, SCHEMES),
-                      slots=(slots, SLOT_KINDS))
+        check_choices(noise=(noise, NOISES), false_negatives=(false_negatives, FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
         if not (reconstruction >= 0 and c3 >= 0) or reconstruction > 0 and not discovery:
             raise RISError("reconstruction and c3 are weights of at least 0, and without discovery there are no slots to "
                            f"reconstruct from: reconstruction must be 0 then (here they are {reconstruction} and {c3})")
@@ -188,21 +186,7 @@ class SaG(RISModel):
         return model.eval()
 
 # %% ../nbs/17_sag.ipynb #028
-TAGGER_VIT = {"vit_width": "width", "vit_depth": "depth", "vit_heads": "heads", "patch": "patch", "vit_image_size": "image_size"}
-
-
-def start_from_tagger(name: str, vision: ViT, overrides: Mapping) -> None:
-    """Give the ViT of model `name` the weights of `pretrained_tagger`, which from then on learn at a fifth of the rate.
-
-    Raises `RISError` where `overrides`, the sizes that the model was asked to have, say another ViT than `TINY_VIT`.
-    """
-    changed = [ours for ours, theirs in TAGGER_VIT.items() if overrides.get(ours, TINY_VIT[theirs]) != TINY_VIT[theirs]]
-    if changed:
-        raise RISError(f"{name}'s pretrained ViT has {', '.join(f'{ours}={TINY_VIT[TAGGER_VIT[ours]]}' for ours in changed)}: "
-                       "leave that as it is or use pretrained=False")
-    vision.load_state_dict(pretrained_tagger().vit.state_dict())
-    for parameter in vision.parameters():
-        parameter.lr_factor = 0.2
+TAGGER_VIT = {name if name == "patch" else f"vit_{name}": size for name, size in TINY_VIT.items()}  # as arguments of `SaG`
 
 
 @register_model
@@ -212,13 +196,13 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     `pretrained`: its ViT starts as that of `pretrained_tagger`, which learned from lists of what is in a picture, and learns
     at a fifth of the rate; its slots start with `start_as_kmeans`.
     """
-    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **{ours: TINY_VIT[theirs] for ours, theirs in TAGGER_VIT.items()},
+    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **TAGGER_VIT,
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
                  width=64, gaussians=6, per_gaussian=2, iterations=3, heads=1, head_width=64, self_head_width=16, ffn=128,
                  dropout=0.0, decoder_width=64, decoder_table=16, temperature=0.2)
     model = SaG(**{**sizes, **overrides})
     if pretrained:
-        start_from_tagger("sag_tiny", model.vision, overrides)
+        start_pretrained("sag_tiny", model.vision, pretrained_tagger().vit, TAGGER_VIT, overrides)
         if isinstance(model.entities, EntityDiscovery):
             start_as_kmeans(model.entities)
     return model
@@ -388,7 +372,7 @@ class DotFusion(nn.Module):
         return z, relevance.float().softmax(-1)
 
 # %% ../nbs/17_sag.ipynb #075
-SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4, "best": "mIoU"}
+SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4}
 SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
     "SaG": {},
     "no entity discovery": dict(discovery=False, reconstruction=0.0),

@@ -87,8 +87,9 @@ TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup
 def schedule_factor(config: TrainConfig, step: int) -> float:
     """What multiplies `config.lr` at `step` (the first is 0): a function of the step alone, so there is no state to save.
 
-    Warm-up climbs to 1 in `warmup` equal stairs, or stands at 1 where the loss climbs (`loss_factor`). From there, with t running from 0 towards 1: `(1 - t) ** power` for
-    "poly" (LAVT, CVPR 2022), half a cosine for "cosine" (Shatter and Gather, ICCV 2023), 1 for "constant".
+    Warm-up climbs to 1 in `warmup` equal stairs, or stands at 1 where the loss climbs (`loss_factor`). From there, with t
+    running from 0 towards 1: `(1 - t) ** power` for "poly" (LAVT, CVPR 2022), half a cosine for "cosine" (Shatter and
+    Gather, ICCV 2023), 1 for "constant".
     """
     if step < config.warmup:
         return (step + 1) / config.warmup if config.warmup_kind == "rate" else 1.0
