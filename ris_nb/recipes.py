@@ -126,6 +126,7 @@ def receive(client: httpx.Client, url: str, part: Path, limit: int, patience: Pa
             append(file, answer.iter_bytes(), limit, patience, stop, bar)
 
 def size_of(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
 
 # %% ../nbs/18_full_scale.ipynb #021
@@ -322,6 +323,7 @@ def fetch_annotations(job: Job, url: str, sha: str | None) -> dict:
 
 # %% ../nbs/18_full_scale.ipynb #050
 def by_hand(job: Job) -> str:
+    """What to do where no mirror is known, in words."""
     return f"{', '.join(job.entry['files'])} into {job.root / job.dataset} yourself ({job.entry['by_hand']})"
 
 def annotations(job: Job) -> tuple[list[Referrals], dict | None]:
