@@ -237,7 +237,7 @@ class Prepare:
 # %% ../nbs/20_cli.ipynb #057
 def run_prepare(flags: Prepare) -> int:
     """Fetch what is missing, with progress bars; say what is there now."""
-    from ris_nb.recipes import prepare
+    from ris_nb.prepare import prepare
     done = prepare(flags.dataset, flags.root, flags.coco, flags.mirrors, flags.parallel)
     if done.source:
         print(f"annotations from {done.source['url']}, {done.source['bytes']:,} bytes, SHA-256 {done.source['sha256']}")

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ris_nb import recipes
+from ris_nb import prepare as preparing
 from ris_nb.cli import main
-from ris_nb.recipes import Patience, Prepared, prepare, read_mirrors, unpack
+from ris_nb.prepare import Patience, Prepared, prepare, read_mirrors, unpack
 from ris_nb.refer import check_data, open_data
 from ris_nb.task import RISError
 
@@ -256,7 +256,7 @@ FATAL = {"404": "answers 404 Not Found", "410": "answers 410", "403": "answers 4
 
 @pytest.mark.parametrize("fault", FATAL)
 def test_a_fault_that_stays_is_one_line_and_the_next_call_goes_on(world, fault, monkeypatch):
-    monkeypatch.setattr(recipes, "ARCHIVE", 200_000)
+    monkeypatch.setattr(preparing, "ARCHIVE", 200_000)
     world.server.faults["/refcoco.zip"] = fault
     said = world.refused()
     assert FATAL[fault] in said and "/refcoco.zip" in said and "ask around" in said
@@ -268,7 +268,7 @@ def test_a_fault_that_stays_is_one_line_and_the_next_call_goes_on(world, fault, 
 
 @pytest.mark.parametrize("fault", FATAL)
 def test_a_photo_that_does_not_come_is_named_and_the_next_call_fetches_it_alone(world, fault, monkeypatch):
-    monkeypatch.setattr(recipes, "PHOTO", 200_000)
+    monkeypatch.setattr(preparing, "PHOTO", 200_000)
     path = f"/photos/{world.names[2]}"
     world.server.faults[path] = fault
     said = world.refused()
@@ -565,7 +565,7 @@ def test_not_a_byte_is_written_outside_of_the_root(world, tmp_path, monkeypatch)
 
 def test_a_full_disk_is_one_line(world, monkeypatch):
     def full(file, *args): file.write(b"PK"); raise OSError(28, "No space left on device")
-    monkeypatch.setattr(recipes, "append", full)
+    monkeypatch.setattr(preparing, "append", full)
     assert "No space left on device" in world.refused()
     monkeypatch.undo()
     world.prepare()
@@ -585,9 +585,9 @@ def test_one_at_a_time(world):
 RUN = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script put in the background ignores Ctrl-C
-from ris_nb import recipes
-recipes.PUBLISHED = {("refcoco", "unc"): {split: tuple(c) for split, c in json.loads(sys.argv[1]).items()}}
-recipes.prepare.__defaults__ = (*recipes.prepare.__defaults__[:-1], recipes.PUBLISHED)
+from ris_nb import prepare as preparing
+preparing.PUBLISHED = {("refcoco", "unc"): {split: tuple(c) for split, c in json.loads(sys.argv[1]).items()}}
+preparing.prepare.__defaults__ = (*preparing.prepare.__defaults__[:-1], preparing.PUBLISHED)
 from ris_nb.cli import main
 sys.exit(main(sys.argv[2:]))
 """
@@ -614,7 +614,7 @@ def test_a_second_call_finishes_what_a_killed_one_began(world, end, where):
 
 @pytest.fixture
 def command(world, monkeypatch, capsys):
-    monkeypatch.setattr(recipes.prepare, "__defaults__", (*recipes.prepare.__defaults__[:-2], QUICK, world.published))
+    monkeypatch.setattr(preparing.prepare, "__defaults__", (*preparing.prepare.__defaults__[:-2], QUICK, world.published))
     def run(*words):
         world.list.write_text(json.dumps(world.mirrors))
         code = main(["data", "prepare", "refcoco", "--root", str(world.root), "--mirrors", str(world.list), *map(str, words)])
@@ -670,7 +670,7 @@ def test_the_list_that_ships():
     mirrors = read_mirrors()
     assert set(mirrors) == {"refcoco", "refcoco+", "refcocog", "phrasecut"}
     for name, entry in mirrors.items():
-        assert {by for dataset, by in recipes.PUBLISHED if dataset == name} == {f[5:-2 - 1] for f in entry["files"] if f.startswith("refs")} or name == "phrasecut"
+        assert {by for dataset, by in preparing.PUBLISHED if dataset == name} == {f[5:-2 - 1] for f in entry["files"] if f.startswith("refs")} or name == "phrasecut"
         for archive in entry["annotations"]: assert archive["url"].endswith(f"/{name}.zip") and archive["sha256"] is None or len(archive["sha256"]) == 64
 
 
