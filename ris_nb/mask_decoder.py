@@ -305,7 +305,8 @@ class DeformableLayer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """x (B, T, D), positions (T, D) -> (B, T, D)."""
         x = self.norm1(x + self.attention(x + positions, x, shapes))
-        return self.norm2(x + self.ffn(x))
+        cells = x.split(4096, 1)  # the inner layer of the network is four times as wide: a part of it still fits the cache
+        return torch.cat([self.norm2(part + self.ffn(part)) for part in cells], 1)
 
 # %% ../nbs/12_mask_decoder.ipynb #058
 class PixelDecoder(nn.Module):
