@@ -205,6 +205,11 @@ class _Sample(torch.autograd.Function):
         return by_value, None, by_location.unflatten(0, (B, Q)), by_weight.unflatten(0, (B, Q))
 
 # %% ../nbs/12_mask_decoder.ipynb #039
+@torch.compiler.disable  # torch.compile would write out the loop over chunks
+def _sample(value, shapes, locations, weights):
+    return _Sample.apply(value, shapes, locations, weights)
+
+
 def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of values read between the cells of several maps: the heart of deformable attention.
 
@@ -214,7 +219,7 @@ def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], location
     """
     if value.device.type != "cpu":
         return grid_sampled(value, shapes, locations, weights)
-    return _Sample.apply(value, tuple(map(tuple, shapes)), locations, weights)
+    return _sample(value, tuple(map(tuple, shapes)), locations, weights)
 
 # %% ../nbs/12_mask_decoder.ipynb #045
 @lru_cache(maxsize=32)

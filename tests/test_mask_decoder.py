@@ -247,3 +247,16 @@ def test_released_decoders(name):
     torch.testing.assert_close(masks[-1][:, None], case["pred_masks"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(masks[:-1, :, None], case["aux_masks"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(classes[-1][:, None], case["pred_logits"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@torch.no_grad()
+def test_torch_compile_leaves_out_nothing_but_the_sampling_on_a_cpu(monkeypatch):
+    torch.manual_seed(0)
+    decoder = PixelDecoder([8, 16, 32], width=32, layers=1, heads=4, points=2, ffn=32).eval()
+    maps = [torch.randn(2, 8, 8, 8), torch.randn(2, 4, 4, 16), torch.randn(2, 2, 2, 32)]
+    torch.testing.assert_close(torch.compile(decoder, backend="eager")(maps), decoder(maps))
+    reasons = [found.reason for found in torch._dynamo.explain(decoder)(maps).break_reasons]
+    assert reasons and all("function _sample" in reason for reason in reasons)
+    monkeypatch.setattr(mask_decoder, "deformable_sample", grid_sampled)  # as on a GPU
+    assert torch._dynamo.explain(decoder)(maps).graph_break_count == 0
