@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import (SPECIAL, Batch, ReferralDataset, RISModel, Tokenizer, build_vocabulary, create_model,
-                            register_model)
+                            evaluating, make_batch, read_image, register_model)
 from .c3_loss import c3_loss, gather_images, image_codes, same_image
 from .entity_slots import (EntityDiscovery, SlotDecoder, reconstruct, released_decoder_key,
                                  released_slots_key, start_as_kmeans)
@@ -27,14 +29,14 @@ from .language import TextEncoder
 from .lavt import LAVT, load_released, read_released, start_pretrained, word_rows
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map, released_fusion_key
 from .refer import open_data
-from .task import Output, RISError
+from .task import Output, RISError, overlay
 from .training import TINY_RECIPE, TrainConfig, fit
 from .vision import TINY_VIT, ViT, pretrained_tagger
 
 # %% auto #0
 __all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
            'check_choices', 'SaG', 'sag_tiny', 'slow_vision', 'sag_vit_small', 'sag_vit_small_scripts',
-           'RandomRelevance', 'study_figures', 'floor_scores', 'released_sag_key', 'released_sag',
+           'RandomRelevance', 'study_figures', 'floor_scores', 'show_answers', 'released_sag_key', 'released_sag',
            'released_slot_sizes', 'released_sag_sizes', 'PatchEntities', 'DotFusion', 'sag_study', 'sag_scores']
 
 # %% ../nbs/17_sag.ipynb #013
@@ -193,8 +195,8 @@ TAGGER_VIT = {name if name == "patch" else f"vit_{name}": size for name, size in
 def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     """A SaG for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
 
-    `pretrained`: its ViT starts as that of `pretrained_tagger`, which learned from lists of what is in a picture, and learns
-    at a fifth of the rate; its slots start with `start_as_kmeans`.
+    `pretrained`: its ViT is that of `pretrained_tagger`, which learned from lists of what is in a picture, and stays as it is;
+    its slots start with `start_as_kmeans`.
     """
     sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **TAGGER_VIT,
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
@@ -203,6 +205,7 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     model = SaG(**{**sizes, **overrides})
     if pretrained:
         start_pretrained("sag_tiny", model.vision, pretrained_tagger().vit, TAGGER_VIT, overrides)
+        model.vision.requires_grad_(False)
         if isinstance(model.entities, EntityDiscovery):
             start_as_kmeans(model.entities)
     return model
@@ -265,7 +268,34 @@ def floor_scores(referrals: Sequence, tokenizer: Tokenizer, seed: int = 0) -> di
     best = max(SAG_FLOORS, key=lambda name: figures[f"refshapes mIoU, {name}"])
     return {**{f"refshapes {score}": figures[f"refshapes {score}, {best}"] for score in ("oIoU", "mIoU")}, **figures}
 
-# %% ../nbs/17_sag.ipynb #063
+# %% ../nbs/17_sag.ipynb #053
+def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.Figure:
+    """What each model says to one expression, a row each: photo, the slot that wins each patch (where there are slots), score, mask.
+
+    `photo` is a path, a PIL image or a uint8 array (H, W, 3); the keys of `models` stand beside the rows.
+    """
+    photo = read_image(photo)
+    fig, axes = plt.subplots(len(models), 4, figsize=(8.4, 2.2 * len(models) + 0.4), squeeze=False, layout="constrained")
+    for line, (name, model) in zip(axes, models.items()):
+        batch = make_batch([photo], [expression], model.tokenizer, model.transform).to(next(model.parameters()).device)
+        with torch.no_grad(), evaluating(model):
+            output = model(batch)
+        slots, mask = output.extra.get("A_slot"), model.masks(output, batch.size)[0].cpu().numpy()
+        winner = None if slots is None else slots[0].argmax(0).view(output.score.shape[1:]).cpu()
+        for ax, picture in zip(line, (photo, winner, output.score[0].cpu(), overlay(np.asarray(photo), mask))):
+            ax.set(xticks=[], yticks=[], box_aspect=photo.height / photo.width)
+            if picture is None:
+                ax.text(0.5, 0.5, "no slots", transform=ax.transAxes, ha="center", va="center", color="0.5")
+                ax.set_frame_on(False)
+            else:
+                ax.imshow(picture, cmap="tab20" if picture is winner else "cividis", interpolation="nearest", aspect="auto")
+        line[0].set_ylabel(name)
+    for ax, title in zip(axes[0], ("photo", "winning slots", "score", "mask")):
+        ax.set_title(title)
+    fig.suptitle(f"“{expression}”")
+    return fig
+
+# %% ../nbs/17_sag.ipynb #066
 def released_sag_key(key: str) -> str | None:
     """Our name for an entry of a released SaG (`encoders.img_enc...`, `encoders.txt_enc...`, `cma...`, `decoder...`), or None."""
     part, _, rest = key.partition(".")
@@ -291,7 +321,7 @@ def released_sag(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The weights of a released SaG, without the prefixes that wrappings give them. `source`: see `read_released`."""
     return {re.sub(r"^((module|model|state_dict)\.)+", "", key): value for key, value in read_released(source).items()}
 
-# %% ../nbs/17_sag.ipynb #066
+# %% ../nbs/17_sag.ipynb #069
 AGG = "encoders.img_enc.set_pred_module.agg"
 
 
@@ -311,7 +341,7 @@ def released_slot_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
                 interaction=among is not None, head_width=len(attention) // known.get("heads", 4),
                 self_head_width=128 if among is None else len(among) // known.get("self_heads", 4))
 
-# %% ../nbs/17_sag.ipynb #067
+# %% ../nbs/17_sag.ipynb #070
 def released_sag_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
     """What the shapes of a released SaG say about its sizes, as arguments of `SaG`, given those that are `known`.
 
@@ -336,7 +366,7 @@ def released_sag_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
     except KeyError as error:
         raise RISError(f"not a released SaG: it has no entry {error.args[0]}") from None
 
-# %% ../nbs/17_sag.ipynb #073
+# %% ../nbs/17_sag.ipynb #076
 class PatchEntities(nn.Module):
     """In place of `EntityDiscovery`, as the paper's row without it: each projected patch is an entity of its own.
 
@@ -371,7 +401,7 @@ class DotFusion(nn.Module):
         relevance = torch.einsum("bd,nkd->nbk", text, k) * k.shape[-1] ** -0.5
         return z, relevance.float().softmax(-1)
 
-# %% ../nbs/17_sag.ipynb #075
+# %% ../nbs/17_sag.ipynb #078
 SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4}
 SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
     "SaG": {},
@@ -413,7 +443,7 @@ def sag_study(root: str | Path, steps: int = SAG_RECIPE["steps"]) -> dict[str, C
     return {"LAVT, with masks": variant("lavt_tiny"), **{row: variant("sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
             "no model": lambda seed, folder: floor_scores(val, Tokenizer(vocabulary), seed)}
 
-# %% ../nbs/17_sag.ipynb #076
+# %% ../nbs/17_sag.ipynb #079
 def sag_scores(model: RISModel, referrals: Sequence) -> dict[str, float]:
     """The figures of one trained model: see `sag_study`."""
     dataset = ReferralDataset(referrals, model.tokenizer, model.transform, every=True)

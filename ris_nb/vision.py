@@ -426,7 +426,7 @@ def centre_tokens(tagger: Tagger, scenes: int = 500, seed: int = 1) -> None:
 
 # %% ../nbs/06_vision.ipynb #108
 def pretrained_tagger() -> Tagger:
-    """The `Tagger` of `TINY_VIT` that comes with the library: `new_tagger`, about 2,500 of 8,000 steps of `learn_tags`, `centre_tokens`."""
+    """The `Tagger` of `TINY_VIT` that comes with the library: `new_tagger`, 3,000 steps of `learn_tags`, `centre_tokens`."""
     tagger = Tagger(ViT(**TINY_VIT))
     tagger.load_state_dict(load_file(Path(__file__).with_name("vit_tiny.safetensors")))
     return tagger.eval()
