@@ -5,24 +5,29 @@
 # %% auto #0
 __all__ = ['HELP', 'COMMANDS', 'RUN_FILES', 'UsageError', 'error_line', 'parse', 'dispatch', 'one_line', 'main', 'Shapes',
            'run_shapes', 'Check', 'table', 'beside_published', 'run_check', 'Prepare', 'run_prepare', 'Data', 'Train',
-           'train_flags', 'at_least', 'build_model', 'validation', 'claim_folder', 'check_command', 'run_train',
-           'ending', 'Models', 'run_models', 'Evaluate', 'run_evaluate', 'write_report', 'Study', 'run_the_study',
-           'Predict', 'say_unread', 'run_predict']
+           'train_flags', 'processes', 'at_least', 'build_model', 'validation', 'claim_folder', 'check_command',
+           'run_train', 'follow', 'ending', 'Models', 'run_models', 'Evaluate', 'run_evaluate', 'write_report',
+           'Results', 'run_results', 'Study', 'run_the_study', 'Predict', 'say_unread', 'run_predict', 'Compare',
+           'run_compare', 'Explore', 'run_explore']
 
 # %% ../nbs/20_cli.ipynb #003
+import argparse
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
 
 # %% ../nbs/20_cli.ipynb #017
 HELP = """\
@@ -35,7 +40,10 @@ usage: ris-nb COMMAND [flags]        `ris-nb COMMAND --help` explains a command 
   data prepare  fetch RefCOCO, RefCOCO+, RefCOCOg or PhraseCut, or finish what was begun
   train         train a model; a stopped run goes on with --resume
   evaluate      score a checkpoint on every expression of a split
+  results       published scores, and beside them what was measured here
   predict       find what an expression speaks of in a photo of yours
+  compare       put an expression to several models and draw what they answer
+  explore       play with the trained models in a browser
   models        list the models that can be trained
   study         train the variants of a chapter's study from several seeds
 
@@ -61,7 +69,7 @@ def error_line(frame: str) -> str:
     return re.sub(r"^Error parsing (training: )?", "", text).rstrip(".") + (f"; perhaps {meant[1]}" if meant else "")
 
 # %% ../nbs/20_cli.ipynb #024
-COMMANDS = {}  # name -> (function that gives the dataclass of flags, function that runs it)
+COMMANDS = {}  # name -> (function from the words to the dataclass of flags, function that runs it)
 
 
 def parse(kind: type, command: str, words: list[str]):
@@ -88,7 +96,7 @@ def dispatch(words: list[str]) -> int:
     if command not in COMMANDS:
         raise UsageError(f"no command {command!r}; there are {', '.join(COMMANDS)}; see `ris-nb --help`")
     kind, run = COMMANDS[command]
-    return run(parse(kind(), command, words[size:]))
+    return run(parse(kind(words[size:]), command, words[size:]))
 
 # %% ../nbs/20_cli.ipynb #026
 def one_line(error: Exception) -> str:
@@ -154,7 +162,7 @@ def run_shapes(flags: Shapes) -> int:
     return 0
 
 
-COMMANDS["data shapes"] = (lambda: Shapes, run_shapes)
+COMMANDS["data shapes"] = (lambda words: Shapes, run_shapes)
 
 # %% ../nbs/20_cli.ipynb #043
 @dataclass
@@ -208,7 +216,7 @@ def run_check(flags: Check) -> int:
     return int(any(row["problems"] for row in rows))
 
 
-COMMANDS["data check"] = (lambda: Check, run_check)
+COMMANDS["data check"] = (lambda words: Check, run_check)
 
 # %% ../nbs/20_cli.ipynb #056
 @dataclass
@@ -247,15 +255,15 @@ def run_prepare(flags: Prepare) -> int:
     return int(bool(done.differences))
 
 
-COMMANDS["data prepare"] = (lambda: Prepare, run_prepare)
+COMMANDS["data prepare"] = (lambda words: Prepare, run_prepare)
 
 # %% ../nbs/20_cli.ipynb #061
 @dataclass
 class Data:
     """Which data to read."""
-    root: Path
+    root: Path = Path("data")
     """Data root: made by `ris-nb data shapes`, a RefCOCO root, or a folder of your own with an expressions.jsonl."""
-    dataset: str | None = None
+    dataset: Annotated[str | None, arg(aliases=["--data"])] = None
     """refcoco, refcoco+, refcocog, refshapes, ...; needed where the root holds several."""
     split_by: str | None = None
     """unc, umd, google, ...; needed where a data set is split in several ways."""
@@ -265,16 +273,19 @@ class Data:
 class Train(Data):
     """Train a model. The weights and all that a resume needs are kept in a folder.
 
-    The defaults suit the tiny models, which learn from nothing. The papers fine-tune pretrained encoders:
-    --pretrained --lr 5e-5 --warmup 0, and --steps for 40 epochs. Several GPUs share a batch:
+    The defaults suit the tiny models, which learn from nothing. The papers' settings are recipes: --recipe NAME sets
+    all flags, and prints where each value comes from; flags beside it override it. Several GPUs share a batch:
     accelerate launch -m ris_nb.cli train ...
 
     examples:
+      ris-nb train --recipe magnet_refcoco --root data --out runs/magnet
       ris-nb train --root data --out runs/first
       ris-nb train --root data --out runs/first --resume
       ris-nb train --root data --out runs/unmasked --model sag_tiny --pretrained
       ris-nb train --root refer_data --dataset refcoco --split-by unc --image-size 128 --steps 5000
     """
+    recipe: str | None = None
+    """Settings of a paper by name: lavt_, magnet_ or sag_ and refcoco, refcoco+, refcocog (sag_ also phrasecut); or of a trained tiny model."""
     split: str = "train"
     """The split to learn from."""
     val: str = "auto"
@@ -285,6 +296,10 @@ class Train(Data):
     """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for the tiny models part of the library."""
     image_size: int | None = None
     """Side in pixels of the square that the model sees. Default: the model's own."""
+    each: Literal["object", "sentence"] = "object"
+    """What an epoch goes through: objects, each with one of its sentences, or sentences."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that learn nothing, such as text.bert.embeddings."""
     vocabulary: str | None = None
     """A vocab.txt or a Hub id such as bert-base-uncased. Default: built from the split's expressions; with a pretrained language encoder, its own."""
     out: Path | None = None
@@ -295,17 +310,28 @@ class Train(Data):
     """Delete the run in that folder and begin anew."""
 
 # %% ../nbs/20_cli.ipynb #064
-def train_flags() -> type[Train]:
-    """`Train` and the flags of `TrainConfig`. Made on demand: importing the training loop costs seconds."""
+def train_flags(words: list[str] = ()) -> type[Train]:
+    """`Train` and the flags of `TrainConfig`, with the defaults of the recipe that the words name.
+
+    Made on demand: importing the training loop costs seconds.
+    """
+    from ris_nb.recipes import find_recipe
     from ris_nb.training import TINY_RECIPE, TrainConfig
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    look.add_argument("--recipe", nargs="?")
+    name = look.parse_known_args(list(words))[0].recipe
+    recipe = find_recipe(name) if name else None
+    values = recipe.values(processes()[1]) if recipe else {}
+    config = recipe.config(processes()[1]) if recipe else TrainConfig(**TINY_RECIPE)
+    changed = [(f.name, f.type, field(default=values[f.name])) for f in fields(Train) if f.name in values]
+    kind = make_dataclass("TrainFlags", [*changed, ("training", TrainConfig, field(default_factory=lambda: config))], bases=(Train,))
+    kind.__doc__ = Train.__doc__
+    return kind
 
-    @dataclass
-    class TrainFlags(Train):
-        training: TrainConfig = field(default_factory=lambda: TrainConfig(**TINY_RECIPE))
-        """The same names as in `ris_nb.training.TrainConfig`; the defaults are of the tiny models."""
 
-    TrainFlags.__doc__ = Train.__doc__
-    return TrainFlags
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are, as `torchrun` and `accelerate launch` say."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # %% ../nbs/20_cli.ipynb #067
 def at_least(flags, **least: int) -> None:
@@ -316,8 +342,8 @@ def at_least(flags, **least: int) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be {value} or more, not {given}")
 
 # %% ../nbs/20_cli.ipynb #070
-def build_model(flags: Train, referrals: list):
-    """The model that the flags ask for. Its first weights depend on the seed alone."""
+def build_model(flags: Train, referrals: list, **network):
+    """The model that the flags ask for, `network` its other arguments. Its first weights depend on the seed alone."""
     import torch
     from ris_nb.batches import SPECIAL, build_vocabulary, create_model
     at_least(flags, image_size=1)
@@ -329,7 +355,7 @@ def build_model(flags: Train, referrals: list):
         vocabulary = build_vocabulary(sentence.text for referral in referrals for sentence in referral.sentences)
     asked = {"image_size": flags.image_size, "vocabulary": vocabulary}
     torch.manual_seed(flags.training.seed)
-    return create_model(flags.model, flags.pretrained, **{name: value for name, value in asked.items() if value is not None})
+    return create_model(flags.model, flags.pretrained, **network, **{name: value for name, value in asked.items() if value is not None})
 
 
 def validation(flags: Train, data, model):
@@ -343,7 +369,9 @@ def validation(flags: Train, data, model):
     if split == "none":
         return None
     dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True)
-    return lambda model: evaluate(model, dataset, workers=flags.training.workers, progress=False).scores()
+    config = flags.training
+    images = max(1, config.batch_size // config.accumulate // processes()[1])  # at a time: as many as pairs in training
+    return lambda model: evaluate(model, dataset, images, config.workers, progress=False).scores()
 
 # %% ../nbs/20_cli.ipynb #073
 RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*")
@@ -383,20 +411,24 @@ def check_command(path: Path, command: dict) -> None:
 def run_train(flags: Train) -> int:
     """Train, then say how it ended and what to type next."""
     from ris_nb.batches import ReferralDataset
+    from ris_nb.recipes import freeze, per_sentence
     from ris_nb.refer import open_data
     from ris_nb.training import fit, make_accelerator, training_loader
     if flags.force and flags.resume:
         raise UsageError("--force deletes a run and --resume goes on with it; choose one")
-    out = flags.out or Path("runs") / flags.model
+    out = flags.out or Path("runs") / (flags.recipe or flags.model)
     data = open_data(flags.root, flags.dataset, flags.split_by)
     referrals = data.referrals(flags.split)
-    model = build_model(flags, referrals)
+    if flags.each == "sentence":
+        referrals = per_sentence(referrals)
+    model = follow(flags, data, referrals) if flags.recipe else build_model(flags, referrals)
+    freeze(model, flags.freeze)
     dataset = ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
     validate = validation(flags, data, model)
     accelerator = make_accelerator()
     training_loader(dataset, flags.training, world=accelerator.num_processes)  # refuses a batch that can't be shared out
-    command = {"dataset": data.dataset, "split_by": data.split_by, **{name: getattr(flags, name) for name in
-               ("split", "val", "model", "pretrained", "image_size", "vocabulary")}}
+    command = {"dataset": data.dataset, "split_by": data.split_by, "freeze": list(flags.freeze), **{name: getattr(flags, name)
+               for name in ("recipe", "split", "val", "model", "pretrained", "each", "image_size", "vocabulary")}}
     if accelerator.is_main_process:
         claim_folder(out, flags, command)
     accelerator.wait_for_everyone()
@@ -407,6 +439,24 @@ def run_train(flags: Train) -> int:
     return 0
 
 # %% ../nbs/20_cli.ipynb #078
+def follow(flags: Train, data, referrals: list):
+    """The model of the flags' recipe, once its values are printed, its data are complete and its pretrained weights are in."""
+    from ris_nb.recipes import check_complete, check_pretrained, expectation, find_recipe, plan
+    from ris_nb.training import TrainConfig
+    recipe, (rank, world) = find_recipe(flags.recipe), processes()
+    if rank == 0:
+        apart = {"root", "recipe", "out", "resume", "force"}
+        usual = {f.name: f.default for f in fields(Train) if f.name not in apart} | asdict(TrainConfig())
+        print(plan(recipe, {**vars(flags), **asdict(flags.training)}, usual, world))
+        print(expectation(flags.model, flags.training, world), flush=True)
+    check_complete(data, {flags.split, *(name for name in (flags.val,) if name in data.splits)})
+    own = flags.model == recipe.settings["model"].value
+    model = build_model(flags, referrals, **{name: setting.value for name, setting in recipe.network.items() if own})
+    if flags.pretrained:
+        check_pretrained(model, recipe.pretrained)
+    return model
+
+# %% ../nbs/20_cli.ipynb #079
 def ending(out: Path, last: dict, flags: Train, split: str) -> str:
     """Two lines: how a run ended, and the command that looks closer. `last` is the last line of its log."""
     scores = {name: last[name] for name in ("loss", "val_oIoU", "val_mIoU") if name in last}
@@ -419,7 +469,7 @@ def ending(out: Path, last: dict, flags: Train, split: str) -> str:
 
 COMMANDS["train"] = (train_flags, run_train)
 
-# %% ../nbs/20_cli.ipynb #092
+# %% ../nbs/20_cli.ipynb #093
 @dataclass
 class Models:
     """List the models that `ris-nb train --model` can train."""
@@ -432,9 +482,9 @@ def run_models(flags: Models) -> int:
     return 0
 
 
-COMMANDS["models"] = (lambda: Models, run_models)
+COMMANDS["models"] = (lambda words: Models, run_models)
 
-# %% ../nbs/20_cli.ipynb #095
+# %% ../nbs/20_cli.ipynb #096
 @dataclass
 class Evaluate(Data):
     """Score a checkpoint on every expression of a split.
@@ -446,9 +496,14 @@ class Evaluate(Data):
     examples:
       ris-nb evaluate --checkpoint runs/first --root data --split testA
       ris-nb evaluate --checkpoint runs/first --root data --shuffle-seed 0     does the model listen?
+      ris-nb evaluate --released magnet_refcoco --data refcoco --split val     the authors' weights
     """
-    checkpoint: Path = field(kw_only=True)
+    checkpoint: Path | None = None
     """A run's folder, or what a model's save_pretrained wrote."""
+    released: str | None = None
+    """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
+    vocabulary: str = "bert-base-uncased"
+    """With --released: the words, a Hub id or the path of a vocab.txt."""
     split: str = "val"
     """The split to score."""
     out: Path | None = None
@@ -460,29 +515,33 @@ class Evaluate(Data):
     shuffle_seed: int | None = None
     """Ask each image the expressions of other images. A model that listens scores much lower then."""
 
-# %% ../nbs/20_cli.ipynb #097
+# %% ../nbs/20_cli.ipynb #098
 def run_evaluate(flags: Evaluate) -> int:
     """Score, print and write."""
     from ris_nb.batches import ReferralDataset, load_model
     from ris_nb.evaluation import evaluate
+    from ris_nb.recipes import released_model
     from ris_nb.refer import open_data
     from ris_nb.training import make_accelerator
     at_least(flags, batch_size=1, workers=0, shuffle_seed=0)
+    if (flags.checkpoint is None) == (flags.released is None):
+        raise UsageError("give either --checkpoint, a run's folder, or --released, weights that a paper's authors released")
     accelerator = make_accelerator()
-    model = load_model(flags.checkpoint).to(accelerator.device)
+    model = released_model(flags.released, vocabulary=flags.vocabulary) if flags.released else load_model(flags.checkpoint)
+    model, home = model.to(accelerator.device), flags.checkpoint or Path("runs/released") / Path(flags.released).stem
     data = open_data(flags.root, flags.dataset, flags.split_by)
     dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True)
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",
-                      split=flags.split, checkpoint=str(flags.checkpoint))
+                      split=flags.split, checkpoint=str(flags.checkpoint or f"released {flags.released}"))
     if accelerator.is_main_process:
-        out = flags.out or flags.checkpoint / (flags.split if flags.shuffle_seed is None else f"{flags.split}_shuffled")
+        out = flags.out or home / (flags.split if flags.shuffle_seed is None else f"{flags.split}_shuffled")
         write_report(out, report, model, dataset)
         print(f"{report.markdown()}\nwritten to {out}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
 
-# %% ../nbs/20_cli.ipynb #098
+# %% ../nbs/20_cli.ipynb #099
 def write_report(out: Path, report, model, dataset) -> None:
     """Write report.json, records.jsonl and table.md into the folder `out`; and cases.png, unless expressions were shuffled."""
     import matplotlib.pyplot as plt
@@ -495,9 +554,49 @@ def write_report(out: Path, report, model, dataset) -> None:
         plt.close(show_cases(model, dataset, report, path=out / "cases.png"))
 
 
-COMMANDS["evaluate"] = (lambda: Evaluate, run_evaluate)
+COMMANDS["evaluate"] = (lambda words: Evaluate, run_evaluate)
 
-# %% ../nbs/20_cli.ipynb #109
+# %% ../nbs/20_cli.ipynb #110
+@dataclass
+class Results:
+    """Published scores, each with its source, and what was measured here, in columns of their own.
+
+    Ours are the reports of `ris-nb evaluate` and the figures of `ris-nb study` in the places named.
+
+    examples:
+      ris-nb results
+      ris-nb results runs/magnet data/results --markdown results.md --figure results.png
+    """
+    places: Positional[tuple[Path, ...]] = (Path("data/results"), Path("runs"))
+    """Files, or folders to be searched for reports; what isn't there is passed over."""
+    markdown: Path | None = None
+    """Write the tables to this file. Default: print them."""
+    figure: Path | None = None
+    """Draw them, too, into this file, such as results.png."""
+
+
+def run_results(flags: Results) -> int:
+    """Print or write the tables; draw the figure."""
+    import matplotlib.pyplot as plt
+    from ris_nb.batches import replacing
+    from ris_nb.recipes import our_results, read_published, results_figure, results_markdown
+    reports, studies = our_results(flags.places)
+    found = read_published(), list(reports.values()), {path.stem: rows for path, rows in studies.items()}
+    if flags.markdown is None:
+        print(results_markdown(*found))
+    else:
+        with replacing(flags.markdown) as part:
+            part.write_text(results_markdown(*found), encoding="utf-8")
+    if flags.figure is not None:
+        with replacing(flags.figure) as part:
+            plt.close(figure := results_figure(*found))
+            figure.savefig(part, format=flags.figure.suffix[1:] or "png", dpi=100)
+    return 0
+
+
+COMMANDS["results"] = (lambda words: Results, run_results)
+
+# %% ../nbs/20_cli.ipynb #113
 @dataclass
 class Study:
     """Repeat a chapter's study: train each of its variants from several seeds and gather the figures in one file.
@@ -544,9 +643,9 @@ def run_the_study(flags: Study) -> int:
     return 0
 
 
-COMMANDS["study"] = (lambda: Study, run_the_study)
+COMMANDS["study"] = (lambda words: Study, run_the_study)
 
-# %% ../nbs/20_cli.ipynb #112
+# %% ../nbs/20_cli.ipynb #116
 @dataclass
 class Predict:
     """Find what an expression speaks of in a photo.
@@ -569,7 +668,7 @@ class Predict:
     out: Path = Path(".")
     """Folder for the two pictures."""
 
-# %% ../nbs/20_cli.ipynb #113
+# %% ../nbs/20_cli.ipynb #117
 def say_unread(tokenizer, expression: str) -> None:
     """A line on stderr for words that the model doesn't know, another when it doesn't read to the end."""
     unknown = list(dict.fromkeys(tokenizer.unknown(expression)))
@@ -579,7 +678,7 @@ def say_unread(tokenizer, expression: str) -> None:
     if tokenizer.pieces(expression)[-1] != "[SEP]":
         print(f"warning: the model reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
 
-# %% ../nbs/20_cli.ipynb #114
+# %% ../nbs/20_cli.ipynb #118
 def run_predict(flags: Predict) -> int:
     """Write the overlay and the mask."""
     import numpy as np
@@ -600,8 +699,81 @@ def run_predict(flags: Predict) -> int:
     return 0
 
 
-COMMANDS["predict"] = (lambda: Predict, run_predict)
+COMMANDS["predict"] = (lambda words: Predict, run_predict)
 
-# %% ../nbs/20_cli.ipynb #126
+# %% ../nbs/20_cli.ipynb #131
+@dataclass
+class Compare:
+    """Put one expression to several models and draw their answers, a row each: slots where a model has some, score and mask.
+
+    Writes PHOTO_answers.png.
+
+    examples:
+      ris-nb compare data/images/refshapes/val_000000.png "the red triangle"
+      ris-nb compare photo.jpg "the dog on the left" --models runs/first runs/second
+    """
+    photo: Positional[Path]
+    """The photo."""
+    expression: Positional[str]
+    """What to find, in quotes."""
+    models: tuple[str, ...] = ("magnet_tiny", "sag_tiny")
+    """Folders of checkpoints, or names of trained models that come with the library."""
+    out: Path = Path(".")
+    """Folder for the picture."""
+
+
+def run_compare(flags: Compare) -> int:
+    """Write the picture."""
+    from ris_nb.batches import load_model, replacing, shipped_checkpoint
+    from ris_nb.sag import show_answers
+    models = {name: load_model(name if Path(name).is_dir() else shipped_checkpoint(name)) for name in flags.models}
+    for model in models.values():
+        say_unread(model.tokenizer, flags.expression)
+    path = flags.out / f"{flags.photo.stem}_answers.png"
+    with replacing(path) as part:
+        show_answers(models, flags.photo, flags.expression).savefig(part, dpi=120, format="png")
+    print(f"written {path}")
+    return 0
+
+
+COMMANDS["compare"] = (lambda words: Compare, run_compare)
+
+# %% ../nbs/20_cli.ipynb #134
+@dataclass
+class Explore:
+    """Open the panels of notebook 19 in a browser: ask the trained models about drawn scenes or a photo of yours. Ctrl-C ends it.
+
+    Everything stays on this machine. Needs the extra: pip install "ris_nb[explore]"
+
+    examples:
+      ris-nb explore
+      ris-nb explore --port 9000 --no-browser
+    """
+    port: int = 8866
+    """Where the page is served: http://localhost:PORT; the next free port, if it is taken."""
+    browser: bool = True
+    """Open the page in a browser. With --no-browser, the address is printed."""
+
+
+def run_explore(flags: Explore) -> int:
+    """Serve the page until Ctrl-C."""
+    import ris_nb
+    at_least(flags, port=1)
+    missing = [package for package in ("anywidget", "ipywidgets", "voila") if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"explore needs {', '.join(missing)}, not installed here: pip install \"ris_nb[explore]\"")
+    options = [f"--port={flags.port}", "--Voila.tornado_settings={'websocket_max_message_size': 2**28}", *(() if flags.browser else ("--no-browser",))]
+    page = Path(ris_nb.__path__[0]) / "explore.ipynb"
+    with subprocess.Popen([sys.executable, "-m", "voila", str(page), *options]) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+    return 0
+
+
+COMMANDS["explore"] = (lambda words: Explore, run_explore)
+
+# %% ../nbs/20_cli.ipynb #138
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is "__main__", too, but no file
     sys.exit(main())

@@ -243,7 +243,7 @@ def test_in_a_terminal_a_typo_is_one_line_too():
 
 @pytest.mark.parametrize("line, needles", [
     ("tarin", ["no command 'tarin'", "evaluate"]), ("data shape x", ["no command 'data shape'"]),
-    ("train", ["--root"]), ("evaluate --root x", ["--checkpoint"]), ("predict a.png --checkpoint x", ["STR"]),
+    ("train", ["no folder data", "ris-nb data shapes"]), ("evaluate --root x", ["--checkpoint"]), ("predict a.png --checkpoint x", ["STR"]),
     ("train --root x --stesp 3", ["--stesp", "perhaps --steps"]), ("train --root x more", ["more"]),
     ("train --root x --steps three", ["--steps", "three"]), ("train --root x --steps", ["--steps"]),
     ("train --root x --steps 0", ["steps must be greater than 0, not 0"]), ("train --root x --lr nan", ["lr must be"]),

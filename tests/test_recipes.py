@@ -1,0 +1,289 @@
+"""Recipes as a user meets them: overrides are told, what would waste a night ends in one line, the launch script starts, tables keep theirs and ours apart."""
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import pytest
+import torch
+from parity import load_case, released_state
+
+from ris_nb import cli, lavt
+from ris_nb.batches import build_vocabulary, load_model
+from ris_nb.evaluation import Record, make_report
+from ris_nb.language import TextEncoder
+from ris_nb.magnet import MagNet
+from ris_nb.prepare import differences
+from ris_nb.refer import PUBLISHED, count_split, open_data
+from ris_nb.recipes import RECIPES, benchmark_table, check_pretrained, our_results, read_published, released_model
+from ris_nb.sag import SAG_RECIPE
+from ris_nb.shapes import make_refshapes
+from ris_nb.task import RISError
+from ris_nb.training import TINY_RECIPE, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ("--steps", 2, "--batch-size", 4, "--accumulate", 1, "--warmup", 0, "--val", "none")
+
+
+def ris(*words):
+    """Exit code, standard output, and the lines of standard error that are no progress bars."""
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = cli.main([str(word) for word in words])
+    return code, out.getvalue(), [line for line in re.split(r"[\r\n]+", err.getvalue()) if line.strip() and "%|" not in line]
+
+
+def refused(words, *needles):
+    code, out, err = ris(*words)
+    assert code == 2 and len(err) == 1 and "Traceback" not in err[0], (code, err)
+    for needle in needles:
+        assert str(needle) in err[0], err
+    return out
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_refshapes(tmp_path_factory.mktemp("recipes") / "data", counts={"train": 5, "val": 3})
+
+
+@pytest.fixture
+def refcoco(root, tmp_path, monkeypatch):
+    """RefShapes in the clothes of RefCOCO, counts "published" and all."""
+    home = tmp_path / "refer"
+    shutil.copytree(root / "refshapes", home / "refcoco")
+    (home / "refcoco/refs(generated).p").rename(home / "refcoco/refs(unc).p")
+    shutil.copytree(root / "images/refshapes", home / "images/mscoco/images/train2014")
+    data = open_data(home, "refcoco")
+    monkeypatch.setitem(PUBLISHED, ("refcoco", "unc"), {split: tuple(count_split(data, split).values()) for split in data.splits})
+    assert differences([data]) == []
+    return home
+
+
+# The data
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_default_of_every_flag(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = cli.parse(cli.train_flags(["--recipe", name]), "train", ["--recipe", name])
+    values, given = RECIPES[name].values(2), {**vars(flags), **asdict(flags.training)}
+    assert {key: given[key] for key in values} == values
+    assert asdict(flags.training) == asdict(RECIPES[name].config(2))
+    flags = cli.parse(cli.train_flags(["--recipe", name]), "train", ["--recipe", name, "--lr", "1", "--dataset", "mine"])
+    assert (flags.training.lr, flags.dataset, flags.model) == (1.0, "mine", values["model"])
+
+
+def test_recipes_hold_the_papers_settings():
+    def config(name): return RECIPES[name].config(8)
+    assert (config("magnet_refcoco").steps, config("lavt_refcoco+").steps, config("sag_refcocog").steps) == (53_005, 52_847, 133_553)
+    for name in ("lavt_refcoco", "magnet_refcocog"):
+        c = config(name)
+        assert (c.lr, c.weight_decay, c.batch_size, c.schedule, c.power, c.warmup, c.clip) == (5e-5, 1e-2, 32, "poly", 0.9, 0, None)
+    c = config("sag_phrasecut")
+    assert (c.lr, c.weight_decay, c.batch_size, c.schedule, c.warmup, c.warmup_kind, c.clip) == (1e-5, 1e-4, 32, "cosine", 5000, "loss", 0.1)
+    assert [RECIPES[name].settings["split_by"].value for name in ("magnet_refcocog", "sag_refcocog", "sag_phrasecut")] == ["umd", "google", "authors"]
+    assert config("lavt_tiny") == TrainConfig(**TINY_RECIPE) and config("sag_tiny") == TrainConfig(**SAG_RECIPE)
+
+
+@pytest.mark.parametrize("notebook, model", [("13_magnet", "magnet_tiny"), ("17_sag", "sag_tiny")])
+def test_tiny_recipes_are_the_commands_that_made_the_shipped_weights(notebook, model):
+    line = re.search(rf"ris-nb train [^\n\"\\]*--model {model}[^\n\"\\]*", (ROOT / f"nbs/{notebook}.ipynb").read_text())[0]
+    words = shlex.split(line)[2:]
+    typed = cli.parse(cli.train_flags(words), "train", words)
+    recipe = cli.parse(cli.train_flags(["--recipe", model]), "train", ["--recipe", model])
+    assert asdict(typed.training) == asdict(recipe.training) and (typed.model, typed.pretrained) == (recipe.model, recipe.pretrained)
+
+
+# A run
+
+def test_a_tiny_recipe_runs_tells_its_values_and_resumes(root, tmp_path):
+    words = ["train", "--recipe", "lavt_tiny", "--root", root, "--out", tmp_path, *QUICK]
+    code, out, err = ris(*words)
+    assert (code, err) == (0, []), err
+    assert re.search(r"lr +0\.002 +our choice", out) and re.search(r"steps +2 +OVERRIDE: the recipe says 1250", out)
+    assert re.search(r"val +none +OVERRIDE: the default says auto", out) and "time and memory" in out or "time: about" in out
+    assert json.loads((tmp_path / "command.json").read_text())["recipe"] == "lavt_tiny" and load_model(tmp_path)
+    refused([*words, "--resume", "--each", "sentence"], "--each was object and is now sentence")
+    assert ris(*words, "--resume")[0] == 0
+
+
+def test_sentences_and_frozen_parts(root, tmp_path):
+    words = ["train", "--root", root, "--model", "lavt_tiny", *QUICK, "--freeze", "text", "--each", "sentence", "--out", tmp_path]
+    assert ris(*words)[0] == 0
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["samples"] == sum(len(r.sentences) for r in open_data(root).referrals("train"))
+    torch.manual_seed(0)
+    flags = cli.parse(cli.train_flags(), "train", [str(word) for word in words[1:]])
+    fresh = cli.build_model(flags, open_data(root).referrals("train"))
+    trained = load_model(tmp_path).state_dict()
+    moved = {name.partition(".")[0] for name, value in fresh.state_dict().items() if not torch.equal(value, trained[name])}
+    assert moved == {"encoder", "decoder"}
+    refused([*words[:-4], "--out", tmp_path / "b", "--freeze", "txt"], "no part 'txt'", "text, encoder, decoder")
+
+
+# What would waste a night
+
+def test_faults_end_in_one_line(root, refcoco, tmp_path, monkeypatch):
+    magnet = ["train", "--recipe", "magnet_refcoco", "--out", tmp_path / "run"]
+    refused(["train", "--recipe", "magnet_refcoo"], "no recipe is called 'magnet_refcoo'", "magnet_refcoco")
+    refused([*magnet, "--root", root], "ris-nb data prepare refcoco")                     # RefShapes lies there
+    said = refused([*magnet, "--root", refcoco], "bert-base-uncased", "Hugging Face Hub")   # the Hub is out of reach
+    assert "53005" in said and re.search("^time", said, re.M)                             # told before anything is loaded
+    (photo := next((refcoco / "images/mscoco/images/train2014").iterdir())).rename(tmp_path / "gone")
+    refused([*magnet, "--root", refcoco], "photos are missing", photo.parent, "ris-nb data prepare refcoco")
+    (tmp_path / "gone").rename(photo)
+    counts = PUBLISHED["refcoco", "unc"]
+    monkeypatch.setitem(PUBLISHED, ("refcoco", "unc"), counts | {"val": (9, 9, 9)})
+    refused([*magnet, "--root", refcoco], "val has", "instead of 9", "ris-nb data prepare refcoco")
+    monkeypatch.setitem(PUBLISHED, ("refcoco", "unc"), counts)
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    refused([*magnet, "--root", refcoco], "32 pairs can't be shared out evenly over 6 processes")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_silent_random_backbone_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(lavt, "start_pretrained", lambda *args: None)                     # a loader that forgets, and says nothing
+    refused(["train", "--recipe", "lavt_tiny", "--root", root, "--out", tmp_path / "run", *QUICK], "did not reach LAVT's encoder.vision")
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_loaded_encoders_are_refused():
+    model = torch.nn.ModuleDict({"text": TextEncoder(20, 16, 2, 2, 16, 8)})
+    with pytest.raises(RISError, match="did not reach ModuleDict's text"): check_pretrained(model, ["text"])
+    for part in model.modules():
+        if isinstance(part, torch.nn.LayerNorm): torch.nn.init.normal_(part.weight, 1, 0.1)
+    check_pretrained(model, ["text"])
+    torch.nn.init.ones_(model["text"].bert.encoder.layer[1].output.LayerNorm.weight)      # one layer's entries had other names
+    with pytest.raises(RISError, match=r"1 of its layers are untouched, the first is bert.encoder.layer.1.output.LayerNorm"):
+        check_pretrained(model, ["text"])
+
+
+# Many processes
+
+def launch_script():
+    """The file for sbatch, as chapter 18 prints it."""
+    cells = json.loads((ROOT / "nbs/18_full_scale.ipynb").read_text())["cells"]
+    text = next("".join(cell["source"]) for cell in cells if "#SBATCH" in "".join(cell["source"]) and cell["cell_type"] == "markdown")
+    return re.search(r"```bash\n(.*?)```", text, re.S)[1]
+
+
+STUBS = {"scontrol": 'echo 127.0.0.1\n', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n', "srun": """
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+wait $first && wait $second
+"""}
+
+
+@pytest.mark.timeout(420)
+def test_the_script_for_a_cluster_trains_on_two_machines(root, tmp_path):
+    """`srun` and `scontrol` are stand-ins; the rendezvous, the processes and the training are real."""
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text("#!/bin/bash\n" + body)
+        (tmp_path / name).chmod(0o755)
+    script = launch_script()
+    command = "--recipe magnet_refcoco --root data --out runs/magnet"
+    assert command in script
+    flags = f"--recipe lavt_tiny --root {root} --out {tmp_path / 'run'} {' '.join(map(str, QUICK))}"
+    (tmp_path / "job.sh").write_text(script.replace(command, flags))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "PORT": str(port), "OMP_NUM_THREADS": "1",
+                "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", tmp_path / "job.sh"], env={**os.environ, **settings}, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("recipe: lavt_tiny") == 1 and done.stdout.count("2 steps") == 1      # one process speaks
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2] and load_model(tmp_path / "run")
+
+
+# The authors' weights
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A small MagNet under the names of the authors' code, as a file."""
+    path = tmp_path_factory.mktemp("released") / "magnet.pth"
+    torch.save({"model": released_state(load_case("magnet_tiny")), "epoch": 3}, path)
+    return path
+
+
+def test_released_weights_are_scored_by_the_papers_protocol(root, released, tmp_path, monkeypatch):
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(build_vocabulary(s.text for r in open_data(root).referrals("val") for s in r.sentences)))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root, tmp_path / "data")
+    init = MagNet.__init__
+    monkeypatch.setattr(MagNet, "__init__", lambda self, image_size=64, **sizes: init(self, image_size, **sizes))  # 480 pixels would take long
+    words = ["evaluate", "--released", released, "--data", "refshapes", "--split", "val", "--vocabulary", vocabulary]
+    code, out, err = ris(*words)
+    assert (code, err) == (0, []), err
+    report = json.loads((tmp_path / "runs/released/magnet/val/report.json").read_text())
+    assert report["resolution"] == "model" and report["checkpoint"] == f"released {released}"
+    assert report["expressions"] == sum(len(r.sentences) for r in open_data(root).referrals("val"))
+
+
+def test_released_weights_that_cannot_be_had(root, released, tmp_path):
+    data = ["evaluate", "--root", root]
+    refused([*data, "--released", "magnet_refcoco"], "yxchng/magnet_weights", "out of reach", "go online")
+    refused([*data, "--released", tmp_path / "none.pth"], "none.pth: no such checkpoint")
+    refused([*data, "--released", "nobody/nothing/x.pth"], "nobody/nothing/x.pth", "go online")
+    refused([*data, "--released", released], "vocabulary bert-base-uncased", "give the path of a vocab.txt")
+    refused(data, "either --checkpoint", "--released")
+    refused([*data, "--released", "x", "--checkpoint", "y"], "either --checkpoint")
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
+    refused([*data, "--released", tmp_path / "other.pth"], "is no checkpoint of LAVT, MagNet or SaG")
+
+
+@pytest.mark.parametrize("case, kind", [("lavt_tiny", "LAVT"), ("magnet_tiny", "MagNet"), ("sag_tiny", "SaG")])
+def test_the_entries_tell_whose_weights_they_are(case, kind, tmp_path):
+    torch.save(released_state(load_case(case)), tmp_path / "weights.pth")
+    assert type(released_model(str(tmp_path / "weights.pth"))).__name__ == kind
+
+
+# Theirs and ours
+
+def report(tmp_path, data="refcoco (unc)", split="val", name="run", **more):
+    path = tmp_path / name / split / "report.json"
+    made = make_report([Record(i, 0, i, "it", "", 60 + i % 3, 100, 0.1) for i in range(20)], "model", data=data, split=split, checkpoint=name, **more)
+    return made.save(path)
+
+
+def test_published_numbers_are_those_of_the_sources():
+    rows = {(row["method"], row["dataset"], row["split_by"], row["metric"]): row["scores"] for row in read_published()["benchmarks"]}
+    assert len(rows) == len(read_published()["benchmarks"])
+    assert rows["MagNet", "refcoco", "unc", "oIoU"] == {"val": 75.24, "testA": 78.24, "testB": 71.05}
+    assert rows["LAVT", "refcoco", "unc", "oIoU"]["val"] == 72.73 and rows["SaG", "phrasecut", "authors", "mIoU"] == {"val": 33.45}
+    assert rows["SaG", "refcocog", "google", "mIoU"] == {"val": 28.87}
+
+
+def test_theirs_and_ours_never_share_a_column(tmp_path):
+    report(tmp_path), report(tmp_path, split="testA"), report(tmp_path, name="shuffled", shuffled=0), report(tmp_path, data="refshapes (generated)", name="toy")
+    reports, studies = our_results([tmp_path, tmp_path / "absent"])
+    assert len(reports) == 3 and studies == {}
+    rows = [row for row in read_published()["benchmarks"] if (row["dataset"], row["metric"]) == ("refcoco", "oIoU")]
+    head, _, *lines = benchmark_table(rows, [r for r in reports.values() if r.data == "refcoco (unc)"]).splitlines()
+    columns = list(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in [head, *lines])))
+    for name, *cells in columns[2:-1]:
+        filled = [bool(cell) for cell in cells]
+        assert any(filled) or name == "testB, ours"
+        assert not any(filled[len(rows):] if name.endswith("published") else filled[:len(rows)]), name
+    code, out, err = ris("results", tmp_path)
+    assert (code, err) == (0, []) and "60.95" in out and "data that papers don't use" in out
+    code, out, err = ris("results", tmp_path, "--markdown", tmp_path / "r.md", "--figure", tmp_path / "r.png")
+    assert (code, out, err) == (0, "", []) and "75.24" in (tmp_path / "r.md").read_text() and (tmp_path / "r.png").read_bytes()[1:4] == b"PNG"
+    (tmp_path / "other.json").write_text("{}")
+    assert ris("results", tmp_path)[0] == 0                                              # not a result, and nobody named it
+    refused(["results", tmp_path / "other.json"], "other.json", "not a report")
+    (tmp_path / "other.json").write_text("{")
+    refused(["results", tmp_path / "other.json"], "other.json")
