@@ -9,7 +9,7 @@ import json
 import os
 import random
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,8 @@ __all__ = ['TINY_RECIPE', 'UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 's
            'optimizer_step', 'LossStep', 'make_accelerator', 'accumulate_gradients', 'sample_stream', 'GlobalBatches',
            'training_loader', 'seed_step', 'AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'Meter',
            'check_finite', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'Run', 'save_run',
-           'start_run', 'open_tensorboard', 'measure', 'report', 'score_run', 'finish_step', 'prepare', 'fit']
+           'start_run', 'open_tensorboard', 'clocked', 'measure', 'report', 'score_run', 'finish_step', 'together',
+           'prepare', 'fit']
 
 # %% ../nbs/08_training.ipynb #017
 @dataclass
@@ -288,7 +289,7 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
             module.__class__ = SyncBatchNorm2d
     return model
 
-# %% ../nbs/08_training.ipynb #073
+# %% ../nbs/08_training.ipynb #076
 class Meter:
     """Adds up the numbers of the steps on their device, to be read once in a while."""
 
@@ -317,7 +318,7 @@ class Meter:
         self.sums, self.count = None, 0
         return dict(zip(self.names, means))
 
-# %% ../nbs/08_training.ipynb #074
+# %% ../nbs/08_training.ipynb #077
 def check_finite(meter: Meter, accelerator: Accelerator) -> None:
     """RISError when a number was not finite, in any process: names the first such step and its terms."""
     lines = accelerator.gather(meter.watch[None])  # (processes, 1 + names)
@@ -326,7 +327,7 @@ def check_finite(meter: Meter, accelerator: Accelerator) -> None:
         raise RISError(f"step {int(step)} is not finite ({terms}): what was saved before is good; "
                        "train again with a lower lr, a warmup or a clip")
 
-# %% ../nbs/08_training.ipynb #077
+# %% ../nbs/08_training.ipynb #080
 def save_state(run_dir: Path, state: dict) -> None:
     """Writes `state.pt`: whole or not at all. RISError where the disk is full; the state before stays."""
     with replacing(Path(run_dir) / "state.pt") as temporary:
@@ -335,7 +336,7 @@ def save_state(run_dir: Path, state: dict) -> None:
         except RuntimeError as error:  # torch reports a write that fell short as "unexpected pos"
             raise OSError("the disk is full or the file too large") from error
 
-# %% ../nbs/08_training.ipynb #078
+# %% ../nbs/08_training.ipynb #081
 def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int) -> dict:
     """Puts the weights and the optimiser of `state.pt` in their places; returns the rest: step, best score, meter.
 
@@ -356,7 +357,7 @@ def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         raise RISError(f"{path}: is of another model ({' '.join(str(error).split())[:200]})") from error
     return state
 
-# %% ../nbs/08_training.ipynb #083
+# %% ../nbs/08_training.ipynb #086
 def append_log(run_dir: Path, record: dict) -> None:
     """Adds one line to `log.jsonl` and waits until it is on the disk. RISError where that fails."""
     path = Path(run_dir) / "log.jsonl"
@@ -379,7 +380,7 @@ def read_log(run_dir: Path) -> list[dict]:
             break
     return records
 
-# %% ../nbs/08_training.ipynb #086
+# %% ../nbs/08_training.ipynb #089
 FREE = {"workers", "validate_every", "save_every", "log_every", "tensorboard", "best"}
 
 
@@ -404,7 +405,7 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
             raise RISError(f"{run_dir}: was started with another config ({', '.join(changed)}); "
                            "resume with the old values or choose another folder")
 
-# %% ../nbs/08_training.ipynb #089
+# %% ../nbs/08_training.ipynb #092
 @dataclass
 class Run:
     """One training under way: its parts, and where it stands."""
@@ -420,8 +421,9 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     writer: object = None  # TensorBoard's, where asked for
     began: tuple[float, int] = (0.0, 0)  # the time and the step at which this process began
+    waited: float = 0.0  # seconds since then in which there was nothing to compute, for want of a batch
 
-# %% ../nbs/08_training.ipynb #091
+# %% ../nbs/08_training.ipynb #094
 def save_run(run: Run) -> None:
     """Saves all that a resume needs; and the weights for `load_model`, as long as no validation picks them."""
     meter = run.meter.state(run.accelerator)
@@ -431,7 +433,7 @@ def save_run(run: Run) -> None:
         save_state(run.folder, {"step": run.step, "best": run.best, "meter": meter, "samples": run.samples,
                                 "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
 
-# %% ../nbs/08_training.ipynb #093
+# %% ../nbs/08_training.ipynb #096
 def start_run(run: Run) -> None:
     """Goes back to the last saved state, or to the beginning, and forgets the lines that were logged after it."""
     if (run.folder / "state.pt").exists():
@@ -447,7 +449,7 @@ def start_run(run: Run) -> None:
         if run.config.tensorboard:
             run.writer = open_tensorboard(run.folder, run.step)
 
-# %% ../nbs/08_training.ipynb #095
+# %% ../nbs/08_training.ipynb #098
 def open_tensorboard(run_dir: Path, step: int):
     """A TensorBoard writer that drops what a killed run wrote after `step`. RISError without the package."""
     try:
@@ -456,12 +458,25 @@ def open_tensorboard(run_dir: Path, step: int):
         raise RISError("tensorboard=True needs a package that is missing: pip install tensorboard") from error
     return SummaryWriter(run_dir, purge_step=step + 1)
 
-# %% ../nbs/08_training.ipynb #098
+# %% ../nbs/08_training.ipynb #101
+def clocked(run: Run, loader):
+    """The batches of `loader`; the seconds in which their reader waits for one are added to `run.waited`."""
+    batches = iter(loader)
+    while True:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        run.waited += time.perf_counter() - start
+        if batch is None:
+            return
+        yield batch
+
+# %% ../nbs/08_training.ipynb #104
 def measure(run: Run) -> dict[str, float]:
-    """The means since the last measurement, the learning rate of this step, and the speed since the start."""
+    """The means since the last measurement and the learning rate of this step; since the start, the samples a second and
+    "waiting", the share of the time in which the first process had no batch to work on."""
     seconds, steps = time.perf_counter() - run.began[0], run.step - run.began[1]
     return {**run.meter.read(run.accelerator), "lr": run.optimizer.param_groups[0]["lr"],
-            "samples_per_second": round(steps * run.config.batch_size / seconds, 1)}
+            "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"), "waiting": round(run.waited / seconds, 3)}
 
 
 def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
@@ -473,7 +488,7 @@ def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
     shown = [name for name in ("loss", "lr", f"val_{run.config.best}") if name in record]
     bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
 
-# %% ../nbs/08_training.ipynb #099
+# %% ../nbs/08_training.ipynb #105
 def score_run(run: Run, validate) -> dict[str, float]:
     """The scores that `validate` gives, "val_" before their names; the weights are kept if none were better."""
     with evaluating(run.model):
@@ -486,7 +501,7 @@ def score_run(run: Run, validate) -> dict[str, float]:
             run.model.save_pretrained(run.folder)
     return {f"val_{name}": float(value) for name, value in scores.items()}
 
-# %% ../nbs/08_training.ipynb #102
+# %% ../nbs/08_training.ipynb #108
 def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) -> None:
     """Counts a step; then logs, validates and saves what is due, in the order that makes a kill harmless."""
     run.step += 1
@@ -505,7 +520,19 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
     if saves or validates:
         save_run(run)
 
-# %% ../nbs/08_training.ipynb #104
+# %% ../nbs/08_training.ipynb #110
+@contextmanager
+def together(run: Run):
+    """What runs inside ends with a `RISError` in one line when another process of the training is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if run.accelerator.num_processes == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise RISError(f"step {run.step + 1}: another process of this training is gone, killed or stopped by an error of its own; "
+                       "what was saved before is good: start all processes again to resume") from error
+
+# %% ../nbs/08_training.ipynb #113
 def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module, DataLoader]:
     """All that `fit` needs, checked and brought to where the run stands: the run, the loss module and the loader."""
     accelerator = make_accelerator()
@@ -520,26 +547,27 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> 
     loader.batch_sampler.start = run.step
     return run, loss_step, loader
 
-# %% ../nbs/08_training.ipynb #105
+# %% ../nbs/08_training.ipynb #114
 def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=False, progress=True) -> list[dict]:
     """Trains `model` on `dataset` (in training mode) and returns the history: the lines of `log.jsonl`.
 
     `validate(model)`, called in every process, gives a dict of floats with `config.best` in it. Afterwards the model
     holds the last weights; `load_model(run_dir)` gives the best validated ones, or the last where nothing validates.
     Resuming a finished run returns its history; resuming an empty folder starts from the beginning.
-    RISError: a folder in use, another config, model or data, numbers that are not finite, a full disk.
+    RISError: a folder in use, another config, model or data, numbers that are not finite, a full disk, another process lost.
     """
     run, loss_step, loader = prepare(model, dataset, config, Path(run_dir), resume)
-    rank, batches = run.accelerator.process_index, iter(loader)
+    rank, batches = run.accelerator.process_index, clocked(run, loader)
     model.train()
-    with tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=not progress or rank > 0) as bar:
+    hidden = not progress or rank > 0
+    with together(run), tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=hidden) as bar:
         while run.step < config.steps:
             seed_step(config.seed, run.step, rank)
             factor = loss_factor(config, run.step)
             values = accumulate_gradients(run.accelerator, loss_step, batches, config.accumulate, factor)
             values["grad_norm"] = optimizer_step(run.optimizer, config, run.step)
             finish_step(run, values, validate, bar)
+        run.accelerator.wait_for_everyone()
     if run.writer:
         run.writer.close()
-    run.accelerator.wait_for_everyone()
     return read_log(run_dir)

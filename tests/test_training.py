@@ -7,6 +7,7 @@ parameter that no loss uses, and sentences to draw from.
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -130,7 +131,7 @@ def finish(*args, **kwargs):
 def outcome(folder):
     """Everything a run leaves: the state, the kept weights, and the log without what the clock decides."""
     state = torch.load(folder / "state.pt", weights_only=True)
-    log = [{k: v for k, v in line.items() if k != "samples_per_second"} for line in read_log(folder)]
+    log = [{k: v for k, v in line.items() if k not in ("samples_per_second", "waiting")} for line in read_log(folder)]
     return state, load_model(folder).state_dict(), log
 
 
@@ -228,7 +229,7 @@ def in_processes(world, function, *args, expected=0):
         process.start()
     for process in processes:
         process.join(240)
-    assert [process.exitcode for process in processes] == [expected] * world
+    assert [process.exitcode for process in processes] == (expected if isinstance(expected, list) else [expected] * world)
 
 
 def member(rank, world, port, function, *args):
@@ -311,6 +312,32 @@ def test_two_processes_with_dropout_are_killed_and_go_on(tmp_path):
             assert torch.load(tmp_path / name / "state.pt", weights_only=True)["step"] == 6
         in_processes(2, dropping_run, tmp_path / name, CONFIG)
     assert same(outcome(tmp_path / "killed"), outcome(tmp_path / "unbroken"))
+
+
+def losing_run(rank, folder):
+    """Process 1 dies alone, and nobody tells the other."""
+    original = training.seed_step
+
+    def deadly(seed, step, rank):
+        if step == 7 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(seed, step, rank)
+    training.seed_step = deadly
+    try:
+        dropping_run(rank, folder, CONFIG)
+    except RISError as error:
+        (folder / "error").write_text(str(error))
+        os._exit(2)
+
+
+def test_the_death_of_one_process_ends_the_other_with_one_line(tmp_path):
+    folder = tmp_path / "run"
+    began = time.perf_counter()
+    in_processes(2, losing_run, folder, expected=[2, -signal.SIGKILL])
+    assert time.perf_counter() - began < 120  # it doesn't wait for the backend's patience, half an hour, to run out
+    assert re.fullmatch("step 8: another process of this training is gone, .* start all processes again to resume", (folder / "error").read_text())
+    in_processes(2, dropping_run, folder, CONFIG)
+    assert [line["step"] for line in read_log(folder)] == [4, 6, 8, 12]
 
 
 def test_the_global_batch_is_the_same_for_any_number_of_processes():

@@ -1,0 +1,113 @@
+"""`magnet_tiny` on four processes, as `torchrun` starts them: the weights of one process; a rank killed; two that go on.
+
+All random numbers of the training are turned off by settings of its own: no dropout, every word hidden, every pixel compared. What
+is left depends on the batch alone, and the batch doesn't depend on the number of processes.
+"""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import in_processes
+
+from ris_nb import training
+from ris_nb.batches import ReferralDataset, build_vocabulary, collate, create_model
+from ris_nb.mask_grounding import TINY_PREDICTOR
+from ris_nb.refer import open_data
+from ris_nb.shapes import make_refshapes
+from ris_nb.task import RISError
+from ris_nb.training import TrainConfig, fit
+
+STEPS, DIES_AT = 20, 13
+CONFIG = TrainConfig(steps=STEPS, batch_size=4, lr=5e-5, save_every=5, log_every=1)
+pytestmark = pytest.mark.timeout(600)
+
+
+def setting(root):
+    """The model in its harness, and the objects it trains on."""
+    referrals = open_data(root, "refshapes").referrals("train")
+    vocabulary = build_vocabulary(s.text for r in referrals for s in r.sentences)
+    torch.manual_seed(0)
+    model = create_model("magnet_tiny", vocabulary=vocabulary, image_size=32, alignment_pixels=32**2,
+                         predictor={**TINY_PREDICTOR, "dropout": 0.0, "rate": 1.0, "replace": 1.0})
+    return model.for_training(), ReferralDataset(referrals, model.tokenizer, model.transform)
+
+
+def train(rank, root, folder, dies_at=-1):
+    """What each process runs. The third dies by SIGKILL as step `dies_at` begins; a `RISError` is one line and exit code 2."""
+    original = training.seed_step
+
+    def deadly(seed, step, rank):
+        if step == dies_at and rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(seed, step, rank)
+
+    training.seed_step = deadly
+    try:
+        fit(*setting(root), CONFIG, folder, resume=True, progress=False)
+    except RISError as error:
+        Path(folder, f"{rank}.error").write_text(str(error))
+        raise SystemExit(2) from None
+
+
+def torchrun(processes, root, folder, dies_at):
+    """Exit code and stderr of a training of several processes that `torchrun` has started."""
+    member = f"import os, test_processes; test_processes.train(int(os.environ['RANK']), {str(root)!r}, {str(folder)!r}, {dies_at})"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python",
+                           sys.executable, "-c", member], capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    return done.returncode, done.stderr
+
+
+def heard(name, value):
+    """The numbers of an entry that have a say. A softmax takes no notice of the biases of its keys: it is the same for all keys
+    of a query. Their gradients are zero but for rounding, which AdamW makes whole steps of."""
+    if name.endswith("key.bias"):
+        return value[:0]
+    return torch.cat(value.chunk(3)[::2]) if name.endswith("in_proj_bias") else value
+
+
+def distance(a, b):
+    """The largest difference of two states of weights, and where it is."""
+    return max(((heard(name, a[name]) - heard(name, b[name])).abs().max().item(), name) for name in a if heard(name, a[name]).numel())
+
+
+def test_four_processes_train_the_weights_of_one_lose_a_rank_and_two_go_on(tmp_path):
+    root = make_refshapes(tmp_path / "data", counts={"train": 12})
+    one, four = tmp_path / "one", tmp_path / "four"
+    in_processes(1, train, root, one)
+
+    code, errors = torchrun(4, root, four, DIES_AT)
+    died = max(path.stat().st_mtime for path in four.iterdir())  # the last line of the log, one step before
+    assert code != 0 and time.time() - died < 60  # some seconds, but on a busy machine
+    assert re.search(r"rank +: 2 .*\n.*exitcode +: -9", errors)  # torchrun names the process that began it
+    told = [path.read_text() for path in four.glob("*.error")]  # of those that torchrun had not stopped by then
+    assert all(re.fullmatch(r"step 14: another process of this training is gone, .* to resume", line) for line in told), told
+    state = torch.load(four / "state.pt", weights_only=True)
+    assert state["step"] == 10  # the last that was saved
+    log = training.read_log(one)
+    for line, other in zip(log, training.read_log(four)):
+        assert line["step"] == other["step"] and abs(line["loss"] - other["loss"]) < 1e-5
+
+    in_processes(2, train, root, four)
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (one, four)]
+    assert [s["step"] for s in states] == [STEPS, STEPS]
+    largest, where = distance(*(s["model"] for s in states))
+    print(f"1 process, and 4 then 2: {largest:.2g} ({where})")
+    assert largest < 1e-5, where
+    resumed = training.read_log(four)
+    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    assert all(abs(a[term] - b[term]) < 1e-5 for a, b in zip(log, resumed) for term in ("loss", "mask", "dice", "alignment", "grounding"))
+    answers = []
+    for s in states:  # the key biases, too, are heard by nobody
+        model, dataset = setting(root)
+        model.load_state_dict(s["model"])
+        batch = collate([dataset[i, 0] for i in range(4)])
+        with torch.no_grad():
+            answers.append(model.eval()(batch).score)
+    assert (answers[0] - answers[1]).abs().max() < 1e-4
