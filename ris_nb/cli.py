@@ -303,7 +303,7 @@ class Train(Data):
     vocabulary: str | None = None
     """A vocab.txt or a Hub id such as bert-base-uncased. Default: built from the split's expressions; with a pretrained language encoder, its own."""
     out: Path | None = None
-    """The run's folder. Default: runs/MODEL."""
+    """The run's folder. Default: runs/ and the name of the recipe or of the model."""
     resume: bool = False
     """Go on with the run in that folder, from its last save; begins one where there is none."""
     force: bool = False
@@ -621,7 +621,7 @@ class Study:
     out: Path | None = None
     """JSON file for the figures. Default: NAME.json in --folder."""
 
-
+# %% ../nbs/20_cli.ipynb #114
 def run_the_study(flags: Study) -> int:
     """Run what is missing, write the figures, print their table."""
     from ris_nb.evaluation import run_study, study_table
@@ -645,7 +645,7 @@ def run_the_study(flags: Study) -> int:
 
 COMMANDS["study"] = (lambda words: Study, run_the_study)
 
-# %% ../nbs/20_cli.ipynb #116
+# %% ../nbs/20_cli.ipynb #117
 @dataclass
 class Predict:
     """Find what an expression speaks of in a photo.
@@ -668,7 +668,7 @@ class Predict:
     out: Path = Path(".")
     """Folder for the two pictures."""
 
-# %% ../nbs/20_cli.ipynb #117
+# %% ../nbs/20_cli.ipynb #118
 def say_unread(tokenizer, expression: str) -> None:
     """A line on stderr for words that the model doesn't know, another when it doesn't read to the end."""
     unknown = list(dict.fromkeys(tokenizer.unknown(expression)))
@@ -678,7 +678,7 @@ def say_unread(tokenizer, expression: str) -> None:
     if tokenizer.pieces(expression)[-1] != "[SEP]":
         print(f"warning: the model reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
 
-# %% ../nbs/20_cli.ipynb #118
+# %% ../nbs/20_cli.ipynb #119
 def run_predict(flags: Predict) -> int:
     """Write the overlay and the mask."""
     import numpy as np
@@ -701,7 +701,7 @@ def run_predict(flags: Predict) -> int:
 
 COMMANDS["predict"] = (lambda words: Predict, run_predict)
 
-# %% ../nbs/20_cli.ipynb #131
+# %% ../nbs/20_cli.ipynb #132
 @dataclass
 class Compare:
     """Put one expression to several models and draw their answers, a row each: slots where a model has some, score and mask.
@@ -713,7 +713,7 @@ class Compare:
       ris-nb compare photo.jpg "the dog on the left" --models runs/first runs/second
     """
     photo: Positional[Path]
-    """The photo."""
+    """The photo to ask about, read as it is stored."""
     expression: Positional[str]
     """What to find, in quotes."""
     models: tuple[str, ...] = ("magnet_tiny", "sag_tiny")
@@ -738,7 +738,7 @@ def run_compare(flags: Compare) -> int:
 
 COMMANDS["compare"] = (lambda words: Compare, run_compare)
 
-# %% ../nbs/20_cli.ipynb #134
+# %% ../nbs/20_cli.ipynb #135
 @dataclass
 class Explore:
     """Open the panels of notebook 19 in a browser: ask the trained models about drawn scenes or a photo of yours. Ctrl-C ends it.
@@ -774,6 +774,6 @@ def run_explore(flags: Explore) -> int:
 
 COMMANDS["explore"] = (lambda words: Explore, run_explore)
 
-# %% ../nbs/20_cli.ipynb #138
+# %% ../nbs/20_cli.ipynb #139
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is "__main__", too, but no file
     sys.exit(main())
