@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test lab export clean
+.PHONY: demo test bench lab export clean
 
 # One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
 .venv/installed: settings.ini setup.py
@@ -29,6 +29,10 @@ demo: .venv/installed
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 -q --durations=15
+
+# Speed and memory of every model on this machine, the paper's sizes too: minutes on a GPU, up to an hour and 16 GB on a laptop.
+bench: .venv/installed
+	$(BIN)/python tests/bench.py $(BENCH)
 
 lab: .venv/installed-lab
 	$(BIN)/jupyter lab nbs

@@ -7,21 +7,16 @@ from minute to minute; every output is compared. The matrix floor is what the ma
 that a lone product of the encoder's most frequent shape reaches, measured in the same rounds. "clock" is what a user waits; it
 means little on a machine that others use too, where "cpu", the seconds of all threads together, still does.
 """
-import argparse
-import json
-import platform
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from benching import flops_of, keep, machine, options, spread, timed, times_faster
 from parity import Case, find_case, load_case, make_inputs, make_weight
 from plain_magnet import plain_magnet, released_shapes
 from test_magnet_sizes import computed
-from torch.utils.flop_counter import FlopCounterMode
 
 from ris_nb.batches import Batch
 from ris_nb.magnet import MagNet
@@ -36,18 +31,6 @@ def full_case():
     if find_case("magnet_full"):
         return load_case("magnet_full")
     return Case("magnet_full", dict(config=FULL, weight_seed=3, input_seed=1003, batch=1, lens=[7]), {})
-
-
-def processor():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-
-
-def timed(call):
-    """Seconds on the clock, seconds of CPU (all threads), and the result."""
-    clock, cpu = time.perf_counter(), time.process_time()
-    result = call()
-    return time.perf_counter() - clock, time.process_time() - cpu, result
 
 
 @contextmanager
@@ -83,11 +66,7 @@ def check(found, case):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "results" / "bench" / "magnet_forward.json")
-    args = parser.parse_args()
+    args = options(__doc__, "magnet_forward.json", repeats=5).parse_args()
     torch.set_num_threads(args.threads)
 
     case = full_case()
@@ -103,12 +82,7 @@ def main():
     clock, cpu, shares = defaultdict(list), defaultdict(list), defaultdict(list)
     with torch.inference_mode():
         plain, ours = plain_magnet(state, case.spec, image, ids, words), computed(model, batch)  # these also warm the caches
-        with FlopCounterMode(display=False) as counter:
-            plain_magnet(state, case.spec, image, ids, words)
-        plain_flops = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
-            model(batch)
-        flops = counter.get_total_flops()
+        flops = {name: flops_of(sides[name]) for name in ("plain", "ris_nb")}
         for _ in range(args.repeats):
             for name, call in (*sides.items(), *[("product", sides["product"])] * 20):
                 with parts_of(model) as seconds:
@@ -119,25 +93,17 @@ def main():
                     shares[part].append(spent)
 
     work = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
-    floor = {"clock": flops / work * min(clock["product"]), "cpu": flops / work * min(cpu["product"])}
-    report = {
-        "machine": f"{processor()}, {args.threads} threads, torch {torch.__version__}", "image": case.spec["config"]["img"],
+    floor = {kind: flops["ris_nb"] / work * min(seconds["product"]) for kind, seconds in (("clock", clock), ("cpu", cpu))}
+    keep({
+        "machine": machine(args.threads), "image": case.spec["config"]["img"],
         "parameters": sum(p.numel() for p in model.parameters()), "repeats": args.repeats,
-        "seconds": {name: {"clock, least": min(clock[name]), "clock, median": median(clock[name]), "cpu, least": min(cpu[name]),
-                           "cpu, median": median(cpu[name])} for name in ("plain", "ris_nb")},
-        "times faster": {"clock, least": min(clock["plain"]) / min(clock["ris_nb"]),
-                         "clock, median of rounds": median(a / b for a, b in zip(clock["plain"], clock["ris_nb"])),
-                         "cpu, least": min(cpu["plain"]) / min(cpu["ris_nb"]),
-                         "cpu, median of rounds": median(a / b for a, b in zip(cpu["plain"], cpu["ris_nb"]))},
-        "GFLOP": {"plain": plain_flops / 1e9, "ris_nb": flops / 1e9},
+        "seconds": {name: spread(clock[name], cpu[name]) for name in ("plain", "ris_nb")},
+        "times faster": times_faster(clock, cpu), "GFLOP": {name: n / 1e9 for name, n in flops.items()},
         "GFLOP/s of a lone product": {"clock": work / min(clock["product"]) / 1e9, "cpu": work / min(cpu["product"]) / 1e9},
         "matrix floor of ris_nb, seconds": floor,
         "cpu seconds by part, least": {part: min(spent) for part, spent in shares.items()},
         "largest difference": {"ris_nb to plain": max((ours[key] - plain[key]).abs().max().item() for key in ours),
-                               "plain to reference": check(plain, case), "ris_nb to reference": check(ours, case)}}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+                               "plain to reference": check(plain, case), "ris_nb to reference": check(ours, case)}}, args.out)
 
 
 if __name__ == "__main__":

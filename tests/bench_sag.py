@@ -15,56 +15,21 @@ gradients, what is left of numbers that nearly cancel, are uncertain in their th
 zero but for rounding passes a gradient on one side and none on the other. So `--double` also compares two images' step in double
 precision (some 12 GB), and tells how far single precision is from that on either side.
 """
-import argparse
-import ctypes
-import json
 import re
 from collections import defaultdict
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
-from bench_magnet import processor, timed
+from benching import flops_of, keep, machine, options, peak_memory, saved_bytes, spread, timed, times_faster
 from parity import Case, make_weight
 from plain_sag import plain_sag, released_shapes, sag_inputs
 from test_sag_sizes import computed
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
 from ris_nb.sag import UNUSED, SaG, released_sag_key
 
 PRODUCT = 2304, 512, 512  # patches of 4 images, channels in, channels out: keys, values, the slot decoder's layers
 LENS = 9, 7, 12, 5, 8, 16, 4, 10
 NOISE = 1e-6  # gradients this small beside the largest are zero but for rounding, as of a bias that a softmax takes no notice of
-
-
-def saved_bytes(call, weights):
-    """Bytes of the distinct storages that autograd saves during `call`, without those of the weights."""
-    known, kept = {w.untyped_storage().data_ptr() for w in weights}, {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        result = call()
-    return sum(kept.values()), result
-
-
-def resident(field):
-    """VmRSS, or VmHWM: the most since it was last set back, in bytes."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-
-
-def peak_growth(call):
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    call()
-    return resident("VmHWM") - before
 
 
 class Side:
@@ -125,12 +90,8 @@ def rounding(state, case):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=4)
+    parser = options(__doc__, "sag_step.json", repeats=3, batch=4)
     parser.add_argument("--double", action="store_true", help="compare in double precision, too")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "data" / "results" / "bench" / "sag_step.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -141,7 +102,7 @@ def main():
     image, ids, eps = sag_inputs(make_case(args.batch))
     difference = rounding(state, make_case(2)) if args.double else {}
     sides = make_sides(state, image, ids, eps)
-    report = {"machine": f"{processor()}, {args.threads} threads, torch {torch.__version__}", "batch": args.batch,
+    report = {"machine": machine(args.threads), "batch": args.batch,
               "parameters": sum(w.numel() for w in sides["ris_nb"].weights.values()), "repeats": args.repeats}
     difference["float32, ris_nb to plain"] = differences(*(answers(sides[name]) for name in ("ris_nb", "plain")))  # warms everything, too
 
@@ -149,10 +110,9 @@ def main():
     for name, side in sides.items():
         memory[name]["saved"], found = saved_bytes(side.forward, side.weights.values())
         del found
-        memory[name]["peak"] = peak_growth(side.step)
-        with FlopCounterMode(display=False) as counter:
-            side.step()
-        flops[name] = counter.get_total_flops()
+        before, most = peak_memory(side.step)
+        memory[name]["peak"] = most - before
+        flops[name] = flops_of(side.step)
 
     matrix, weight = torch.randn(PRODUCT[:2]), torch.randn(PRODUCT[2], PRODUCT[1])
     clock, cpu = defaultdict(list), defaultdict(list)
@@ -166,12 +126,7 @@ def main():
     work = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
 
     report |= {
-        "seconds": {name: {"clock, least": min(clock[name]), "clock, median": median(clock[name]), "cpu, least": min(cpu[name]),
-                           "cpu, median": median(cpu[name])} for name in ("plain", "ris_nb")},
-        "times faster": {"clock, least": min(clock["plain"]) / min(clock["ris_nb"]),
-                         "clock, median of rounds": median(a / b for a, b in zip(clock["plain"], clock["ris_nb"])),
-                         "cpu, least": min(cpu["plain"]) / min(cpu["ris_nb"]),
-                         "cpu, median of rounds": median(a / b for a, b in zip(cpu["plain"], cpu["ris_nb"]))},
+        "seconds": {name: spread(clock[name], cpu[name]) for name in ("plain", "ris_nb")}, "times faster": times_faster(clock, cpu),
         "activation MB": {name: {kind: n / 1e6 for kind, n in kinds.items()} for name, kinds in memory.items()},
         "part of the plain memory": {kind: memory["ris_nb"][kind] / memory["plain"][kind] for kind in ("saved", "peak")},
         "GFLOP": {name: n / 1e9 for name, n in flops.items()},
@@ -179,9 +134,7 @@ def main():
         "matrix floor, seconds": {name: {"clock": n / work * min(clock["product"]), "cpu": n / work * min(cpu["product"])}
                                   for name, n in flops.items()},
         "differences": difference}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    keep(report, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""What the benchmarks share: times, memory, FLOPs, a lone matrix product to hold them against, and where the figures go."""
+import argparse
+import ctypes
+import json
+import platform
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+RESULTS = Path(__file__).resolve().parents[1] / "data" / "results" / "bench"
+
+
+def processor():
+    """The name of this machine's CPU."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def machine(threads, device="cpu"):
+    """One line: what computes, with how many threads, under which torch."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    return f"{name}, {threads} threads, torch {torch.__version__}"
+
+
+def finish():
+    """Wait until a GPU, if one is in use, has done all that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def timed(call):
+    """Seconds on the clock, seconds of CPU (all threads), and the result."""
+    finish()
+    clock, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    finish()
+    return time.perf_counter() - clock, time.process_time() - cpu, result
+
+
+def rounds(sides, repeats):
+    """Calls the `sides`, functions by name, in turns; the seconds of each, clock and CPU, as two dicts of lists."""
+    clock, cpu = defaultdict(list), defaultdict(list)
+    for _ in range(repeats):
+        for name, call in sides.items():
+            wall, busy, _ = timed(call)
+            clock[name].append(wall)
+            cpu[name].append(busy)
+    return clock, cpu
+
+
+def spread(clock, cpu):
+    """Least and median of one side's seconds."""
+    return {"clock, least": min(clock), "clock, median": median(clock), "cpu, least": min(cpu), "cpu, median": median(cpu)}
+
+
+def times_faster(clock, cpu, slow="plain", fast="ris_nb"):
+    """How many times as long one side takes as the other: of the least seconds, and the median of the rounds."""
+    return {f"{kind}, {how}": value for kind, seconds in (("clock", clock), ("cpu", cpu))
+            for how, value in (("least", min(seconds[slow]) / min(seconds[fast])),
+                               ("median of rounds", median(a / b for a, b in zip(seconds[slow], seconds[fast]))))}
+
+
+def flops_of(call):
+    """Floating point operations of the matrix products and attentions in `call`."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def resident(field):
+    """VmRSS, or VmHWM: the most since it was last set back, in bytes."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def peak_memory(call, device="cpu"):
+    """Bytes: held before `call`, and the most held during it. Of the process, weights and all; on a GPU, of its tensors."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(call)
+        return before, torch.cuda.max_memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = resident("VmRSS")
+    call()
+    return before, resident("VmHWM")
+
+
+def saved_bytes(call, weights):
+    """Bytes of the distinct storages that autograd saves during `call`, without those of the weights; and its result."""
+    known, kept = {w.untyped_storage().data_ptr() for w in weights}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        result = call()
+    return sum(kept.values()), result
+
+
+def options(doc, result=None, **defaults):
+    """A parser with --threads, --repeats, --out, which names a file in data/results/bench, and an integer for each default."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    for name, value in {"threads": 2, **defaults}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, default=result and RESULTS / result)
+    return parser
+
+
+def keep(report, path):
+    """Write the report as JSON and print it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))

@@ -1,0 +1,86 @@
+"""The benchmark runs, at a tiny size, and what it writes makes sense: not how fast anything is, which a test can't say."""
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import bench
+import pytest
+import torch
+from benching import flops_of, peak_memory, saved_bytes, times_faster
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_memory_is_counted():
+    a, b = torch.ones(1000, 1000), torch.ones(1000, 1000, requires_grad=True)
+    kept, (square, product) = saved_bytes(lambda: ((a * b).square(), a @ b), [b])
+    assert kept == 2 * 4e6  # a, which the products need, and a * b, which the square does; b is a weight
+    before, peak = peak_memory(lambda: torch.ones(50_000_000))
+    assert 190e6 < peak - before < 230e6  # pages that were held and free may be used again
+
+
+def test_flops_and_ratios():
+    a = torch.ones(30, 40)
+    assert flops_of(lambda: a @ a.T) == 2 * 30 * 40 * 30
+    assert times_faster({"plain": [4, 6], "ris_nb": [2, 1]}, {"plain": [4, 6], "ris_nb": [2, 1]}) == {
+        "clock, least": 4, "clock, median of rounds": 4, "cpu, least": 4, "cpu, median of rounds": 4}
+
+
+def test_photos_are_as_heavy_as_those_of_coco(tmp_path):
+    referrals = bench.photos(tmp_path, 2)
+    sizes = [referral.image_path.stat().st_size for referral in referrals]
+    assert all(80_000 < size < 300_000 for size in sizes), sizes
+    assert all(10_000 < referral.mask().sum() < 110_000 for referral in referrals)
+
+
+def sane(entry, parts):
+    rows = entry["rows"]
+    assert {row["part"] for row in rows} == parts
+    for row in rows:
+        assert all(math.isfinite(value) and value >= 0 for value in row.values() if not isinstance(value, str)), row
+        assert row["items_per_second"] > 0 and row["cpu_seconds"] > 0
+        assert 0 <= row.get("waiting", 0) <= 1 and 0 < row.get("matrix_share", 1) <= 1.2, row
+        assert 0.1 < row.get("peak_gib", 1) < 20, row
+    forward, step = (next(row for row in rows if row["part"] == part) for part in ("forward", "training step"))
+    assert step["gflop"] > 2 * forward["gflop"] > 0 and 0 < step["kept_gib"] < step["peak_gib"]
+
+
+def test_the_command_writes_figures_and_prints_them_as_a_table(tmp_path):
+    out = tmp_path / "cpu.json"
+    out.write_text(json.dumps({"device": "cpu", "models": {"another": {"rows": []}}}))
+    done = subprocess.run([sys.executable, ROOT / "tests" / "bench.py", "--models", "sag", "--sizes", "tiny", "--device", "cpu", "--threads", "1",
+                           "--batch", "8", "--repeats", "1", "--workers", "1", "--out", out], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert set(report["models"]) == {"another", "sag_tiny"}  # what was not measured stays
+    sane(report["models"]["sag_tiny"], {"forward", "evaluation", "training step", "data path", "fit"})
+    lines = bench.table(report).splitlines()
+    assert len(lines) == 2 + len(report["models"]["sag_tiny"]["rows"]) and len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| sag_tiny | forward | as in fit | 8 |") and lines[2] in done.stdout
+
+
+@pytest.fixture
+def small(tmp_path):
+    args = SimpleNamespace(device="cpu", batch=2, repeats=1, workers=0, threads=1, root=None, ladder=True)
+    return bench.Bench("magnet_tiny", "tiny", args, tmp_path)
+
+
+def test_switch_by_switch(small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # needs a compiler, and minutes
+    names = ["float32, nothing fused", "+ bf16", "+ fused attention", "+ fused adamw", "+ channels last", "+ compile"]
+    assert [row["variant"] for row in bench.forward_rows(small)] == names
+    rows = list(bench.step_rows(small))
+    assert [row["variant"] for row in rows] == [*names, "checkpointed"]
+    plain, *_, last, checkpointed = rows
+    assert checkpointed["kept_gib"] < 0.8 * plain["kept_gib"]
+    assert len({row["gflop"] for row in rows}) == 1  # of the work there is to do, however it is done
+
+
+def test_full_size_figures_of_the_data_path(small):
+    small.full, small.step_flops = True, 2 * 0.9e12
+    row, = bench.data_rows(small)
+    assert row["needed"] == pytest.approx(4 * 0.4 * 989e12 / 0.9e12)
+    assert row["processes"] == math.ceil(row["needed"] * row["cpu_seconds"] / 2)
