@@ -245,7 +245,7 @@ def test_released_weights_that_cannot_be_had(root, released, tmp_path):
     refused([*data, "--released", tmp_path / "other.pth"], "is no checkpoint of LAVT, MagNet or SaG")
 
 
-@pytest.mark.parametrize("case, kind", [("lavt_tiny", "LAVT"), ("sag_tiny", "SaG")]  # MagNet: above)
+@pytest.mark.parametrize("case, kind", [("lavt_tiny", "LAVT"), ("sag_tiny", "SaG")])  # MagNet: above
 def test_the_entries_tell_whose_weights_they_are(case, kind, tmp_path):
     torch.save(released_state(load_case(case)), tmp_path / "weights.pth")
     assert type(released_model(str(tmp_path / "weights.pth"))).__name__ == kind
