@@ -762,7 +762,7 @@ def run_explore(flags: Explore) -> int:
     missing = [package for package in ("anywidget", "ipywidgets", "voila") if find_spec(package) is None]
     if missing:
         raise UsageError(f"explore needs {', '.join(missing)}, not installed here: pip install \"ris_nb[explore]\"")
-    options = [f"--port={flags.port}", "--Voila.tornado_settings={'websocket_max_message_size': 2**28}", *(() if flags.browser else ("--no-browser",))]
+    options = [f"--port={flags.port}", f"--Voila.tornado_settings={{'websocket_max_message_size': {2**28}}}", *(() if flags.browser else ("--no-browser",))]
     page = Path(ris_nb.__path__[0]) / "explore.ipynb"
     with subprocess.Popen([sys.executable, "-m", "voila", str(page), *options]) as server:
         try:
