@@ -1,0 +1,94 @@
+"""What every model promises: LAVT, MagNet and SaG alike, each at a size that runs in milliseconds."""
+from dataclasses import replace
+
+import pytest
+import test_lavt
+import test_magnet
+import test_sag
+import torch
+
+from ris_nb.batches import Batch, load_model
+from ris_nb.task import RISError
+
+MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small}
+SUPERVISED = [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder="simple"))]
+models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def some_batch(model, lens=(4, 9, 15), images=None):
+    """Sentences of these lengths about as many images as there are sentences, or fewer; every id is a word that all three know."""
+    torch.manual_seed(1)
+    words = torch.arange(20) < torch.tensor(lens)[:, None]
+    side = model.image_size
+    return Batch(torch.randn(images or len(lens), 3, side, side), torch.randint(5, 9, words.shape) * words, words,
+                 mask=torch.rand(len(lens), side, side) > 0.8, image_id=list(range(images or len(lens))))
+
+
+def total(model, batch):
+    return sum(model.losses(model(batch), batch).values())
+
+
+@pytest.mark.parametrize("name, sizes", [
+    ("lavt", {}), ("lavt", dict(window=7, patch=2, image_size=48, depths=(1, 2, 1, 1), decoder_width=8)),
+    ("lavt", dict(bert_heads=4, bert_layers=1, max_words=9)), ("magnet", {}), ("magnet", dict(window=7, patch=2, image_size=48, points=3)),
+    ("magnet", dict(decoder="simple", decoder_width=16, max_words=9)),
+    ("magnet", dict(depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), bert_layers=4, released=True)), ("sag", {}), ("sag", dict(slots="query", image_size=48))])
+def test_save_and_load(name, sizes, tmp_path):
+    model = MODELS[name](**sizes)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    image = torch.randint(0, 255, (50, 70, 3), dtype=torch.uint8).numpy()
+    masks = [m.predict([image, image], ["the red ball", "left"]) for m in (model, again)]
+    assert all((a == b).all() and a.shape == (50, 70) and a.dtype == bool for a, b in zip(*masks))
+    torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
+
+
+@models
+def test_which_equals_repetition(make):
+    model = make()
+    batch = some_batch(model, lens=(4, 9, 15, 5, 6), images=2)
+    which = torch.tensor([1, 0, 0, 1, 1])
+    with torch.no_grad():
+        once, repeated = model(replace(batch, which=which)), model(replace(batch, image=batch.image[which]))
+    torch.testing.assert_close(once.score, repeated.score, atol=1e-4, rtol=1e-4)
+
+
+@models
+def test_padding_ids_do_not_matter(make):
+    model = make()
+    batch = some_batch(model)
+    with torch.no_grad():
+        score = model(batch).score
+        assert torch.equal(model(replace(batch, ids=torch.where(batch.words, batch.ids, 7))).score, score)
+        changed = batch.ids.clone()
+        changed[0, 1] = 5 + (changed[0, 1] - 4) % 4  # a real word does
+        assert not torch.allclose(model(replace(batch, ids=changed)).score[0], score[0], atol=1e-7)
+
+
+@models
+def test_distributed_training_waits_for_no_parameter(make, tmp_path):
+    """DDP refuses the second step when a trainable parameter got no gradient in the first."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make().train()
+        batch, parallel = some_batch(model), torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(3):
+            sum(model.losses(parallel(batch), batch).values()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name, sizes", SUPERVISED)
+def test_loss_does_not_depend_on_the_split(name, sizes):
+    """Of models that learn from masks. SaG's loss does: it compares the sentences of a batch with all of its images."""
+    model = MODELS[name](**sizes)
+    batch = some_batch(model, lens=(4, 9, 15, 5))
+    whole = model.losses(model(batch), batch)
+    parts = [replace(batch, image=batch.image[i], ids=batch.ids[i], words=batch.words[i], mask=batch.mask[i])
+             for i in (slice(0, 2), slice(2, 4))]
+    halves = [model.losses(model(p), p) for p in parts]
+    for term in whole:
+        torch.testing.assert_close(whole[term], (halves[0][term] + halves[1][term]) / 2, msg=term)
+    with pytest.raises(RISError, match="masks=True"):
+        model.losses(model(batch), replace(batch, mask=None))
