@@ -81,7 +81,7 @@ def micro_batches(batch_size: int, device_batch: int, processes: int) -> int:
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= device_batch)
 
 # %% ../nbs/18_full_scale.ipynb #017
-LAVT_CODE, LAVT_PAPER = "LAVT's released code", "LAVT, CVPR 2022, section 4.1"
+LAVT_CODE, LAVT_PAPER = "LAVT's released code", "LAVT, CVPR 2022"
 DEMO = "the MagNet authors' earlier demo, ELIA"
 MAGNET_CODE, SAG_CODE = "MagNet's released code", "SaG's released code"
 
@@ -109,8 +109,8 @@ LAVT_SETTINGS = {
     **sourced(LAVT_CODE, image_size=480, split="train", val="val", best="oIoU", batch_size=32, lr=5e-5, weight_decay=1e-2, schedule="poly", power=0.9,
               warmup=0, clip=None, precision="no"),
     **sourced("our choice: any will do", seed=0),
-    **sourced("our choice: what chapter 8 measured a save to cost is nothing beside 500 steps", save_every=500),
-    **sourced("our choice: see the chapter's figures for reading photos", workers=8),
+    **sourced("our choice: at most so many steps are lost by a kill", save_every=500),
+    **sourced("our choice, not measured: watch `waiting` in the log", workers=8),
 }
 LAVT_NETWORK = {
     **sourced(LAVT_CODE, max_words=20, drop_path=0.3, norm="instance"),
@@ -119,7 +119,7 @@ LAVT_NETWORK = {
 LAVT_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
 RECIPES = {f"lavt_{dataset}": Recipe(
     f"LAVT on {dataset}", {**schedule(dataset, split_by, 40, "refs", LAVT_CODE), **LAVT_SETTINGS}, LAVT_NETWORK,
-    Setting(8, f"{LAVT_CODE}: 4 GPUs"), ("text", "encoder.vision")) for dataset, split_by in LAVT_SETS.items()}
+    Setting(8, f"the default of {LAVT_CODE}"), ("text", "encoder.vision")) for dataset, split_by in LAVT_SETS.items()}
 
 # %% ../nbs/18_full_scale.ipynb #022
 MAGNET_SETTINGS = {
@@ -159,7 +159,7 @@ SAG_SETTINGS = {
 SAG_NETWORK = {
     **sourced("SaG, ICCV 2023, table 3: the best row", gaussians=18, per_gaussian=2),
     **sourced(SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, drop_path=0.1, dropout=0.1),
-    **sourced(f"our choice: {SAG_CODE} never cuts a sentence, and hardly one is longer", max_words=40),
+    **sourced(f"our choice: {SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),
 }
 SAG_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "google", "phrasecut": "authors"}
 RECIPES |= {f"sag_{dataset}": Recipe(
@@ -231,7 +231,7 @@ def check_complete(data: Referrals, splits: Iterable[str]) -> None:
 
 # %% ../nbs/18_full_scale.ipynb #042
 def untouched_norms(module: nn.Module) -> list[str]:
-    """Names of the normalisations that are as they were made: every weight 1, every bias 0. After any training there are none."""
+    """Names of the normalisations that are as they were made: every weight 1, every bias 0. Where all learned there are none."""
     return [name for name, part in module.named_modules() if isinstance(part, (nn.LayerNorm, nn.BatchNorm2d, nn.GroupNorm))
             and part.weight is not None and bool((part.weight == 1).all()) and bool((part.bias == 0).all())]
 
@@ -284,7 +284,7 @@ def expectation(model: str, config: TrainConfig, processes: int = 1, device: str
     return (f"time: about {hours:,.2g} hours of steps alone, and {row['peak_gib']:.1f} GiB for {row['batch']} pairs at once; measured on one {device}, "
             f"{row['items_per_second']:.3g} pairs a second")
 
-# %% ../nbs/18_full_scale.ipynb #061
+# %% ../nbs/18_full_scale.ipynb #064
 RELEASED = {  # name -> repository of the authors' checkpoints, and what the names of its files say of the data set
     "magnet_refcoco": (RELEASED_WEIGHTS, r"refcoco(?!\+|p|_?plus|g)"),
     "magnet_refcoco+": (RELEASED_WEIGHTS, r"refcoco(\+|p|_?plus)"),
@@ -306,7 +306,7 @@ def find_released(name: str) -> str:
                        ", ".join(f"{repository}/{file}" for file in (found or files)[:6]))
     return f"{repository}/{found[0]}"
 
-# %% ../nbs/18_full_scale.ipynb #064
+# %% ../nbs/18_full_scale.ipynb #067
 MARKS = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG}  # in the names of entries
 
 
@@ -324,7 +324,7 @@ def released_model(source: str, **overrides) -> RISModel:
             return kind.from_released(state, **overrides)
     raise RISError(f"{source}: is no checkpoint of LAVT, MagNet or SaG; its entries are {', '.join([*state][:3]) or 'none'}")
 
-# %% ../nbs/18_full_scale.ipynb #067
+# %% ../nbs/18_full_scale.ipynb #070
 def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:
     """The published scores, in percent: "benchmarks", a method on a data set each, and "studies", the parts of one method.
 
@@ -356,7 +356,7 @@ def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[
                 reports[path] = Report.load(path)
     return {path: report for path, report in reports.items() if report.shuffled is None}, studies
 
-# %% ../nbs/18_full_scale.ipynb #070
+# %% ../nbs/18_full_scale.ipynb #073
 def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
     """A Markdown table of one benchmark in percent: published scores and ours in columns of their own.
 
@@ -373,7 +373,7 @@ def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
     lines += [[name, "", *[""] * len(splits), *(scores.get(split, "") for split in asked), "measured here"] for name, scores in ours.items()]
     return _table(["", "learns from", *(f"{split}, published" for split in splits), *(f"{split}, ours" for split in asked), "source"], lines)
 
-# %% ../nbs/18_full_scale.ipynb #072
+# %% ../nbs/18_full_scale.ipynb #075
 def results_markdown(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> str:
     """Published scores, with ours beside them where we measured on the same data; then what only we or only they measured."""
     reports, parts = list(reports), ["# Results", published["about"]]
@@ -399,7 +399,7 @@ def study_fields(rows: Sequence[dict]) -> list[str]:
     """The figures of a study that are scores on a whole data set, such as "refshapes oIoU", in all of its rows."""
     return [name for name in rows[0] if re.fullmatch(r"\S+ [om]IoU", name) and all(name in row for row in rows)]
 
-# %% ../nbs/18_full_scale.ipynb #075
+# %% ../nbs/18_full_scale.ipynb #078
 COURSE = {"LAVT": TRUTH, "MagNet": "#009E73", "SaG": "#CC79A7"}  # Okabe and Ito's blue, green and purple
 
 
