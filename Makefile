@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test bench lab export clean
+.PHONY: demo test chromium bench lab export clean
 
 # One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
 .venv/installed: settings.ini setup.py
@@ -27,8 +27,14 @@ demo: .venv/installed
 
 # Notebooks by the rules of nbdev (tests/test_notebooks.py), then the tests a notebook should not carry.
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.
-test: .venv/installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 -q --durations=15
+test: .venv/installed-dev chromium
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 --dist loadgroup -q --durations=15
+
+# Chapter 19 is tested in a browser as well. Where it can be installed it is; elsewhere those tests are skipped and say why.
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "Chromium can't be installed here: the tests in a browser will be skipped"
 
 # Speed and memory of every model on this machine, the paper's sizes too: minutes on a GPU, up to an hour and 16 GB on a laptop.
 bench: .venv/installed
