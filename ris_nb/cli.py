@@ -8,7 +8,7 @@ __all__ = ['HELP', 'COMMANDS', 'RUN_FILES', 'UsageError', 'error_line', 'parse',
            'train_flags', 'processes', 'at_least', 'build_model', 'validation', 'claim_folder', 'check_command',
            'run_train', 'follow', 'ending', 'Models', 'run_models', 'Evaluate', 'run_evaluate', 'write_report',
            'Results', 'run_results', 'Study', 'run_the_study', 'Predict', 'say_unread', 'run_predict', 'Compare',
-           'run_compare']
+           'run_compare', 'Explore', 'run_explore']
 
 # %% ../nbs/20_cli.ipynb #003
 import argparse
@@ -22,6 +22,7 @@ import sys
 from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,7 @@ usage: ris-nb COMMAND [flags]        `ris-nb COMMAND --help` explains a command 
   results       published scores, and beside them what was measured here
   predict       find what an expression speaks of in a photo of yours
   compare       put an expression to several models and draw what they answer
+  explore       play with the trained models in a browser
   models        list the models that can be trained
   study         train the variants of a chapter's study from several seeds
 
@@ -357,13 +359,19 @@ def build_model(flags: Train, referrals: list, **network):
 
 
 def validation(flags: Train, data, model):
-    """The function that scores a model during training, or None where there is nothing to score it on."""
+    """The function that scores a model during training, or None where there is nothing to score it on.
+
+    `UsageError` where `--validate-every` asks for it all the same.
+    """
     from ris_nb.batches import ReferralDataset
     from ris_nb.evaluation import evaluate
     split = flags.val
     if split == "auto":
         masks = model.needs_masks and "val" in data.splits and all(r.has_mask for r in data.referrals("val"))
         split = "val" if masks else "none"
+        if not masks and flags.training.validate_every:
+            raise UsageError(f"--validate-every {flags.training.validate_every} has nothing to score on: this model learns without masks, or the "
+                             "data have no split val with masks; name a split, as in --val val, or leave it out with --val none")
     if split == "none":
         return None
     dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True)
@@ -735,6 +743,42 @@ def run_compare(flags: Compare) -> int:
 
 
 COMMANDS["compare"] = (lambda words: Compare, run_compare)
+
+# %% ../nbs/20_cli.ipynb #135
+@dataclass
+class Explore:
+    """Open the panels of notebook 19 in a browser: ask the trained models about drawn scenes or a photo of yours. Ctrl-C ends it.
+
+    Everything stays on this machine. Needs the extra: pip install "ris_nb[explore]"
+
+    examples:
+      ris-nb explore
+      ris-nb explore --port 9000 --no-browser
+    """
+    port: int = 8866
+    """Where the page is served: http://localhost:PORT; the next free port, if it is taken."""
+    browser: bool = True
+    """Open the page in a browser. With --no-browser, the address is printed."""
+
+
+def run_explore(flags: Explore) -> int:
+    """Serve the page until Ctrl-C."""
+    import ris_nb
+    at_least(flags, port=1)
+    missing = [package for package in ("anywidget", "ipywidgets", "voila") if find_spec(package) is None]
+    if missing:
+        raise UsageError(f"explore needs {', '.join(missing)}, not installed here: pip install \"ris_nb[explore]\"")
+    options = [f"--port={flags.port}", f"--Voila.tornado_settings={{'websocket_max_message_size': {2**28}}}", *(() if flags.browser else ("--no-browser",))]
+    page = Path(ris_nb.__path__[0]) / "explore.ipynb"
+    with subprocess.Popen([sys.executable, "-m", "voila", str(page), *options]) as server:
+        try:
+            return server.wait()
+        except KeyboardInterrupt:
+            server.terminate()
+    return 0
+
+
+COMMANDS["explore"] = (lambda words: Explore, run_explore)
 
 # %% ../nbs/20_cli.ipynb #139
 if __name__ == "__main__" and "__file__" in globals():  # a notebook is "__main__", too, but no file

@@ -507,7 +507,7 @@ function render({ model, el }) {
     image.src = URL.createObjectURL(new Blob([model.get("png")], { type: "image/png" }));
     image.alt = image.title = model.get("alt");
   };
-  model.on("change:png", draw);
+  model.on("change:png change:alt", draw);
   draw();
   el.append(image);
 }

@@ -27,7 +27,8 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Absent()
 sys.path.append(site)
 import ris_nb
 for module in pkgutil.iter_modules(ris_nb.__path__):
-    if not module.name.startswith("_"): importlib.import_module(f"ris_nb.{module.name}")
+    if not module.name.startswith("_") and module.name != "explore":  # whose widgets come with an extra
+        importlib.import_module(f"ris_nb.{module.name}")
 ris_nb.vision.pretrained_namer()  # its weights came along,
 ris_nb.batches.load_model(ris_nb.batches.shipped_checkpoint("magnet_tiny"))  # and the trained model's
 print(ris_nb.__file__)
@@ -64,6 +65,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_the_library_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "ris_nb/task.py" in names
+    assert {"ris_nb/explore.ipynb", "ris_nb/checkpoints/magnet_tiny/predictor.safetensors"} <= set(names)
     assert not [n for n in names if n.startswith(("nbs/", "tests/", "data/", "runs/"))]
 
 
