@@ -417,31 +417,32 @@ SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of t
 }
 
 
-def sag_study(root: str | Path, steps: int = SAG_RECIPE["steps"]) -> dict[str, Callable[[int, Path], dict]]:
+def sag_study(root: str | Path, steps: int = 300) -> dict[str, Callable[[int, Path], dict]]:
     """The study's variants for `run_study`: each trains on the set `refshapes` in `root` and is scored on its val split.
 
-    The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" is the ceiling, "no model" the
-    floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU, those of expressions of
-    other images ("shuffled"), and for SaG those of the other schemes and of mean slots.
+    The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" is the ceiling, "untrained" how
+    `sag_tiny` starts, "no model" the floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU,
+    those of expressions of other images ("shuffled"), and for SaG those of the other schemes and of mean slots.
     """
     data = open_data(root, "refshapes")
     train, val = data.referrals("train"), data.referrals("val")
     vocabulary = build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
 
-    def variant(name: str, **changes):
+    def variant(name: str, steps: int = steps, **changes):
         def run(seed: int, folder: Path) -> dict:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
             model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes)
             recipe = SAG_RECIPE if name == "sag_tiny" else TINY_RECIPE
-            config = TrainConfig(**{**recipe, "steps": steps, "warmup": min(recipe["warmup"], steps // 4), "seed": seed})
             start = time.process_time()
-            fit(model, ReferralDataset(train, model.tokenizer, model.transform, masks=model.needs_masks), config, folder, progress=False)
+            if steps:
+                config = TrainConfig(**{**recipe, "steps": steps, "warmup": min(recipe["warmup"], steps // 4), "seed": seed})
+                fit(model, ReferralDataset(train, model.tokenizer, model.transform, masks=model.needs_masks), config, folder, progress=False)
             return {"steps": steps, "seconds": time.process_time() - start, **sag_scores(model, val)}
         return run
 
     return {"LAVT, with masks": variant("lavt_tiny"), **{row: variant("sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
-            "no model": lambda seed, folder: floor_scores(val, Tokenizer(vocabulary), seed)}
+            "untrained": variant("sag_tiny", steps=0), "no model": lambda seed, folder: floor_scores(val, Tokenizer(vocabulary), seed)}
 
 # %% ../nbs/17_sag.ipynb #079
 def sag_scores(model: RISModel, referrals: Sequence) -> dict[str, float]:
