@@ -44,8 +44,8 @@ from .vision import Swin, ViT
 # %% auto #0
 __all__ = ['SIDE', 'PALETTE', 'READS', 'POINTER', 'SEES', 'GATHERED', 'SENTENCES', 'FAN', 'MARKERS', 'Latest', 'fingerprint',
            'Remembered', 'image_parts', 'remember_images', 'Viewer', 'shipped', 'masks_at', 'word_readers',
-           'word_attention', 'word_effects', 'Answer', 'answer', 'shown', 'png', 'heat', 'coloured', 'bars', 'Panel',
-           'picture_part', 'scene_at', 'scene_parts', 'offer', 'offer_examples', 'unread', 'word_buttons',
+           'word_attention', 'word_effects', 'Answer', 'answer', 'shown', 'png', 'heat', 'outlined', 'coloured', 'bars',
+           'Panel', 'picture_part', 'scene_at', 'scene_parts', 'offer', 'offer_examples', 'unread', 'word_buttons',
            'read_upload', 'ask_parts', 'draw_answer', 'row_of_pictures', 'AskPanel', 'ask_panel', 'Pointable',
            'stroke_points', 'paint', 'shift', 'mean_below', 'WordGame', 'hide_word', 'guess_word', 'shipped_game',
            'fill_parts', 'picture_and_bars', 'MovableMask', 'FillPanel', 'fill_panel', 'with_slots', 'Shattered',
@@ -251,6 +251,15 @@ def heat(picture: np.ndarray, values: Tensor, top: float = 1.0) -> np.ndarray:
     grey = picture.mean(-1, keepdims=True) / 255
     return (255 * (0.75 * colours + 0.25 * grey)).astype(np.uint8)
 
+
+def outlined(picture: np.ndarray, mask: np.ndarray, **tint) -> np.ndarray:
+    """`overlay` with a black line around the mask (H, W), so that it is seen on things of any colour: (H, W, 3) uint8."""
+    wide = np.pad(mask, 1)
+    beside = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
+    drawn = overlay(picture, mask, **tint)
+    drawn[beside & ~mask] = 0
+    return drawn
+
 # %% ../nbs/19_explore.ipynb #029
 def coloured(words: Sequence[str], shares: Sequence[float]) -> str:
     """HTML: words on blue, the darker the larger their share, which stands below each."""
@@ -310,7 +319,7 @@ class Panel(widgets.VBox):
 def picture_part(name: str) -> dict[str, widgets.Widget]:
     """A picture and its caption, as parts of a panel: `name`, `name caption`, and `name column` that holds both."""
     picture, caption = widgets.Image(format="png", layout=widgets.Layout(max_width=f"{SIDE}px", object_fit="contain")), widgets.HTML()
-    return {name: picture, f"{name} caption": caption, f"{name} column": widgets.VBox([picture, caption])}
+    return {name: picture, f"{name} caption": caption, f"{name} column": widgets.VBox([picture, caption], layout=widgets.Layout(align_items="flex-start"))}
 
 
 @lru_cache(maxsize=64)
@@ -389,7 +398,8 @@ def ask_parts(models: Sequence[str], vocabulary: Sequence[str], photo: bool) -> 
     """The widgets of `AskPanel`."""
     parts = {**scene_parts(),
              "source": widgets.ToggleButtons(options=["scene", "photo"], value="photo" if photo else "scene", description="Look at"),
-             "upload": widgets.FileUpload(accept="image/*", description="Upload a photo", tooltip="A picture file of yours"),
+             "upload": widgets.FileUpload(accept="image/*", description="Upload a photo", tooltip="A picture file of yours",
+                                          layout=widgets.Layout(width="auto")),
              "threshold": widgets.FloatSlider(0.5, min=0.05, max=0.95, step=0.05, description="Threshold"),
              "words": widgets.ToggleButtons(options=[("the answer", -1)], description="Show", style={"button_width": "auto"}),
              "clear": widgets.Button(description="Clear", tooltip="Empty the expression", layout=widgets.Layout(width="auto"))}
@@ -410,7 +420,7 @@ def draw_answer(picture: np.ndarray, model: RISModel, found: Answer, word: int =
     mask = masks_at(model, found.output, [picture.shape[:2]], threshold)[0].numpy()
     caption = f" marks {mask.mean():.1%}" + ("" if truth is None else f", IoU {iou(mask, truth).item():.2f}")
     caption += coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
-    return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
+    return outlined(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
 
 
 def row_of_pictures(pictures: dict[str, np.ndarray], below: dict[str, str], title: str) -> Figure:
@@ -711,7 +721,7 @@ class FillPanel(Panel):
         self.mask.follow(self["picture"].stroke, self["tool"].value)
         hidden, mask = self["words"].value, self.mask.value
         self.best = self.guess(self.game, *self.hide(self.game, self.viewer, photo, text, hidden), hidden, mask)
-        self.drawn, word = overlay(scene.image, mask, TRUTH, alpha=0.7), self.pieces[hidden]
+        self.drawn, word = outlined(scene.image, mask, colour=TRUTH, alpha=0.7), self.pieces[hidden]
         self["picture"].png, self["picture"].alt = png(self.drawn), f"The scene, with a mask over {mask.mean():.1%} of it"
         tables = [bars(name, rows, colour, word) for (name, rows), colour in zip(self.best.items(), PALETTE)]
         self["bars"].value = f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(tables)}</div>'
@@ -826,7 +836,7 @@ def draw_gathered(picture: np.ndarray, model: RISModel, maps: Tensor, reads: Ten
     M = relevance_map(reads[None], maps.flatten(1)[None], model.scheme).view(maps.shape[1:])
     mask = model.masks(Output(M[None]), [picture.shape[:2]])[0].numpy()
     known = "" if truth is None else f", IoU {iou(mask, truth).item():.2f}"
-    return {f"mask: {mask.mean():.1%}{known}": overlay(picture, mask), f"relevance, up to {M.max():.2f}": heat(picture, M, float(M.max())),
+    return {f"mask: {mask.mean():.1%}{known}": outlined(picture, mask), f"relevance, up to {M.max():.2f}": heat(picture, M, float(M.max())),
             **{f"slot {names[k]}, read {reads[k]:.0%}": heat(picture, maps[k], top) for k in order}}
 
 # %% ../nbs/19_explore.ipynb #076
