@@ -49,7 +49,8 @@ def start(tmp_path, *command):
     folders = {name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_SETTINGS_DIR")}
     env = {**os.environ, **folders, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, *(part.format(port=port) for part in command)], cwd=tmp_path, env=env, stdout=log, stderr=log)
+        server = subprocess.Popen([sys.executable, *(part.format(port=port) for part in command)], cwd=tmp_path, env=env, stdout=log, stderr=log,
+                                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores Ctrl-C
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.xdist_group("wheel")  # two processes that build in one folder at a time get into each other's way
 
 # Runs inside the clean environment: borrows the installed packages of this one, but only those the wheel's requirements lead to.
 CHECK = """
