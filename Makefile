@@ -32,8 +32,8 @@ test: .venv/installed-dev chromium
 
 # Chapter 19 is tested in a browser as well. Where it can be installed it is; elsewhere those tests are skipped and say why.
 chromium:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
-		&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && timeout 120 apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 		|| echo "Chromium can't be installed here: the tests in a browser will be skipped"
 
 # Speed and memory of every model on this machine, the paper's sizes too: minutes on a GPU, up to an hour and 16 GB on a laptop.
