@@ -28,7 +28,7 @@ demo: .venv/installed
 # Notebooks by the rules of nbdev (tests/test_notebooks.py), then the tests a notebook should not carry.
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.
 test: .venv/installed-dev chromium
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 --dist loadgroup -q --durations=15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 -q --durations=15
 
 # Chapter 19 is tested in a browser as well. Where it can be installed it is; elsewhere those tests are skipped and say why.
 chromium:

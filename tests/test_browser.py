@@ -24,8 +24,7 @@ MINUTE = 60_000  # milliseconds
 
 pytest.importorskip("playwright", reason="a browser is driven by playwright: pip install playwright")
 pytest.importorskip("voila", reason="the page needs the extra ris_nb[explore]")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"), pytest.mark.timeout(900),
-              pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"), pytest.mark.timeout(900)]
 
 from playwright.sync_api import sync_playwright
 
