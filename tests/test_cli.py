@@ -37,7 +37,6 @@ from ris_nb.refer import open_data
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ris_nb.training", "ris_nb.evaluation", "ris_nb.lavt", "torch._dynamo", "pytest"])
 TRAIN = ("--model", "lavt_speck", "--warmup", 0, "--batch-size", 4, "--val", "none")
 
 

@@ -1,9 +1,12 @@
 """Every notebook runs from top to bottom by the rules of nbdev: cells flagged in settings.ini's `tst_flags` are skipped."""
 from __future__ import annotations
 
-import subprocess
+import multiprocessing
+import os
+import signal
 import sys
 from configparser import ConfigParser
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,12 +21,20 @@ def skip_flags() -> list[str]:
     return ini["DEFAULT"]["tst_flags"].split()
 
 
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.test import test_nb
-sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=sys.argv[3:], basepath=Path(sys.argv[2]))[0])
-"""
+def run(path: Path, log: Path, environ: dict[str, str]) -> None:
+    """Run a notebook in this process, just forked, as if it were a fresh one; the exit status tells whether it went well."""
+    os.setsid()  # whatever it starts can be ended with it
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv = [str(path)]
+    multiprocessing.set_start_method(None, force=True)  # its own processes start as this Python starts them
+    for name in [name for name in sys.modules if name.split(".")[0] == "ris_nb"]:
+        del sys.modules[name]  # the notebook imports the library itself, and may define anew what the library registers
+    from nbdev.test import test_nb
+    sys.exit(not test_nb(path, skip_flags=skip_flags(), basepath=ROOT)[0])
 
 
 def test_there_are_notebooks():
@@ -32,7 +43,13 @@ def test_there_are_notebooks():
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
-def test_notebook_runs(path):
-    # A process of its own, so that no notebook passes on what another one left behind; its loaders may have workers.
-    done = subprocess.run([sys.executable, "-c", RUN, path, ROOT, *skip_flags()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def test_notebook_runs(path, tmp_path):
+    # A process of its own, so that no notebook passes on what another one left behind.
+    process = multiprocessing.get_context("forkserver").Process(target=run, args=(path, tmp_path / "log", dict(os.environ)))
+    process.start()
+    try:
+        process.join()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-6000:]

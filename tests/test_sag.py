@@ -30,7 +30,6 @@ from ris_nb.training import LossStep, TrainConfig, accumulate_gradients, fit, ma
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["ris_nb.sag", "ris_nb.cli", "plain_sag", "torch._dynamo", "pytest"])
 VOCABULARY = [*SPECIAL, *"the red blue green ball box left right of".split()]
 CASES = ("sag_tiny", "sag_tiny_nointer", "sag_tiny_query", "sag_tiny_random", "sag_tiny_transformer", "sag_full")
 

@@ -27,7 +27,6 @@ from ris_nb.training import (GlobalBatches, SyncBatchNorm2d, TrainConfig, accumu
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit for bit is a promise for the CPU
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ris_nb.training", "ris_nb.lavt", "torch._dynamo", "pytest"])  # torch imports dynamo late; it is slow
 CONFIG = TrainConfig(steps=12, batch_size=8, lr=1e-2, save_every=5, log_every=4, validate_every=6)
 
 
