@@ -14,13 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.patches import Patch
-from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -28,6 +26,9 @@ from tqdm.auto import tqdm
 from .batches import SPECIAL, Batch, RISModel, ReferralDataset, collate, evaluating, read_image, replacing
 from .refer import Referral
 from .task import PREDICTION, TRUTH, Output, RISError, SegmentationMetrics, intersection_union, show_referral
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% auto #0
 __all__ = ['SIZE_GROUPS', 'LENGTH_GROUPS', 'FLOORS', 'Record', 'score', 'size_group', 'length_group', 'score_by', 'score_batch',
@@ -339,6 +340,7 @@ class Floor(RISModel):
 # %% ../nbs/09_evaluation.ipynb #062
 def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """The mean of runs that differ in their seed alone, and half the width of its Student interval (nan for one run)."""
+    from scipy.stats import t as student
     n = len(values)
     if n < 2:
         return float(np.mean(values)), float("nan")
@@ -383,6 +385,7 @@ def study_table(rows: Sequence[dict], fields: Sequence[str]) -> str:
 
 def show_study(rows: Sequence[dict], field: str, ax: plt.Axes | None = None) -> plt.Axes:
     """Each run of each variant as a dot, the mean as a bar with its 95 % interval; `field` in percent."""
+    import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 1 + 0.3 * len({r["variant"] for r in rows})), layout="constrained")[1]
     names = list(dict.fromkeys(row["variant"] for row in rows))
     for y, name in enumerate(names):
@@ -422,6 +425,8 @@ def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count:
 
     `dataset` is the one that the report was made on, not shuffled. The figure is saved to `path`, if given.
     """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
     records = [r for r in report.records if kind in (None, r.kind)]
     if not records or report.shuffled is not None:
         fault = "a shuffled report" if records else f"no record of kind {kind!r}"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import torch
 from huggingface_hub import list_repo_files
 from torch import nn
@@ -21,11 +21,13 @@ from .batches import RISModel
 from .evaluation import Report, _table, show_study, study_table
 from .lavt import LAVT, read_released
 from .magnet import RELEASED_WEIGHTS, MagNet, fetch_released
-from .prepare import differences
 from .refer import PUBLISHED, Referral, Referrals
 from .sag import SAG_RECIPE, SaG
 from .task import PREDICTION, TRUTH, RISError
 from .training import TINY_RECIPE, TrainConfig
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% auto #0
 __all__ = ['LAVT_CODE', 'LAVT_PAPER', 'DEMO', 'MAGNET_CODE', 'SAG_CODE', 'LAVT_SETTINGS', 'LAVT_NETWORK', 'LAVT_SETS', 'RECIPES',
@@ -219,6 +221,7 @@ def check_complete(data: Referrals, splits: Iterable[str]) -> None:
 
     Photos are looked for, not read; `ris-nb data check` reads them.
     """
+    from ris_nb.prepare import differences
     known = (data.dataset, data.split_by) in PUBLISHED
     way = (f"`ris-nb data prepare {data.dataset} --root {data.root}` fetches what is missing" if known
            else "make or copy the data set again")
@@ -418,6 +421,7 @@ def show_published(published: Mapping, ax: plt.Axes) -> plt.Axes:
 
 def results_figure(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> plt.Figure:
     """Published scores in the first panel, ours in the others: our reports, and each study by its first oIoU."""
+    import matplotlib.pyplot as plt
     reports = list(reports)
     figure, axes = plt.subplots(1, 1 + bool(reports) + len(studies), figsize=(4.6 * (1 + bool(reports) + len(studies)), 4.2), squeeze=False,
                                 layout="constrained")

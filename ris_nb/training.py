@@ -13,19 +13,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from .batches import DrawSampler, collate, evaluating, replacing
 from .task import RISError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
 __all__ = ['TINY_RECIPE', 'UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 'schedule_factor', 'loss_factor', 'param_groups',
@@ -154,6 +155,7 @@ class LossStep(nn.Module):
         self.model, self.precision = model, precision
 
     def forward(self, batch) -> dict[str, torch.Tensor]:
+        from accelerate.utils import convert_to_fp32
         with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             output = self.model(batch)
         return self.model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
@@ -161,6 +163,7 @@ class LossStep(nn.Module):
 # %% ../nbs/08_training.ipynb #046
 def make_accelerator() -> Accelerator:
     """accelerate's view of the machine: one process or many (`accelerate launch`, `torchrun`), on a GPU if there is one."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a step need not reach every parameter
     # without a GPU it is cpu=True that makes accelerate join the other processes, through gloo
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[unused])
