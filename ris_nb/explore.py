@@ -44,8 +44,8 @@ from .vision import Swin, ViT
 # %% auto #0
 __all__ = ['SIDE', 'PALETTE', 'READS', 'POINTER', 'SEES', 'GATHERED', 'SENTENCES', 'FAN', 'MARKERS', 'Latest', 'fingerprint',
            'Remembered', 'image_parts', 'remember_images', 'Viewer', 'shipped', 'masks_at', 'word_readers',
-           'word_attention', 'word_effects', 'Answer', 'answer', 'shown', 'png', 'heat', 'outlined', 'coloured', 'bars',
-           'Panel', 'picture_part', 'scene_at', 'scene_parts', 'offer', 'offer_examples', 'unread', 'word_buttons',
+           'word_attention', 'word_effects', 'Answer', 'answer', 'shown', 'png', 'heat', 'coloured', 'bars', 'Panel',
+           'picture_part', 'scene_at', 'scene_parts', 'offer', 'offer_examples', 'unread', 'word_buttons',
            'read_upload', 'ask_parts', 'draw_answer', 'row_of_pictures', 'AskPanel', 'ask_panel', 'Pointable',
            'stroke_points', 'paint', 'shift', 'mean_below', 'WordGame', 'hide_word', 'guess_word', 'shipped_game',
            'fill_parts', 'picture_and_bars', 'MovableMask', 'FillPanel', 'fill_panel', 'with_slots', 'Shattered',
@@ -251,15 +251,6 @@ def heat(picture: np.ndarray, values: Tensor, top: float = 1.0) -> np.ndarray:
     grey = picture.mean(-1, keepdims=True) / 255
     return (255 * (0.75 * colours + 0.25 * grey)).astype(np.uint8)
 
-
-def outlined(picture: np.ndarray, mask: np.ndarray, **tint) -> np.ndarray:
-    """`overlay` with a black line around the mask (H, W), so that it is seen on things of any colour: (H, W, 3) uint8."""
-    wide = np.pad(mask, 1)
-    beside = wide[:-2, 1:-1] | wide[2:, 1:-1] | wide[1:-1, :-2] | wide[1:-1, 2:]
-    drawn = overlay(picture, mask, **tint)
-    drawn[beside & ~mask] = 0
-    return drawn
-
 # %% ../nbs/19_explore.ipynb #029
 def coloured(words: Sequence[str], shares: Sequence[float]) -> str:
     """HTML: words on blue, the darker the larger their share, which stands below each."""
@@ -420,7 +411,7 @@ def draw_answer(picture: np.ndarray, model: RISModel, found: Answer, word: int =
     mask = masks_at(model, found.output, [picture.shape[:2]], threshold)[0].numpy()
     caption = f" marks {mask.mean():.1%}" + ("" if truth is None else f", IoU {iou(mask, truth).item():.2f}")
     caption += coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
-    return outlined(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
+    return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
 
 
 def row_of_pictures(pictures: dict[str, np.ndarray], below: dict[str, str], title: str) -> Figure:
@@ -721,7 +712,7 @@ class FillPanel(Panel):
         self.mask.follow(self["picture"].stroke, self["tool"].value)
         hidden, mask = self["words"].value, self.mask.value
         self.best = self.guess(self.game, *self.hide(self.game, self.viewer, photo, text, hidden), hidden, mask)
-        self.drawn, word = outlined(scene.image, mask, colour=TRUTH, alpha=0.7), self.pieces[hidden]
+        self.drawn, word = overlay(scene.image, mask, "truth"), self.pieces[hidden]
         self["picture"].png, self["picture"].alt = png(self.drawn), f"The scene, with a mask over {mask.mean():.1%} of it"
         tables = [bars(name, rows, colour, word) for (name, rows), colour in zip(self.best.items(), PALETTE)]
         self["bars"].value = f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(tables)}</div>'
@@ -836,7 +827,7 @@ def draw_gathered(picture: np.ndarray, model: RISModel, maps: Tensor, reads: Ten
     M = relevance_map(reads[None], maps.flatten(1)[None], model.scheme).view(maps.shape[1:])
     mask = model.masks(Output(M[None]), [picture.shape[:2]])[0].numpy()
     known = "" if truth is None else f", IoU {iou(mask, truth).item():.2f}"
-    return {f"mask: {mask.mean():.1%}{known}": outlined(picture, mask), f"relevance, up to {M.max():.2f}": heat(picture, M, float(M.max())),
+    return {f"mask: {mask.mean():.1%}{known}": overlay(picture, mask), f"relevance, up to {M.max():.2f}": heat(picture, M, float(M.max())),
             **{f"slot {names[k]}, read {reads[k]:.0%}": heat(picture, maps[k], top) for k in order}}
 
 # %% ../nbs/19_explore.ipynb #076

@@ -13,12 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.colors import to_rgb
+from contourpy import contour_generator
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from torch import Tensor
 
 # %% auto #0
 __all__ = ['TRUTH', 'PREDICTION', 'THRESHOLDS', 'Output', 'RISError', 'intersection_union', 'iou', 'SegmentationMetrics',
-           'overlay', 'show_referral']
+           'draw_mask', 'overlay', 'show_referral']
 
 # %% ../nbs/01_task.ipynb #013
 @dataclass
@@ -144,37 +146,82 @@ class SegmentationMetrics:
         result = {"expressions": int(n), "oIoU": intersection / max(union, 1), "mIoU": ious / n}
         return result | {f"Prec@{x:g}": k / n for x, k in zip(self.thresholds, reached)}
 
-# %% ../nbs/01_task.ipynb #062
-def overlay(image, mask, colour=PREDICTION, alpha=0.55) -> np.ndarray:
-    """The image with the mask's pixels tinted: (H, W, 3) uint8 and (H, W) bool give (H, W, 3) uint8.
+# %% ../nbs/01_task.ipynb #061a
+def _refuse_kind(kind: str) -> None:
+    if kind not in ("truth", "prediction"):
+        raise RISError(f"a mask is drawn as 'truth' or as 'prediction', not as {kind!r}")
 
-    `alpha` in [0, 1] is the share of `colour` in a tinted pixel. Raises `RISError` when the sizes differ.
+
+def draw_mask(ax, mask, kind: str, size: tuple[int, int] | None = None) -> None:
+    """Draw a bool mask (H, W) on axes that show a picture: a white line on a wider black one, seen on any colour.
+
+    `kind` is "truth" (a solid line) or "prediction" (a dashed line, and hatched). A mask that touches the frame gets a closed
+    line, an empty one gets none. `size` is the (h, w) of what the axes show where it isn't the mask's own, e.g. a map of scores.
+    Raises `RISError` for another kind, and for what is no bool mask.
     """
+    _refuse_kind(kind)
+    mask = np.asarray(mask)
+    if mask.dtype != bool or mask.ndim != 2:
+        raise RISError(f"cannot draw {mask.shape} of {mask.dtype} as a mask: it takes one bool (H, W); threshold scores first")
+    if not mask.any():
+        return
+    ends = np.array(mask.shape[::-1])  # x before y, as in a path
+    grid = np.meshgrid(*(np.arange(-1, n + 1) for n in ends))
+    lines = contour_generator(*grid, np.pad(mask, 1).astype(float)).lines(0.5)  # a border of background closes the lines
+    inset, zoom = 0.012 * ends.max(), np.array((size or mask.shape)[::-1]) / ends
+    lines = [(np.clip(line, inset - 0.5, ends - 0.5 - inset) + 0.5) * zoom - 0.5 for line in lines]  # not under the frame
+    outline, truth = Path.make_compound_path(*map(Path, lines)), kind == "truth"
+    looks = dict(fill=False, joinstyle="round", zorder=2.7 if truth else 2.6)
+    edge = ax.add_patch(PathPatch(outline, edgecolor="black", linewidth=2.6, **looks))
+    ax.add_patch(PathPatch(outline, edgecolor="white", linewidth=1.2, linestyle="-" if truth else (0, (2, 1.6)), **looks))
+    if not truth:
+        box = outline.get_extents()
+        gap = min(max(size or mask.shape) / 10, max(box.width, box.height) / 2.5)
+        starts = np.arange(box.x0 - box.height + gap / 2, box.x1, gap)
+        stripes = Path.make_compound_path(*(Path([(x, box.y1), (x + box.height, box.y0)]) for x in starts))
+        for colour, width in (("black", 1.7), ("white", 0.7)):
+            ax.add_patch(PathPatch(stripes, fill=False, edgecolor=colour, linewidth=width, zorder=2.5)).set_clip_path(edge)
+
+# %% ../nbs/01_task.ipynb #062
+def overlay(image, mask, kind: str = "prediction") -> np.ndarray:
+    """The image with the mask painted into its pixels: (H, W, 3) uint8 and (H, W) bool give (H, W, 3) uint8.
+
+    A black line runs around the mask and a white one inside it; a "prediction" has stripes, too, a "truth" has none.
+    The other pixels keep their colours. Raises `RISError` for another kind, and when the sizes differ.
+    """
+    from scipy.ndimage import binary_dilation, binary_erosion  # here, since importing it takes a while
+    _refuse_kind(kind)
     image, mask = np.asarray(image), np.asarray(mask)
-    if image.dtype != np.uint8 or image.shape != (*mask.shape, 3):
-        raise RISError(f"an image {image.shape} of {image.dtype} cannot carry a mask {mask.shape}: "
+    if image.dtype != np.uint8 or mask.dtype != bool or image.shape != (*mask.shape, 3):
+        raise RISError(f"an image {image.shape} of {image.dtype} cannot carry a mask {mask.shape} of {mask.dtype}: "
                        "it takes (H, W, 3) of uint8 and (H, W) of bool")
-    mixed = (1 - alpha) * image + alpha * 255 * np.array(to_rgb(colour))
-    return np.where(mask[..., None], mixed.round(), image).astype(np.uint8)
+    thick = max(1, round(max(mask.shape) / 200))
+    drawn = image.copy()
+    if kind == "prediction":
+        stripe = np.add(*np.indices(mask.shape)) % max(8 * thick, max(mask.shape) // 20) // thick
+        drawn[mask & (stripe == 0)], drawn[mask & (stripe == 1)] = 255, 0
+    drawn[mask & ~binary_erosion(mask, iterations=thick)] = 255
+    drawn[~mask & binary_dilation(mask, iterations=thick)] = 0
+    return drawn
 
 # %% ../nbs/01_task.ipynb #065
 def show_referral(image, expression, truth=None, prediction=None, ax=None) -> plt.Axes:
-    """Draw an image (H, W, 3) under its expression: the truth as a contour, the prediction as a tint, both bool (H, W).
+    """Draw an image (H, W, 3) under its expression, with the masks, both bool (H, W), as `draw_mask` draws them.
 
-    With both, the IoU stands in the title. Draws on `ax`, or on a new figure, and returns the axes.
+    With both, the IoU stands in the title; with a prediction, a line below the picture says which is which.
+    Draws on `ax`, or on a new figure, and returns the axes.
     """
     ax = ax or plt.subplots(figsize=(3.2, 3.4), layout="constrained")[1]
-    image = np.asarray(image)
-    height, width = image.shape[:2]
-    ax.imshow(image if prediction is None else overlay(image, prediction))
-    if truth is not None and np.any(truth):
-        # a border of background closes the contour of a mask that touches the frame
-        padded = np.pad(np.asarray(truth, dtype=float), 1)
-        ax.contour(np.arange(-1, width + 1), np.arange(-1, height + 1), padded, [0.5], colors=TRUTH, linewidths=2)
+    ax.imshow(np.asarray(image))
     title = "\n".join(textwrap.wrap(textwrap.shorten(expression, 90, placeholder=" ..."), 34))
+    if truth is not None:
+        draw_mask(ax, truth, "truth")
+    if prediction is not None:
+        draw_mask(ax, prediction, "prediction")
+        said = "hatched: prediction" if np.any(prediction) else "prediction: no pixel"
+        ax.text(0.5, -0.03, said if truth is None else f"solid: truth; {said}", transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
     if truth is not None and prediction is not None:
         title += f"\nIoU {iou(prediction, truth).item():.2f}"
     ax.set_title(title, fontsize=9, parse_math=False)  # a dollar sign in an expression is a dollar sign
-    ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     ax.axis("off")
     return ax

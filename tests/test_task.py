@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pycocotools import mask as coco_mask
 
-from ris_nb.task import RISError, SegmentationMetrics, intersection_union, iou, overlay, show_referral
+from ris_nb.task import RISError, SegmentationMetrics, draw_mask, intersection_union, iou, overlay, show_referral
 
 
 def random_masks(n: int, size=(13, 9), seed: int = 0):
@@ -88,15 +88,67 @@ def test_what_is_no_pair_of_masks_is_refused_in_one_line(prediction, truth):
     assert "\n" not in str(error.value)
 
 
-def test_overlay_keeps_the_rest_and_refuses_other_sizes():
-    image = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    mask = np.zeros((6, 7), bool)
-    mask[2, 3] = True
-    assert ((overlay(image, mask) != image).any(-1) <= mask).all()
-    assert (overlay(image, mask, "#ffffff", 1.0)[2, 3] == 255).all()
-    for bad in (np.zeros((7, 6), bool), np.zeros((6, 7, 3), bool)):
+def test_overlay_keeps_the_rest_and_refuses_what_does_not_fit():
+    image = np.random.default_rng(0).integers(1, 255, (96, 128, 3), dtype=np.uint8)
+    mask = np.zeros((96, 128), bool)
+    mask[40:, 30:90] = True  # down to the frame
+    near = np.zeros_like(mask)
+    near[39:, 29:91] = True
+    for kind in ("truth", "prediction"):
+        changed = (overlay(image, mask, kind) != image).any(-1)
+        assert (changed <= near).all() and changed[-1, 30:90].all()
+    assert changed[mask].mean() < 0.5  # the colours below stay to be seen
+    for bad in (np.zeros((7, 6), bool), np.zeros((96, 128, 3), bool), mask.astype(np.uint8)):
         with pytest.raises(RISError):
             overlay(image, bad)
+    with pytest.raises(RISError, match="'truth' or as 'prediction'"):
+        overlay(image, mask, "answer")
+
+
+@pytest.mark.parametrize("ground", [0, 70, 128, 200, 255])
+def test_masks_are_seen_on_any_ground_and_told_apart(ground):
+    """Drawn pixels differ much in brightness from any ground, and truth, prediction and nothing give three different pictures."""
+    import matplotlib.pyplot as plt
+    mask = np.zeros((64, 64), bool)
+    mask[20:34, 50:] = True  # touches the frame, 14 pixels as a small thing
+    pictures = []
+    for kind in ("truth", "prediction"):
+        figure = plt.figure(figsize=(1.5, 1.5), dpi=100)
+        ax = figure.add_axes((0, 0, 1, 1))
+        ax.imshow(np.full((64, 64, 3), ground, np.uint8))
+        ax.axis("off")
+        draw_mask(ax, mask, kind)
+        figure.canvas.draw()
+        pictures.append(np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int))
+        plt.close(figure)
+    far = [(abs(picture - ground).max(-1) > 100) for picture in pictures]
+    at_frame = [drawn[60:70, -4:].any() for drawn in far]
+    assert all(drawn.sum() > 60 for drawn in far) and all(at_frame)
+    inside = np.s_[54:72, 124:142]
+    assert not far[0][inside].any() and far[1][inside].any()  # a truth leaves its inside alone, a prediction is hatched
+
+
+@pytest.mark.parametrize("mask", [np.zeros((4, 5)), np.zeros((2, 4, 5), bool), np.zeros(5, bool), np.zeros((4, 5), np.uint8)])
+def test_what_is_no_mask_is_not_drawn(mask):
+    import matplotlib.pyplot as plt
+    figure, ax = plt.subplots()
+    with pytest.raises(RISError, match="bool"):
+        draw_mask(ax, mask, "truth")
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("fill", [1, 4096])
+def test_the_smallest_and_the_largest_mask_can_be_drawn(fill):
+    import matplotlib.pyplot as plt
+    mask = np.arange(4096).reshape(64, 64) < fill
+    figure, ax = plt.subplots()
+    ax.imshow(np.zeros((16, 16)))
+    draw_mask(ax, mask, "prediction", size=(16, 16))
+    figure.canvas.draw()
+    assert ax.patches and ax.get_xlim() == (-0.5, 15.5)
+    for patch in ax.patches[:2]:
+        assert (patch.get_path().vertices >= -0.5).all() and (patch.get_path().vertices <= 15.5).all()
+    plt.close(figure)
 
 
 @pytest.mark.parametrize("expression", ["$x$ and $y", "word " * 2000, "a" * 10_000, "", "line\nbreak", "日本語 \u200b"])
