@@ -45,7 +45,11 @@ def mask_words(ids: Tensor, words: Tensor, special: Sequence[int] | Tensor, mask
 
 # %% ../nbs/10_mask_grounding.ipynb #028
 def mask_centre(mask: Tensor) -> Tensor:
-    """The centre of mass of each mask: (B, H, W) bool -> (x, y) in [0, 1], (B, 2). An empty mask gets (0, 0), the corner."""
+    """The centre of mass of each mask: (B, H, W) bool -> (x, y) in [0, 1], (B, 2).
+
+    It need not lie in the mask: that of a ring is in its hole, that of two things between them. An empty mask has no centre and gets
+    (0, 0), the outer corner of the first pixel, where no other mask has it.
+    """
     m = mask.float()
     area = m.sum((1, 2)).clamp(min=1)
     x, y = ((torch.arange(n, device=mask.device) + 0.5) / n for n in (mask.shape[2], mask.shape[1]))
@@ -85,12 +89,14 @@ class GridEncoder(nn.Module):
 MASK_ENCODERS = {"centre": CentreEncoder, "grid": GridEncoder}
 
 # %% ../nbs/10_mask_grounding.ipynb #038
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float | None) -> None:
     for name, parameter in module.named_parameters():
-        if name.endswith("place"):
+        if parameter.ndim > 1 and std is not None:
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("place"):
             nn.init.normal_(parameter, std=0.3)
         elif parameter.ndim > 1:
-            nn.init.xavier_uniform_(parameter)  # BERT's 0.02 is so small that attention stays even: see the chapter
+            nn.init.xavier_uniform_(parameter)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
 
@@ -100,11 +106,13 @@ class WordPredictor(nn.Module):
 
     word_width, pixel_width: of what comes in; `pixel_width` None builds no image part, `mask_encoder` None no mask part.
     width, layers, heads, ffn, dropout: of a BERT-like transformer. grid: the image is `grid` x `grid` tokens.
-    length: words at most. The defaults are the authors' sizes.
+    length: words at most. std: of the weights at the start, or None for Xavier's rule, which a narrow predictor needs: see the
+    chapter. The defaults are those of the first author's demo.
     """
 
     def __init__(self, word_width: int, pixel_width: int | None, vocab_size: int, width: int = 512, layers: int = 8, heads: int = 8,
-                 ffn: int = 3072, grid: int = 4, mask_encoder: str | None = "centre", dropout: float = 0.1, length: int = 20):
+                 ffn: int = 3072, grid: int = 4, mask_encoder: str | None = "centre", dropout: float = 0.1, length: int = 20,
+                 std: float | None = 0.02):
         super().__init__()
         if width % heads or mask_encoder not in (None, *MASK_ENCODERS):
             raise RISError(f"heads must divide width and mask_encoder be one of {', '.join(MASK_ENCODERS)}, "
@@ -117,7 +125,7 @@ class WordPredictor(nn.Module):
         layer = nn.TransformerEncoderLayer(width, heads, ffn, dropout, "gelu", layer_norm_eps=1e-12, batch_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12), nn.Linear(width, vocab_size))
-        _initialise(self)
+        _initialise(self, std)
         if mask_encoder is not None:  # its biases start at random: without them the norm would leave no distance from (0, 0)
             self.mask_in = MASK_ENCODERS[mask_encoder](width)
 
@@ -149,43 +157,59 @@ def mask_grounding_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 # %% ../nbs/10_mask_grounding.ipynb #059
 @torch.no_grad()
-def _feature_widths(host: nn.Module, pixels: bool) -> tuple[int, int | None]:
-    """Widths of the host's word and pixel features, found by asking it about a black image."""
-    batch = make_batch([np.zeros((host.image_size, host.image_size, 3), np.uint8)], ["a thing"], host.tokenizer, host.transform)
+def _feature_widths(host: nn.Module, pixels: bool, mask_id: int) -> tuple[int, int | None]:
+    """Widths of the host's word and pixel features, found by asking it about a black image: with a whole sentence, and with the first
+    word of it hidden in the ids. A host whose word features stay the same then reads its words elsewhere; that is an error."""
+    black = np.zeros((host.image_size, host.image_size, 3), np.uint8)
+    batch = make_batch([black, black], ["a thing", "a thing"], host.tokenizer, host.transform)  # one image, two sentences
+    batch.ids[1, 1] = mask_id
     with evaluating(host):
         output = host(batch.to(next(host.parameters()).device))
     for name in ("word_features", "pixel_features")[: 1 + pixels]:
         if getattr(output, name) is None:
             raise RISError(f"{type(host).__name__} gives no {name}, which Mask Grounding reads; let its forward return them")
+    whole, hidden = output.word_features.float()
+    if torch.allclose(whole, hidden, atol=1e-6):
+        raise RISError(f"{type(host).__name__} gives the same word_features when a word is hidden in batch.ids, so Mask Grounding can't hide "
+                       "words from it; let its forward read batch.ids, not batch.expression")
     return output.word_features.shape[-1], output.pixel_features.shape[1] if pixels else None
 
 # %% ../nbs/10_mask_grounding.ipynb #060
 SOURCES = ("image", "mask")
-TINY_PREDICTOR = dict(width=96, layers=2, heads=4, ffn=192)
+TINY_PREDICTOR = dict(width=96, layers=2, heads=4, ffn=192, std=None)
+
+
+def _in_game(batch: Batch) -> Tensor:
+    """The words that may be hidden, (B, L) bool: those of sentences whose mask isn't empty."""
+    return batch.words if batch.mask is None else batch.words & batch.mask.any(2).any(1)[:, None]
 
 
 class Grounded(nn.Module):
     """A model in training with Mask Grounding (MagNet, CVPR 2024): any `host` of the contract that yields `word_features`
     (and `pixel_features`, if the predictor is to see the image).
 
-    In training mode `forward` hides words, runs the host once on what is left and lets a `WordPredictor` guess. In
-    evaluation mode it is the host. All else that is asked of it is the host's, `save_pretrained` too: a checkpoint holds
+    In training mode `forward` hides words, runs the host once on what is left and lets a `WordPredictor` guess. The batch that
+    the host then gets has no `expression`, in which the words could still be read. A sentence whose mask is empty speaks of nothing
+    and is left out of the game: nothing is hidden in it. In evaluation mode it is the host. All else that is asked of it is the host's, `save_pretrained` too: a checkpoint holds
     the host alone. weight: of the loss. rate, replace, at_least_one: of `mask_words`. see: what the predictor sees besides
     the words, of "image" and "mask". The rest: of `WordPredictor`; `TINY_PREDICTOR` suits the tiny models.
     """
 
     def __init__(self, host: nn.Module, weight: float = 1.0, rate: float = 0.15, replace: float = 0.9, at_least_one: bool = True,
                  see: Sequence[str] = SOURCES, width: int = 512, layers: int = 8, heads: int = 8, ffn: int = 3072, grid: int = 4,
-                 mask_encoder: str = "centre", dropout: float = 0.1):
+                 mask_encoder: str = "centre", dropout: float = 0.1, std: float | None = 0.02):
         super().__init__()
         if not weight >= 0 or not set(see) <= set(SOURCES):
             raise RISError(f"weight must be at least 0 and see be among {', '.join(SOURCES)}, not {weight} and {see}")
+        if missing := [piece for piece in SPECIAL if piece not in host.vocabulary]:
+            raise RISError(f"the vocabulary of {type(host).__name__} lacks {', '.join(missing)}, which Mask Grounding needs to hide words; "
+                           "give it a BERT vocabulary")
         self.host, self.weight, self.rate, self.replace, self.at_least_one = host, weight, rate, replace, at_least_one
         self.see, self.mask_id = tuple(see), host.vocabulary.index("[MASK]")
         self.register_buffer("special", torch.tensor([host.vocabulary.index(piece) for piece in SPECIAL]), persistent=False)
-        word_width, pixel_width = _feature_widths(host, "image" in see)
+        word_width, pixel_width = _feature_widths(host, "image" in see, self.mask_id)
         self.predictor = WordPredictor(word_width, pixel_width, len(host.vocabulary), width, layers, heads, ffn, grid,
-                                       mask_encoder if "mask" in see else None, dropout, host.max_words)
+                                       mask_encoder if "mask" in see else None, dropout, host.max_words, std)
         self.to(next(host.parameters()).device)
 
     def __getattr__(self, name: str):
@@ -201,8 +225,8 @@ class Grounded(nn.Module):
         """The host's output; in training for a batch with hidden words, with `word_logits` and `word_targets` in `extra`."""
         if not self.training:
             return self.host(batch)
-        ids, targets = mask_words(batch.ids, batch.words, self.special, self.mask_id, self.rate, self.replace, self.at_least_one)
-        output = self.host(replace(batch, ids=ids))
+        ids, targets = mask_words(batch.ids, _in_game(batch), self.special, self.mask_id, self.rate, self.replace, self.at_least_one)
+        output = self.host(replace(batch, ids=ids, expression=None))
         logits = self.guess(output, batch, self.see)
         return replace(output, extra={**output.extra, "word_logits": logits, "word_targets": targets})
 
@@ -228,7 +252,7 @@ def masked_word_guesses(grounded: Grounded, loader: Iterable[Batch], sees: Seque
 
     One entry for each way to look in `sees`, by name: "words", "words + image", ... (default: all that the predictor is
     built for, one after the other). All of them guess the same words, which only `seed` decides. At least one
-    word an expression is hidden, and every selected word is replaced, or guessing it would be reading.
+    word an expression is hidden (none where the mask is empty), and every selected word is replaced, or guessing it would be reading.
     """
     sees = [grounded.see[:n] for n in range(len(grounded.see) + 1)] if sees is None else sees
     names = {" + ".join(("words", *see)): see for see in sees}
@@ -236,7 +260,7 @@ def masked_word_guesses(grounded: Grounded, loader: Iterable[Batch], sees: Seque
     device, special = grounded.special.device, grounded.special.cpu()
     with evaluating(grounded):
         for batch in loader:
-            ids, targets = mask_words(batch.ids.cpu(), batch.words.cpu(), special, grounded.mask_id, rate, 1.0, generator=generator)
+            ids, targets = mask_words(batch.ids.cpu(), _in_game(batch).cpu(), special, grounded.mask_id, rate, 1.0, generator=generator)
             batch, asked = replace(batch, ids=ids).to(device), targets.to(device) != IGNORE
             output = grounded.host(batch)
             found["target"].append(targets[targets != IGNORE])

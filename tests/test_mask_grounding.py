@@ -94,6 +94,8 @@ def test_centre_of_a_rectangle_of_pixels():
     mask = torch.zeros(2, 10, 20).bool()
     mask[0, 2:4, 5:15] = True
     torch.testing.assert_close(mask_centre(mask), torch.tensor([[0.5, 0.3], [0.0, 0.0]]))
+    mask[1, 0, 0] = True  # as near to the corner as a mask gets, and yet not where an empty one is
+    torch.testing.assert_close(mask_centre(mask)[1], torch.tensor([0.025, 0.05]))
 
 
 @pytest.mark.parametrize("encoder", MASK_ENCODERS)
@@ -181,6 +183,75 @@ def test_hosts_that_say_too_little():
     Grounded(NoPixels(), see=("mask",), **PREDICTOR)
     with pytest.raises(RISError, match="knows no words"):
         Grounded(create_model("lavt_tiny"), **TINY_PREDICTOR)
+
+
+class Reader(GroundedToy):
+    """A host that tokenises the expressions itself, for its words (`where` "words") or for its score alone."""
+
+    where = "words"
+
+    def forward(self, batch):
+        ids, words = self.tokenizer(batch.expression)
+        told = super().forward(replace(batch, ids=ids, words=words))
+        return told if self.where == "words" else replace(super().forward(batch), score=told.score)
+
+
+def test_hosts_that_read_the_words_elsewhere():
+    with pytest.raises(RISError, match="Reader gives the same word_features when a word is hidden in batch.ids"):
+        Grounded(Reader(), **PREDICTOR)
+    sly = Reader()
+    sly.where = "score"
+    grounded, batch = Grounded(sly, **PREDICTOR).train(), replace(some_batch(), expression=["red ball"] * 4)
+    with pytest.raises(TypeError):  # in training there is nothing to read: loud, not silently without a hidden word
+        grounded(batch)
+    assert "word_logits" not in grounded.eval()(batch).extra
+
+
+def test_the_host_gets_no_expressions_in_training():
+    grounded, seen = toy(), []
+    grounded.host.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].expression))
+    batch = replace(some_batch(), expression=["red ball"] * 4)
+    grounded.train()(batch)
+    grounded.eval()(batch)
+    assert seen == [None, ["red ball"] * 4] and batch.expression == ["red ball"] * 4
+
+
+def test_a_vocabulary_without_a_mask():
+    host = GroundedToy()
+    host.vocabulary = [piece for piece in VOCABULARY if piece != "[MASK]"]
+    with pytest.raises(RISError, match=r"vocabulary of GroundedToy lacks \[MASK\]") as raised:
+        Grounded(host, **PREDICTOR)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("see", [("mask",), SOURCES, ()])
+def test_empty_masks_are_left_out_of_the_game(see):
+    batch = some_batch(4)
+    batch.mask[1] = batch.mask[3] = False
+    grounded = toy(see=see, rate=1.0, replace=1.0).train()
+    output = grounded(batch)
+    targets = output.extra["word_targets"]
+    assert torch.equal((targets != IGNORE).any(1), torch.tensor([True, False, True, False]))
+    assert torch.equal(grounded.host.seen[1::2], batch.ids[1::2]) and (grounded.host.seen[::2] == grounded.mask_id).any(1).all()
+    losses = grounded.losses(output, batch)
+    logits = output.extra["word_logits"]
+    torch.testing.assert_close(losses["grounding"], mask_grounding_loss(logits[::2], targets[::2]) / 2)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in grounded.parameters() if p.grad is not None)
+    asked = len(masked_word_guesses(grounded, [batch], rate=1.0)["target"])
+    assert asked == int((targets != IGNORE).sum())
+    batch.mask[:] = False
+    assert len(masked_word_guesses(grounded, [batch])["target"]) == 0
+
+
+def test_the_start_is_the_demos_at_full_size_and_xaviers_in_the_tiny_models():
+    torch.manual_seed(0)
+    demo, tiny = WordPredictor(64, 32, 50, layers=1), WordPredictor(64, 32, 50, **{**TINY_PREDICTOR, "layers": 1})
+    for name, p in demo.named_parameters():
+        if p.ndim > 1 and not name.startswith("mask_in"):
+            assert abs(p.std() / 0.02 - 1) < 0.1, name
+    weight = tiny.layers.layers[0].linear1.weight  # (192, 96)
+    assert abs(weight.std() / (2 / (192 + 96)) ** 0.5 - 1) < 0.1
 
 
 def test_finding_the_widths_leaves_the_host_alone():
