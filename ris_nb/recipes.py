@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import list_repo_files
 from torch import nn
 
-from .batches import RISModel
+from .batches import IMAGENET_MEAN, IMAGENET_STD, RISModel
 from .evaluation import Report, _table, show_study, study_table
 from .lavt import LAVT, read_released
 from .magnet import RELEASED_WEIGHTS, MagNet, fetch_released
@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['LAVT_CODE', 'LAVT_PAPER', 'DEMO', 'MAGNET_CODE', 'SAG_CODE', 'LAVT_SETTINGS', 'LAVT_NETWORK', 'LAVT_SETS', 'RECIPES',
-           'MAGNET_SETTINGS', 'MAGNET_NETWORK', 'SAG_SETTINGS', 'SAG_NETWORK', 'SAG_SETS', 'RELEASED', 'MARKS',
-           'COURSE', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'tiny', 'find_recipe', 'plan',
-           'check_complete', 'untouched_norms', 'check_pretrained', 'per_sentence', 'freeze', 'device_name',
-           'expectation', 'find_released', 'released_model', 'read_published', 'our_results', 'benchmark_table',
-           'results_markdown', 'study_fields', 'show_published', 'results_figure']
+__all__ = ['LAVT_CODE', 'LAVT_PAPER', 'DEMO', 'DEMO_SCRIPTS', 'MAGNET_CODE', 'SAG_CODE', 'SWIN_B', 'BERT_BASE', 'LAVT_SETTINGS',
+           'LAVT_NETWORK', 'UNC', 'UMD', 'LAVT_SETS', 'RECIPES', 'BORROWED', 'MAGNET_SETTINGS', 'MAGNET_NETWORK',
+           'MAGNET_SETS', 'SAG_SETTINGS', 'SAG_NETWORK', 'SCRIPT', 'NO_SCRIPT', 'SAG_SETS', 'COUNTED_FROM', 'RELEASED',
+           'MARKS', 'COURSE', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'on_data', 'sag_recipe',
+           'tiny', 'list_recipes', 'find_recipe', 'plan', 'check_complete', 'untouched_norms', 'check_pretrained',
+           'per_sentence', 'freeze', 'device_name', 'expectation', 'find_released', 'released_model', 'read_published',
+           'our_results', 'benchmark_table', 'results_markdown', 'study_fields', 'show_published', 'results_figure']
 
 # %% ../nbs/18_full_scale.ipynb #011
 @dataclass(frozen=True)
@@ -51,13 +52,14 @@ class Recipe:
 
     settings: flags of `ris-nb train`, by name, those of `TrainConfig` among them. network: arguments of the model.
     device_batch: the most pairs that a device takes at once. pretrained: the parts of the model that must have learned
-    before; names as of `nn.Module.get_submodule`.
+    before; names as of `nn.Module.get_submodule`. epochs: where the steps were counted from epochs.
     """
     about: str
     settings: dict[str, Setting]
     network: dict[str, Setting]
     device_batch: Setting
     pretrained: tuple[str, ...]
+    epochs: Setting | None = None
 
     def values(self, processes: int = 1) -> dict[str, object]:
         """The flags without their sources; with the micro-batches that so many processes need."""
@@ -84,7 +86,8 @@ def micro_batches(batch_size: int, device_batch: int, processes: int) -> int:
 
 # %% ../nbs/18_full_scale.ipynb #017
 LAVT_CODE, LAVT_PAPER = "LAVT's released code", "LAVT, CVPR 2022"
-DEMO = "the MagNet authors' earlier demo, ELIA"
+DEMO = "ELIA, the MagNet authors' earlier demo"
+DEMO_SCRIPTS = f"scripts of {DEMO}, for refcoco+ and refcocog (google)"
 MAGNET_CODE, SAG_CODE = "MagNet's released code", "SaG's released code"
 
 
@@ -93,59 +96,89 @@ def sourced(source: str, **values) -> dict[str, Setting]:
     return {name: Setting(value, source) for name, value in values.items()}
 
 
-def schedule(dataset: str, split_by: str, epochs: int, items: str, source: str, batch_size: int = 32) -> dict[str, Setting]:
-    """Data set, steps and validations of `epochs` over the published "refs" or "sentences" of a training split."""
-    count = PUBLISHED[dataset, split_by]["train"][("images", "refs", "sentences").index(items)]
-    counted = f"{epochs} epochs of {count:,} {items} in batches of {batch_size}: {source}"
-    return {"dataset": Setting(dataset, "the recipe's name"), "split_by": Setting(split_by, source),
-            "steps": Setting(epochs * count // batch_size, counted),
-            "validate_every": Setting(count // batch_size, f"once an epoch: {source}")}
+def schedule(dataset: str, split_by: str, epochs: Setting, each: str = "object", batch_size: int = 32, split: str = "train") -> dict[str, Setting]:
+    """`steps` for `epochs` over the published number of objects or sentences of a split, and `validate_every` once an epoch.
+
+    each: "object" or "sentence", what an epoch goes through. `RISError` where no such division or split was published.
+    """
+    divisions = [by for name, by in PUBLISHED if name == dataset]
+    if split_by not in divisions:
+        raise RISError(f"{dataset} was published as divided by {' or '.join(divisions)}, not by {split_by!r}: name one with --split-by")
+    if split not in (splits := PUBLISHED[dataset, split_by]):
+        raise RISError(f"{dataset} ({split_by}) was published without a split {split!r}; there are {', '.join(splits)}")
+    count = dict(zip(("image", "object", "sentence"), splits[split]))[each]
+    steps, every = max(1, epochs.value * count // batch_size), max(1, count // batch_size)
+    counted = f"{epochs.value} epochs of the {count:,} {each}s of {dataset} ({split_by}) {split} in batches of {batch_size}; epochs: {epochs.source}"
+    return {"steps": Setting(steps, counted), "validate_every": Setting(every, f"once an epoch of {count:,} {each}s")}
 
 # %% ../nbs/18_full_scale.ipynb #020
+SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3)
+BERT_BASE = dict(bert_width=768, bert_layers=12, bert_heads=12, bert_ffn=3072, bert_dropout=0.1, bert_positions=512, vocab_size=30522)
 LAVT_SETTINGS = {
     **sourced(LAVT_PAPER, model="lavt_swin_base"),
     **sourced(f"Swin-B of ImageNet-22k and bert-base-uncased: {LAVT_CODE}", pretrained=True),
     **sourced(f"an item is an object, with one of its sentences: {LAVT_CODE}", each="object"),
     **sourced(f"the optimiser gets BERT's layers 0 to 9 alone: {LAVT_CODE}",
               freeze=("text.bert.embeddings", "text.bert.encoder.layer.10", "text.bert.encoder.layer.11")),
-    **sourced(LAVT_CODE, image_size=480, split="train", val="val", best="oIoU", batch_size=32, lr=5e-5, weight_decay=1e-2, schedule="poly", power=0.9,
-              warmup=0, clip=None, precision="no"),
+    **sourced(f"4 GPUs with 8 pairs each: {LAVT_CODE}, commands of its README", batch_size=32),
+    **sourced(LAVT_CODE, image_size=480, split="train", val="val", best="oIoU", lr=5e-5, weight_decay=1e-2, schedule="poly", power=0.9,
+              warmup=0, clip=None, precision="no", workers=8),
     **sourced("our choice: any will do", seed=0),
     **sourced("our choice: at most so many steps are lost by a kill", save_every=500),
-    **sourced("our choice, not measured: watch `waiting` in the log", workers=8),
 }
 LAVT_NETWORK = {
-    **sourced(LAVT_CODE, max_words=20, drop_path=0.3, norm="instance"),
+    **sourced(LAVT_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model", decoder_width=512, norm="instance"),
+    **sourced(f"Swin-B: {LAVT_CODE}", **SWIN_B),
+    **sourced(f"bert-base-uncased: {LAVT_CODE}", **BERT_BASE),
     **sourced("cross-entropy alone, as in the paper; the authors' later version adds Dice", dice=0.0),
 }
-LAVT_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}
+UNC, UMD = "the only division that was published", "our choice of the two divisions that the authors report: its splits share no image"
+LAVT_SETS = {"refcoco": Setting("unc", UNC), "refcoco+": Setting("unc", UNC), "refcocog": Setting("umd", UMD)}
+
+
+def on_data(dataset: str, split_by: Setting, epochs: Setting, each: str = "object") -> dict[str, Setting]:
+    """The settings in which a paper's recipes for several data sets differ."""
+    return {"dataset": Setting(dataset, "the recipe's name"), "split_by": split_by, **schedule(dataset, split_by.value, epochs, each)}
+
+
 RECIPES = {f"lavt_{dataset}": Recipe(
-    f"LAVT on {dataset}", {**schedule(dataset, split_by, 40, "refs", LAVT_CODE), **LAVT_SETTINGS}, LAVT_NETWORK,
-    Setting(8, f"the default of {LAVT_CODE}"), ("text", "encoder.vision")) for dataset, split_by in LAVT_SETS.items()}
+    f"LAVT on {dataset}", {**on_data(dataset, split_by, Setting(40, LAVT_CODE)), **LAVT_SETTINGS}, LAVT_NETWORK,
+    Setting(8, f"{LAVT_CODE}, commands of its README"), ("text", "encoder.vision"), Setting(40, LAVT_CODE)) for dataset, split_by in LAVT_SETS.items()}
 
 # %% ../nbs/18_full_scale.ipynb #022
+BORROWED = f"not known of MagNet; borrowed: {LAVT_CODE}, on which it is built"
 MAGNET_SETTINGS = {
     **LAVT_SETTINGS,
-    **sourced(MAGNET_CODE, image_size=480),
+    **sourced(BORROWED, val="val", best="oIoU", schedule="poly", power=0.9, warmup=0, clip=None, workers=8),
+    **sourced(MAGNET_CODE, image_size=480, split="train"),
     **sourced("MagNet, CVPR 2024", model="magnet_swin_base"),
-    **sourced(f"Swin-B of ImageNet-22k and bert-base-uncased: {DEMO}", pretrained=True),
+    **sourced(f"Swin-B of ImageNet-22k and bert-base-uncased: {DEMO_SCRIPTS}", pretrained=True),
+    **sourced(f"an item is an object, with one of its sentences: {MAGNET_CODE}", each="object"),
     **sourced("our choice: all layers of BERT learn, for they read the image in between", freeze=("encoder.text.bert.embeddings",)),
-    **sourced(DEMO, batch_size=32, lr=5e-5, weight_decay=1e-2),
+    **sourced(DEMO_SCRIPTS, lr=5e-5, weight_decay=1e-2),
+    **sourced(f"8 GPUs with 4 pairs each: {DEMO_SCRIPTS}", batch_size=32),
     **sourced("our choice: less time and memory on a GPU; losses and weights stay float32", precision="bf16"),
 }
 MAGNET_NETWORK = {
-    **sourced(MAGNET_CODE, max_words=20, drop_path=0.3),
-    **sourced("our choice: the weights as two readers of the paper remember them; no code of the losses was released", bce=2.0, dice=2.0),
-    **sourced(f"of each of three terms: {DEMO}", alignment=0.5),
+    **sourced(MAGNET_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model"),
+    **sourced(f"Swin-B: {MAGNET_CODE}", **SWIN_B),
+    **sourced(f"bert-base-uncased: {MAGNET_CODE}", **BERT_BASE),
+    **sourced(MAGNET_CODE, grids=(1, 2, 3, 6), decoder="mask", decoder_width=256, decoder_heads=8, points=4, encoder_layers=4, encoder_ffn=1024,
+              decoder_layers=9, decoder_ffn=2048),
+    **sourced("our choice: BERT's gates can open; in the released code they never do (chapter 13)", released=False),
+    **sourced("our choice: recalled from the paper, not checked; ELIA imports a loss whose own weights are 5 and 5", bce=2.0, dice=2.0),
+    **sourced(f"of each of three terms, at the temperatures 0.1, 0.1 and 0.3 of `alignment_loss`: {DEMO_SCRIPTS}", alignment=0.5),
     **sourced("our choice: of 14,400 pixels, to bound the memory of their comparisons", alignment_pixels=1024),
-    **sourced(DEMO, grounding=1.0),
-    "predictor": Setting({"width": 512, "layers": 8, "heads": 8, "ffn": 3072, "rate": 0.15, "replace": 0.9, "at_least_one": True},
-                         f"sizes: {DEMO}; words are hidden as in the code that the author names, ovr-cnn; that at least one word "
-                         "is hidden in each sentence is our choice"),
+    **sourced(DEMO_SCRIPTS, grounding=1.0),
+    "predictor": Setting(
+        dict(width=512, layers=8, heads=8, ffn=3072, dropout=0.1, grid=4, rate=0.15, replace=0.9, at_least_one=True, see=("image", "mask"), mask_encoder="centre"),
+        f"width, layers, heads, ffn, dropout, and grid from a comment: training code of {DEMO}; rate, replace: the defaults of ovr-cnn, the code that "
+        "MagNet's author names; see: the paper's abstract; at_least_one, mask_encoder: our choice"),
 }
+MAGNET_SETS = LAVT_SETS | {"refcocog": Setting("umd", f"{UMD}; the script of {DEMO} is for google's")}
 RECIPES |= {f"magnet_{dataset}": Recipe(
-    f"MagNet on {dataset}", {**schedule(dataset, split_by, 40, "refs", DEMO), **MAGNET_SETTINGS}, MAGNET_NETWORK,
-    Setting(4, f"{DEMO}: 8 GPUs"), ("encoder.text", "encoder.vision")) for dataset, split_by in LAVT_SETS.items()}
+    f"MagNet on {dataset}", {**on_data(dataset, split_by, Setting(40, DEMO_SCRIPTS)), **MAGNET_SETTINGS}, MAGNET_NETWORK,
+    Setting(4, DEMO_SCRIPTS), ("encoder.text", "encoder.vision"), Setting(40, DEMO_SCRIPTS)) for dataset, split_by in MAGNET_SETS.items()}
 
 # %% ../nbs/18_full_scale.ipynb #024
 SAG_SETTINGS = {
@@ -156,25 +189,43 @@ SAG_SETTINGS = {
     **sourced(SAG_CODE, image_size=384, split="train", batch_size=32, lr=1e-5, weight_decay=1e-4, schedule="cosine", warmup=5000,
               warmup_kind="loss", clip=0.1, seed=1),
     **sourced(f"our choice: {SAG_CODE} has float16 and scales the loss, which bfloat16 needn't", precision="bf16"),
-    **{name: LAVT_SETTINGS[name] for name in ("save_every", "workers")},
+    **sourced("our choice, not measured: watch `waiting` in the log", workers=8),
+    "save_every": LAVT_SETTINGS["save_every"],
 }
 SAG_NETWORK = {
-    **sourced("SaG, ICCV 2023, table 3: the best row", gaussians=18, per_gaussian=2),
-    **sourced(SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, drop_path=0.1, dropout=0.1),
+    **sourced("SaG, ICCV 2023, table 3: the best row, found on refcoco", gaussians=18, per_gaussian=2),
+    **sourced("SaG, ICCV 2023, table 3: the best of four ways to make a mask, found on refcoco", scheme="weighted"),
+    **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", slots="entity", competition="slots", interaction=True, discovery=True, fusion=True),
+    **sourced(SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep", drop_path=0.1, dropout=0.1, threshold=0.5,
+              resolution="original", mean=(0.5,) * 3, std=(0.5,) * 3),
+    **sourced(f"ViT-S/16, its positions made for 480 pixels: {SAG_CODE}", vit_width=384, vit_depth=12, vit_heads=6, patch=16, vit_image_size=480),
+    **sourced(f"bert-base-uncased: {SAG_CODE}", **BERT_BASE),
+    **sourced(f"sizes: {SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512, decoder_table=50),
+    **sourced(f"our choice: {SAG_CODE} draws the slots of a test image anew each time, ours with one noise for all", noise="seeded"),
     **sourced(f"our choice: {SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),
 }
-SAG_SETS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "google", "phrasecut": "authors"}
-RECIPES |= {f"sag_{dataset}": Recipe(
-    f"SaG on {dataset}", {**schedule(dataset, split_by, 50, "sentences", SAG_CODE), **SAG_SETTINGS}, SAG_NETWORK,
-    Setting(32, f"{SAG_CODE}: the sentences of a step are compared with all of its images, so they can't come in micro-batches"),
-    ("text", "vision")) for dataset, split_by in SAG_SETS.items()}
+SCRIPT = f"{SAG_CODE}: its scripts for RefCOCO, RefCOCO+ and RefCOCOg (google)"
+NO_SCRIPT = f"our choice, as for refcoco: {SAG_CODE} reads PhraseCut but has no script for it"
+SAG_SETS = {"refcoco": Setting("unc", UNC), "refcoco+": Setting("unc", UNC), "refcocog": Setting("google", SCRIPT), "phrasecut": Setting("authors", UNC)}
+
+
+def sag_recipe(dataset: str, split_by: Setting) -> Recipe:
+    """SaG's recipe for a data set; for PhraseCut, what the scripts for the others say is our choice."""
+    scripts = dataset != "phrasecut"
+    epochs = Setting(50, SCRIPT if scripts else NO_SCRIPT)
+    settings = {name: s if scripts or s.source != SAG_CODE else Setting(s.value, NO_SCRIPT) for name, s in SAG_SETTINGS.items()}
+    device = Setting(32, f"{SAG_CODE}: the sentences of a step are compared with all of its images, so they can't come in micro-batches")
+    return Recipe(f"SaG on {dataset}", {**on_data(dataset, split_by, epochs, "sentence"), **settings}, SAG_NETWORK, device, ("text", "vision"), epochs)
+
+
+RECIPES |= {f"sag_{dataset}": sag_recipe(dataset, split_by) for dataset, split_by in SAG_SETS.items()}
 
 # %% ../nbs/18_full_scale.ipynb #026
 def tiny(model: str, chapter: int, part: str, settings: Mapping, **more) -> Recipe:
     """How a tiny model of the library was trained."""
     source = f"our choice, for minutes on two CPU cores: chapter {chapter}"
     values = dict(dataset="refshapes", model=model, pretrained=True, **{**settings, **more})
-    return Recipe(f"{model} on RefShapes", sourced(source, **values), {}, Setting(values["batch_size"], source), (part,))
+    return Recipe(f"{model} on refshapes", sourced(source, **values), {}, Setting(values["batch_size"], source), (part,))
 
 
 RECIPES |= {
@@ -184,18 +235,43 @@ RECIPES |= {
 }
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of that name. `RISError` lists those there are."""
+def list_recipes() -> dict[str, str]:
+    """A line that describes it, for each recipe by name."""
+    lines = {}
+    for name, recipe in RECIPES.items():
+        values = recipe.values()
+        division = f" ({values['split_by']})" if "split_by" in values else ""
+        epochs = f"{recipe.epochs.value} epochs, " if recipe.epochs else ""
+        lines[name] = f"{recipe.about}{division}: {epochs}{values['steps']:,} steps of {values['batch_size']} pairs"
+    return lines
+
+
+COUNTED_FROM = ("dataset", "split_by", "split", "each", "batch_size")  # the flags that the number of steps follows from
+
+
+def find_recipe(name: str, **given) -> Recipe:
+    """The recipe of that name. Of what is `given` of the flags `COUNTED_FROM`, None aside, epochs are counted anew.
+
+    On a data set that nobody published, the steps stay. `RISError` lists the recipes, or says what was published.
+    """
     if name not in RECIPES:
         raise RISError(f"no recipe is called {name!r}; there are {', '.join(RECIPES)}")
-    return RECIPES[name]
+    recipe = RECIPES[name]
+    known = {flag: recipe.settings[flag] for flag in COUNTED_FROM if flag in recipe.settings}
+    changed = {flag: Setting(given[flag], f"OVERRIDE: the recipe says {old.value}") for flag, old in known.items()
+               if given.get(flag) is not None and given[flag] != old.value}
+    values = {flag: setting.value for flag, setting in (known | changed).items()}
+    if recipe.epochs and changed and values["dataset"] in {dataset for dataset, _ in PUBLISHED}:
+        changed |= schedule(**values, epochs=recipe.epochs)
+    return replace(recipe, settings={**recipe.settings, **changed})
 
 # %% ../nbs/18_full_scale.ipynb #035
-def plan(recipe: Recipe, given: Mapping[str, object], usual: Mapping[str, object], processes: int = 1) -> str:
+def plan(recipe: Recipe, given: Mapping[str, object] | None = None, usual: Mapping[str, object] = {}, processes: int = 1) -> str:
     """What a run is going to use, a line a value, each with its source; what was `given` instead is called an override.
 
-    `given`: the flags of this run; `usual`: the defaults of flags that the recipe says nothing about.
+    `given`: the flags of this run (default: the recipe's own); `usual`: the defaults of flags that the recipe says nothing about.
     """
+    given = {**usual, **recipe.values(processes)} if given is None else given
     asked = {name: Setting(value, "default") for name, value in usual.items()} | recipe.settings
     asked["accumulate"] = Setting(recipe.values(processes)["accumulate"], f"at most {recipe.device_batch.value} pairs on a device: {recipe.device_batch.source}")
     lines = []
