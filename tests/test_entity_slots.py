@@ -168,16 +168,17 @@ def test_mixed_precision(dtype):
 
 
 def test_what_reaches_whom():
-    """Every parameter learns from the reconstruction, through the slots, but not the target."""
+    """Every parameter that can learns from the reconstruction, through the slots, but not the target."""
     torch.manual_seed(0)
-    discovery, decoder = EntityDiscovery(48, 32, **SMALL), SlotDecoder(32, 48, hidden=32)
-    V = torch.randn(2, 64, 48, requires_grad=True)
+    discovery, decoder = EntityDiscovery(48, 32, **SMALL).double(), SlotDecoder(32, 48, hidden=32).double()
+    V = torch.randn(2, 64, 48, dtype=torch.float64, requires_grad=True)
     slots, _ = discovery(V, (8, 8), torch.randn(2, 6, 32))
     V_hat, _ = decoder(slots, (8, 8))
     assert torch.autograd.grad(reconstruction_loss(V_hat.detach().requires_grad_(), V), V, allow_unused=True)[0] is None
     reconstruction_loss(V_hat, V).backward()
     assert V.grad.abs().sum() > 0  # through the slots
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in discovery.parameters())
+    silent = {name for name, p in discovery.named_parameters() if p.grad.abs().max() < 1e-12}
+    assert silent == {"aggregation.norm.bias"}  # adds the same to the scores of all slots that compete for a pixel
 
 
 @pytest.mark.parametrize("kind", SLOT_KINDS)
