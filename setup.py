@@ -1,4 +1,5 @@
 """Hand what settings.ini says to setuptools."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,17 +9,28 @@ ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
+statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+
+# A package index shows the README away from the repository: its pictures and links need whole addresses there.
+readme = Path("README.md").read_text(encoding="utf-8")
+readme = re.sub(r"(!\[[^]]*\]\()(?!\w+:|#)", rf"\1{cfg['git_url']}/raw/{cfg['branch']}/", readme)
+readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!\w+:|#)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", readme)
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
+    project_urls={"Source": cfg["git_url"], "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md"},
+    classifiers=[f"Development Status :: {statuses[int(cfg['status']) - 1]}", f"Intended Audience :: {cfg['audience']}",
+                 f"Natural Language :: {cfg['language']}",
+                 *(f"Programming Language :: Python :: {version}" for version in cfg["py_versions"].split())],
     keywords=cfg["keywords"],
-    license=cfg["license_name"],
+    license_expression=cfg["license_name"],
     license_files=["LICENSE"],
     packages=find_packages(include=["ris_nb", "ris_nb.*"]),
     package_data={"ris_nb": ["*.safetensors", "mirrors.json", "published.json", "explore.ipynb", "checkpoints/*/*"]},

@@ -1,13 +1,17 @@
-"""The wheel installs and imports with nothing but what it says it requires: no nbdev, no Jupyter, no test tools."""
+"""The source distribution makes the wheel, which imports with nothing but what it says it requires: no nbdev, no Jupyter, no test tools."""
 from __future__ import annotations
 
+import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
+from email import message_from_bytes
 from importlib import metadata
 from pathlib import Path
 
@@ -57,12 +61,31 @@ def required(roots: list[str]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
+def built(tmp_path_factory) -> Path:
+    """A folder with the source distribution and the wheel that was made from it."""
+    out = tmp_path_factory.mktemp("built")
     source = out / "source"  # a copy, since two test processes that build in one folder get into each other's way
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__", "screenshots"))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(source)], check=True)
-    return next(out.glob("ris_nb-*.whl"))
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(built) -> Path:
+    return next(built.glob("ris_nb-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def about(wheel):
+    """The wheel's metadata."""
+    archive = zipfile.ZipFile(wheel)
+    return message_from_bytes(archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))))
+
+
+def requirements(about, extra: str = "") -> list[str]:
+    "Names of what the wheel requires, with the extra of this name."
+    lines = [line for line in about.get_all("Requires-Dist") if "extra ==" not in line or extra and f'extra == "{extra}"' in line]
+    return [re.match(r"[\w.-]+", line)[0] for line in lines]
 
 
 def test_wheel_holds_the_library_alone(wheel):
@@ -72,18 +95,52 @@ def test_wheel_holds_the_library_alone(wheel):
     assert not [n for n in names if n.startswith(("nbs/", "tests/", "data/", "runs/"))]
 
 
-def test_wheel_imports_without_developer_tools(wheel, tmp_path):
+def test_wheel_holds_every_file_of_the_library(wheel):
+    kept = {str(p.relative_to(ROOT)) for p in (ROOT / "ris_nb").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert kept <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_source_distribution_holds_no_half_of_the_tests(built):
+    names = {name.partition("/")[2] for name in tarfile.open(next(built.glob("ris_nb-*.tar.gz"))).getnames()}
+    assert {"settings.ini", "LICENSE", "ris_nb/task.py"} <= names and "tests/test_wheel.py" not in names
+
+
+def test_what_a_package_index_shows(about):
+    assert "Development Status :: 3 - Alpha" in about.get_all("Classifier") and "Programming Language :: Python :: 3.13" in about.get_all("Classifier")
+    assert any(line.startswith("Source, https://") for line in about.get_all("Project-URL"))
+    text = about.get_payload()
+    links = re.findall(r"\]\((.+?)\)", text)
+    assert len(links) > 20 and all(link.startswith("https://") for link in links), links
+    for page in re.findall(r"/(?:blob|raw)/main/(.+?)\)", text):
+        assert (ROOT / page).exists(), page
+
+
+def test_lab_brings_what_the_notebooks_import(about):
+    keep, owners = required(requirements(about, "lab")), metadata.packages_distributions()
+    own = {"ris_nb", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+    imported = set()
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                for node in ast.walk(ast.parse("".join(cell["source"]))):
+                    names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+                    imported |= {name.partition(".")[0] for name in names}
+    assert {"torch", "fastcore", "anywidget"} <= imported
+    missing = [name for name in imported - set(sys.stdlib_module_names) - own if not {normal(owner) for owner in owners.get(name, [name])} & keep]
+    assert not missing, f"{missing}: not among what `pip install 'ris_nb[lab]'` installs"
+
+
+def test_wheel_imports_without_developer_tools(wheel, about, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                           check=True, capture_output=True, text=True).stdout.strip()
     zipfile.ZipFile(wheel).extractall(site)
-    text = zipfile.ZipFile(wheel).read(next(n for n in zipfile.ZipFile(wheel).namelist() if n.endswith("METADATA"))).decode()
-    roots = [re.match(r"[\w.-]+", line)[0] for line in re.findall(r"^Requires-Dist: (.+)$", text, re.M) if "extra ==" not in line]
+    roots = requirements(about)
     assert "nbdev" not in roots and "torch" in roots
     keep = required(roots)
     foreign = {module for module, owners in metadata.packages_distributions().items() if not {normal(o) for o in owners} & (keep | {"ris-nb"})}
     assert {"nbdev", "fastcore", "pytest", "jupyterlab"} <= foreign
-    done = subprocess.run([python, "-c", CHECK, sysconfig.get_path("purelib"), ",".join(sorted(foreign))], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([python, "-I", "-c", CHECK, sysconfig.get_path("purelib"), ",".join(sorted(foreign))], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(site)
