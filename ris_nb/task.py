@@ -69,7 +69,7 @@ def intersection_union(prediction, truth) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/01_task.ipynb #027
 def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
-    # float64: in float32 the ratio 7/10 is 0.69999999 and would miss the threshold 0.7
+    # float64: a float32 7/10 that leaves its tensor, as by .item(), is 0.69999999 and misses 0.7; and long sums in float32 drift
     return intersection.double() / union.double().clamp(min=1)  # an empty union has an empty intersection: 0/1
 
 
