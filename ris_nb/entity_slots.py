@@ -62,7 +62,7 @@ class EntitySlots(nn.Module):
 
 # %% ../nbs/14_entity_slots.ipynb #028
 class RandomSlots(nn.Module):
-    """Slot attention's first slots: all from one Gaussian. `log_spread` is the logarithm of the *standard deviation* here.
+    """Slot attention's first slots: all from one Gaussian, with the logarithm of its standard deviation in `log_sigma`.
 
     `gaussians` and `per_gaussian` tell how many slots, and which of them the interaction block will group.
     """
@@ -73,13 +73,13 @@ class RandomSlots(nn.Module):
         super().__init__()
         self.count, self.per_gaussian, self.width = gaussians * per_gaussian, per_gaussian, width
         self.mu = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
-        self.log_spread = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
+        self.log_sigma = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
 
     def forward(self, images: int, noise: Tensor | None = None) -> Tensor:
         """S0 (images, K, D); without noise all slots are the same, and will stay the same."""
         S = self.mu.expand(1, self.count, -1)
         if noise is not None:
-            S = S + self.log_spread.exp() * noise
+            S = S + self.log_sigma.exp() * noise
         return S.expand(images, -1, -1)
 
 
@@ -359,10 +359,11 @@ def start_as_kmeans(discovery: EntityDiscovery, sharpness: float = 4.0) -> None:
 _LAYERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
 
 
-def released_slots_key(key: str) -> str | None:
+def released_slots_key(key: str, slots: str = "entity") -> str | None:
     """Our name in `EntityDiscovery` for an entry of a released SaG, relative to `encoders.img_enc.`; None if we have none.
 
-    A release repeats the tied blocks as `agg_blocks.1.`, `.2.`, ...; only `agg_blocks.0.` has a name here.
+    A release repeats the tied blocks as `agg_blocks.1.`, `.2.`, ...; only `agg_blocks.0.` has a name here. Its `slots_log_sigma` is the
+    logarithm of the variance, but where `slots` is "random" that of the standard deviation.
     """
     if match := re.fullmatch(r"spm_1x1\.(weight|bias)", key):
         return f"project.{match[1]}"
@@ -372,7 +373,8 @@ def released_slots_key(key: str) -> str | None:
     if match := re.fullmatch(r"agg\.last_layer\.1\.(weight|bias)", key):
         return f"out.{match[1]}"
     if match := re.fullmatch(r"agg\.queries\.(slots_mu|slots_log_sigma|params)", key):
-        return {"slots_mu": "slots.mu", "slots_log_sigma": "slots.log_spread", "params": "slots.params"}[match[1]]
+        spread = "slots.log_sigma" if slots == "random" else "slots.log_spread"
+        return {"slots_mu": "slots.mu", "slots_log_sigma": spread, "params": "slots.params"}[match[1]]
     if match := re.fullmatch(r"agg\.agg_blocks\.0\.(0|2|4\.0\.0|4\.0\.2)\.(.+)\.(weight|bias)", key):
         part, layer, kind = match.groups()
         block = "interaction" if part.startswith("4") else "aggregation"

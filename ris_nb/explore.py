@@ -745,7 +745,7 @@ def with_slots(discovery: EntityDiscovery, kind: str) -> EntityDiscovery:
     if kind == "random":
         new.slots = RandomSlots(gaussians, count, width).requires_grad_(False)
         new.slots.mu.copy_(mu.mean(1, keepdim=True))
-        new.slots.log_spread.copy_((variance.mean(1, keepdim=True) + mu.var(1, correction=0, keepdim=True)).log() / 2)
+        new.slots.log_sigma.copy_((variance.mean(1, keepdim=True) + mu.var(1, correction=0, keepdim=True)).log() / 2)
     elif kind == "query":
         new.slots = QuerySlots(gaussians, count, width).requires_grad_(False)
         noise = torch.randn(own.count, width, generator=torch.Generator().manual_seed(1))

@@ -184,7 +184,8 @@ class SaG(RISModel):
         state = released_sag(state)
         sizes = released_sag_sizes(state, overrides)
         model = cls(**{"vocabulary": SPECIAL, **sizes, **overrides})
-        load_released(model, {key: value for key, value in state.items() if not re.search(UNUSED, key)}, released_sag_key)
+        load_released(model, {key: value for key, value in state.items() if not re.search(UNUSED, key)},
+                      lambda key: released_sag_key(key, {**sizes, **overrides}["slots"]))
         return model.eval()
 
 # %% ../nbs/17_sag.ipynb #028
@@ -296,8 +297,11 @@ def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.
     return fig
 
 # %% ../nbs/17_sag.ipynb #066
-def released_sag_key(key: str) -> str | None:
-    """Our name for an entry of a released SaG (`encoders.img_enc...`, `encoders.txt_enc...`, `cma...`, `decoder...`), or None."""
+def released_sag_key(key: str, slots: str = "entity") -> str | None:
+    """Our name for an entry of a released SaG (`encoders.img_enc...`, `encoders.txt_enc...`, `cma...`, `decoder...`), or None.
+
+    `slots`: the kind of slots it has, one of `SLOT_KINDS`.
+    """
     part, _, rest = key.partition(".")
     if part == "cma":
         name = released_fusion_key(rest)
@@ -310,7 +314,7 @@ def released_sag_key(key: str) -> str | None:
         return "text." + rest if rest.startswith("bert.") else "sentence." + rest.removeprefix("linear.")
     if rest.startswith("img_backbone."):
         return "vision." + rest.removeprefix("img_backbone.")
-    name = released_slots_key(rest)
+    name = released_slots_key(rest, slots)
     return name and f"entities.{name}"
 
 
@@ -405,7 +409,7 @@ class DotFusion(nn.Module):
 SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4}
 SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
     "SaG": {},
-    "no entity discovery": dict(discovery=False, reconstruction=0.0),
+    "attention over patches": dict(discovery=False, reconstruction=0.0),
     "no interaction": dict(interaction=False),
     "transformer attention": dict(competition="pixels"),
     "no reconstruction": dict(reconstruction=0.0),
@@ -420,7 +424,7 @@ SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of t
 def sag_study(root: str | Path, steps: int = 300) -> dict[str, Callable[[int, Path], dict]]:
     """The study's variants for `run_study`: each trains on the set `refshapes` in `root` and is scored on its val split.
 
-    The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" is the ceiling, "untrained" how
+    The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" learns from masks, "untrained" is how
     `sag_tiny` starts, "no model" the floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU,
     those of expressions of other images ("shuffled"), and for SaG those of the other schemes and of mean slots.
     """

@@ -42,7 +42,7 @@ def test_released_parity(name):
         options["agg_latent_dim"], 4 * width, interaction=name != "sag_tiny_nointer",
         competition=options.get("agg_cross_attn_type", "slots").replace("transformer", "pixels")).eval()
     decoder = SlotDecoder(width, 192, hidden=width)
-    discovery.load_state_dict(part(state, image, released_slots_key))
+    discovery.load_state_dict(part(state, image, lambda key: released_slots_key(key, options.get("agg_query_type", "entity"))))
     decoder.load_state_dict(part(state, "decoder.", released_decoder_key))
 
     V, (_, _, eps) = case["vit_tokens"][:, 1:], sag_inputs(case)

@@ -359,7 +359,7 @@ def test_random_slots_are_as_spread_out_as_all_gaussians_together(shatter):
     own, random_slots = (shatter.discoveries[kind].slots for kind in ("entity", "random"))
     drawn = own(4000, torch.randn(4000, own.count, own.width, generator=torch.Generator().manual_seed(0))).detach().flatten(0, 1)
     torch.testing.assert_close(random_slots.mu[0, 0], drawn.mean(0), atol=0.05, rtol=0)
-    torch.testing.assert_close(random_slots.log_spread.exp()[0, 0], drawn.std(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(random_slots.log_sigma.exp()[0, 0], drawn.std(0), atol=0.05, rtol=0)
     assert not shatter.discoveries["query"].slots.uses_noise
 
 

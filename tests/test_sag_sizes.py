@@ -1,4 +1,5 @@
 """SaG's released checkpoints of any size: `SaG.from_released` against the arithmetic written out in `plain_sag`, gradients too."""
+from functools import partial
 from math import isqrt
 
 import pytest
@@ -7,7 +8,7 @@ from parity import find_case, load_case, make_weight, released_state
 from plain_sag import plain_masks, plain_sag, released_shapes, sag_inputs, sizes
 
 from ris_nb.batches import Batch
-from ris_nb.entity_slots import SlotDecoder, reconstruct
+from ris_nb.entity_slots import RandomSlots, SlotDecoder, reconstruct
 from ris_nb.sag import SaG, released_sag_key
 
 CASES = "sag_tiny", "sag_tiny_nointer", "sag_tiny_query", "sag_tiny_random", "sag_tiny_transformer", "sag_full"
@@ -125,7 +126,8 @@ def test_any_size(name):
     spec = SIZES[name]
     state, (image, ids, eps) = released(spec), inputs(spec)
     model = released_model(state, spec).double()
-    model.load_state_dict({ours: value for key, value in state.items() if (ours := released_sag_key(key)) in model.state_dict()})
+    our_name = partial(released_sag_key, slots="random" if isinstance(model.entities.slots, RandomSlots) else "entity")
+    model.load_state_dict({ours: value for key, value in state.items() if (ours := our_name(key)) in model.state_dict()})
     for weight in state.values():
         weight.requires_grad_()
     expected = plain_sag(state, spec, image.double(), ids, eps.double())
@@ -136,7 +138,7 @@ def test_any_size(name):
     (expected["c3"] + expected["recon_loss"]).backward()
     (found["c3"] + found["recon_loss"]).backward()
     weights = dict(model.named_parameters())
-    ours = {released_sag_key(key): value.grad for key, value in state.items() if value.grad is not None}
+    ours = {our_name(key): value.grad for key, value in state.items() if value.grad is not None}
     assert set(ours) == {key for key, weight in weights.items() if weight.grad is not None}
     largest = max(gradient.abs().max().item() for gradient in ours.values())
     for key, gradient in ours.items():
