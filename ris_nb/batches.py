@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import ris_nb
 from .refer import Referral, Sentence
-from .task import Output, RISError
+from .task import RISError
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SPECIAL', 'read_image', 'Transform', 'build_vocabulary', 'read_vocabulary',

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from math import log, pi
+from math import log
 
 import torch
 import torch.nn.functional as F

@@ -38,7 +38,7 @@ from .lavt import PWAM
 from .mask_grounding import SOURCES, TINY_PREDICTOR, Grounded, mask_grounding_loss
 from .modality_fusion import relevance_map
 from .shapes import FLAVOURS, Scene, make_scene, refer
-from .task import PREDICTION, TRUTH, Output, RISError, iou, overlay
+from .task import TRUTH, Output, RISError, iou, overlay
 from .vision import Swin, ViT
 
 # %% auto #0

@@ -21,8 +21,7 @@ from PIL import Image
 from torch import nn
 
 from ris_nb import batches
-from ris_nb.batches import (Batch, DrawSampler, ReferralDataset, RISModel, SPECIAL, Tokenizer, Transform, build_vocabulary, collate,
-                            create_model, evaluating, list_models, load_model, make_loader, read_image, read_vocabulary, replacing)
+from ris_nb.batches import (Batch, DrawSampler, ReferralDataset, RISModel, SPECIAL, Tokenizer, Transform, build_vocabulary, create_model, evaluating, list_models, load_model, make_loader, read_image, read_vocabulary, replacing)
 from ris_nb.refer import Referral, Sentence
 from ris_nb.task import Output, RISError
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from ris_nb import magnet
 from ris_nb.batches import SPECIAL, Batch, collate, create_model, list_models, load_model
-from ris_nb.lavt import LAVT, upsample
-from ris_nb.magnet import LockStep, MagNet, fetch_released, released_magnet, shrink_mask, supervise
+from ris_nb.lavt import upsample
+from ris_nb.magnet import MagNet, fetch_released, shrink_mask, supervise
 from ris_nb.mask_grounding import TINY_PREDICTOR, Grounded
 from ris_nb.task import RISError
 from ris_nb.training import TrainConfig, fit

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-import struct
 from collections import OrderedDict
 from pathlib import Path
 

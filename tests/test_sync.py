@@ -1,4 +1,4 @@
-"""What is committed belongs together: library and notebooks are the same text, notebooks are clean and their figures small."""
+"""What is committed belongs together: library and notebooks are the same text, notebooks are clean and their figures small, no import is idle."""
 from __future__ import annotations
 
 import base64
@@ -28,6 +28,13 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     assert sorted(fresh) == sorted(kept)
     differing = [name for name in kept if kept[name] != fresh[name]]
     assert not differing, f"{differing} differ from their notebooks: run `make export`"
+
+
+def test_no_import_and_no_name_is_idle():
+    pytest.importorskip("ruff", reason='the linter comes with pip install -e ".[dev]"')
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "ris_nb", "tests", "setup.py"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

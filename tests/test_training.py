@@ -23,7 +23,7 @@ from ris_nb import training
 from ris_nb.batches import SPECIAL, Batch, RISModel, create_model, load_model
 from ris_nb.task import Output, RISError
 from ris_nb.training import (GlobalBatches, SyncBatchNorm2d, TrainConfig, accumulate_gradients, fit, make_accelerator,
-                             LossStep, param_groups, read_log, sync_batchnorm, training_loader)
+                             LossStep, read_log, sync_batchnorm, training_loader)
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit for bit is a promise for the CPU
 SERVER = multiprocessing.get_context("forkserver")
@@ -297,7 +297,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path):
     config = replace(CONFIG, lr=1e-3, steps=12)
     for world in (1, 2):
         in_processes(world, whole_run, tmp_path / str(world), config)
-    (one, kept, log), (two, kept2, log2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
+    (one, _, log), (two, _, log2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
     for name, value in one["model"].items():
         assert (value - two["model"][name]).abs().max() < 1e-5, name
     assert [line.keys() for line in log] == [line.keys() for line in log2]
