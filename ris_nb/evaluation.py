@@ -426,7 +426,6 @@ def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count:
     `dataset` is the one that the report was made on, not shuffled. The figure is saved to `path`, if given.
     """
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
     records = [r for r in report.records if kind in (None, r.kind)]
     if not records or report.shuffled is not None:
         fault = "a shuffled report" if records else f"no record of kind {kind!r}"
@@ -439,8 +438,6 @@ def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count:
         for ax in row:
             ax.axis("off")
         row[0].text(-0.05, 0.5, name, transform=row[0].transAxes, rotation=90, va="center", ha="right")
-    handles = [plt.Line2D([], [], color=TRUTH, lw=2, label="truth"), Patch(color=PREDICTION, alpha=0.55, label="prediction")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     if path is not None:
         with replacing(path) as part:
             figure.savefig(part, dpi=100, format=Path(path).suffix[1:] or "png")
