@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test chromium bench lab export clean
+.PHONY: demo test test-quick chromium bench lab export clean
 
 # One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
 .venv/installed: settings.ini setup.py
@@ -25,16 +25,22 @@ demo: .venv/installed
 	$(BIN)/ris-nb predict $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --out $(DEMO)/magnet_tiny
 	$(BIN)/ris-nb compare $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --models magnet_tiny sag_tiny --out $(DEMO)
 
-# Notebooks by the rules of nbdev (tests/test_notebooks.py), then the tests a notebook should not carry.
+# Notebooks by the rules of nbdev (tests/test_notebooks.py), and the tests a notebook should not carry.
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.
-test: .venv/installed-dev chromium
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 -q --durations=15
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal -q --durations=15
 
-# Chapter 19 is tested in a browser as well. Where it can be installed it is; elsewhere those tests are skipped and say why.
+test: .venv/installed-dev
+	$(PYTEST)
+
+# Without what is marked as slow: full sizes, browsers, benchmarks, trainings on four processes.
+test-quick: .venv/installed-dev
+	$(PYTEST) -m "not slow"
+
+# Chapter 19 is tested in a browser as well, where there is one: Debian's package, which root alone can install.
 chromium:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { test "$$(id -u)" = 0 && timeout 120 apt-get update -qq \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { test "$$(id -u)" = 0 && timeout 120 apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-		|| echo "Chromium can't be installed here: the tests in a browser will be skipped"
+		|| { echo "Chromium can't be installed here: ask for the package chromium; the tests in a browser are skipped without it"; exit 1; }
 
 # Speed and memory of every model on this machine, the paper's sizes too: minutes on a GPU, up to an hour and 16 GB on a laptop.
 bench: .venv/installed

@@ -1,4 +1,4 @@
-"""What the test files share: the server that processes of tests are forked from."""
+"""What the test files share: the server that processes of tests are forked from, and the order of the tests."""
 from __future__ import annotations
 
 import multiprocessing
@@ -10,3 +10,9 @@ import ris_nb
 multiprocessing.set_forkserver_preload([
     "pytest", "nbdev.test", "torch._dynamo", "transformers.models.bert.modeling_bert",
     *(f"ris_nb.{module.name}" for module in pkgutil.iter_modules(ris_nb.__path__))])
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest comes first, so that several processes end together: the browser, the chapters, their solutions, the rest."""
+    first = "test_browser.py", "test_notebooks.py"
+    items.sort(key=lambda item: (first.index(item.path.name) if item.path.name in first else 2, item.path.name == first[1] and "solutions" in item.name))

@@ -48,6 +48,7 @@ def sane(entry, parts):
     assert step["gflop"] > 2 * forward["gflop"] > 0 and 0 < step["kept_gib"] < step["peak_gib"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_and_prints_them_as_a_table(tmp_path):
     out = tmp_path / "cpu.json"
     out.write_text(json.dumps({"device": "cpu", "models": {"another": {"rows": []}}}))

@@ -14,7 +14,6 @@ import time
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +23,7 @@ MINUTE = 60_000  # milliseconds
 
 pytest.importorskip("playwright", reason="a browser is driven by playwright: pip install playwright")
 pytest.importorskip("voila", reason="the page needs the extra ris_nb[explore]")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: make chromium"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 from playwright.sync_api import sync_playwright
 
@@ -102,17 +101,6 @@ def await_change(page, panel, before):
 
 def type_text(panel, text):
     panel.locator("input[type=text]").first.fill(text)
-
-
-SECONDS = """([panel, text]) => new Promise((done, fail) => {
-  const column = [...panel.querySelectorAll('img')].at(-1).parentElement, caption = column.querySelector('.widget-html-content');
-  const input = panel.querySelector('input[type=text]'), start = performance.now();
-  new MutationObserver((_, observer) => { observer.disconnect(); done((performance.now() - start) / 1000); })
-    .observe(caption, { childList: true, subtree: true, characterData: true });  // it follows the last of the pictures
-  input.value = text;
-  input.dispatchEvent(new Event('input', { bubbles: true }));
-  setTimeout(() => fail('no new picture'), 60000);
-})"""
 
 
 def test_the_chapter_runs(lab):
@@ -211,12 +199,12 @@ def test_loss_lab(lab):
     shot(lab, panel, "loss")
 
 
-def test_the_time_from_a_letter_to_a_picture(lab):
-    panel = lab.locator(".AskPanel").first.element_handle()
-    colours = ("red", "blue", "green", "yellow", "purple", "white", "orange")
-    seconds = [lab.evaluate(SECONDS, [panel, f"the {colour} {thing}"]) for thing in ("thing", "one", "circle") for colour in colours]
-    print(f"95 % of {len(seconds)} answers within {1000 * np.quantile(seconds, 0.95):.0f} ms, from the letter to the picture in the page; "
-          f"{os.getloadavg()[0]:.1f} processes wanted the machine's {os.cpu_count()} cores")
+def test_every_expression_brings_a_picture(lab):
+    panel = lab.locator(".AskPanel").first
+    for colour in ("red", "blue", "green", "yellow"):
+        before = sources(panel)
+        type_text(panel, f"the {colour} thing")
+        await_change(lab, panel, before)
 
 
 def test_the_page_of_ris_nb_explore(page, tmp_path):

@@ -162,7 +162,7 @@ def test_two_processes_are_one(tmp_path):
     model = Pairs()
     loss = model(*inputs())
     loss.backward()
-    mp.spawn(half, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(half, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     for rank in range(2):
         for mine, theirs in zip([loss.detach(), *(p.grad for p in model.parameters())], torch.load(tmp_path / f"{rank}.pt")):
             torch.testing.assert_close(theirs, mine, atol=1e-6, rtol=1e-5)

@@ -82,7 +82,7 @@ def work(rank, world, root):
 
 
 def test_two_processes_give_the_figures_of_one(tmp_path):
-    mp.spawn(work, (2, str(tmp_path)), nprocs=2)
+    mp.start_processes(work, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
     several = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for k, case in enumerate(CASES):
         (tmp_path / f"one-{k}").mkdir()

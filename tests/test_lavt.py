@@ -61,6 +61,7 @@ def test_tiny_parity(case, state):
         assert (value - case[name]).abs().max() < limit, name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_case("lavt_full") is None, reason="the 480-pixel reference does not ship with the repository")
 @pytest.mark.timeout(400)
 def test_full_parity():

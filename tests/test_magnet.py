@@ -90,6 +90,7 @@ def test_tiny_parity(case, state):
     assert_parity(case, model, thin=lambda s: s)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_case("magnet_full") is None, reason="the 480-pixel reference does not ship with the repository")
 @pytest.mark.timeout(600)
 def test_full_parity():

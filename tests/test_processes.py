@@ -25,7 +25,7 @@ from ris_nb.training import TrainConfig, fit
 
 STEPS, DIES_AT = 20, 13
 CONFIG = TrainConfig(steps=STEPS, batch_size=4, lr=5e-5, save_every=5, log_every=1)
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def setting(root):
@@ -57,10 +57,11 @@ def train(rank, root, folder, dies_at=-1):
 
 def torchrun(processes, root, folder, dies_at):
     """Exit code and stderr of a training of several processes that `torchrun` has started."""
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])  # of this file, and of the library beside it
     member = f"import os, test_processes; test_processes.train(int(os.environ['RANK']), {str(root)!r}, {str(folder)!r}, {dies_at})"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--no-python",
                            sys.executable, "-c", member], capture_output=True, text=True, timeout=500,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+                          env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
     return done.returncode, done.stderr
 
 

@@ -185,6 +185,7 @@ wait $first && wait $second
 """}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_the_script_for_a_cluster_trains_on_two_machines(root, tmp_path):
     """`srun` and `scontrol` are stand-ins; the rendezvous, the processes and the training are real."""

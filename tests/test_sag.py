@@ -77,7 +77,7 @@ def arguments(case):
                 competition="pixels" if options.get("agg_cross_attn_type") == "transformer" else "slots")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "sag_full" else []) for name in CASES])
 def test_released_numbers(name):
     if find_case(name) is None:
         pytest.skip("the full-size reference does not ship")

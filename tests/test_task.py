@@ -28,7 +28,7 @@ def count_part(rank: int, folder: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_two_processes_count_what_one_counts(tmp_path):
-    mp.spawn(count_part, args=(str(tmp_path),), nprocs=2)
+    mp.start_processes(count_part, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
     alone = SegmentationMetrics()
     alone.update(*random_masks(11))
     for rank in range(2):
