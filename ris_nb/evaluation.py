@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['SIZE_GROUPS', 'LENGTH_GROUPS', 'FLOORS', 'Record', 'score', 'size_group', 'length_group', 'score_by', 'score_batch',
-           'processes', 'shares', 'gather', 'bootstrap', 'Report', 'make_report', 'report_tables', 'device_of',
-           'machine_facts', 'run_share', 'evaluate', 'shuffle_expressions', 'blind_choice', 'Floor', 'seed_interval',
-           'run_study', 'gather_study', 'study_table', 'show_study', 'pick_cases', 'show_record', 'show_cases',
-           'loader_speed']
+__all__ = ['SIZE_GROUPS', 'LENGTH_GROUPS', 'PIXELS', 'FLOORS', 'Record', 'score', 'size_group', 'length_group', 'score_by',
+           'pairs_at_once', 'cut', 'score_batch', 'processes', 'shares', 'gather', 'bootstrap', 'Report', 'make_report',
+           'report_tables', 'device_of', 'machine_facts', 'run_share', 'evaluate', 'shuffle_expressions',
+           'blind_choice', 'Floor', 'seed_interval', 'run_study', 'gather_study', 'study_table', 'show_study',
+           'pick_cases', 'show_record', 'show_cases', 'loader_speed']
 
 # %% ../nbs/09_evaluation.ipynb #006
 @dataclass(frozen=True)
@@ -93,17 +93,44 @@ def score_by(records: Iterable[Record], group: Callable[[Record], str], order: I
     return {name: {key: s[key] for key in ("expressions", "oIoU", "mIoU")} for name, s in scores.items()}
 
 # %% ../nbs/09_evaluation.ipynb #016
-def score_batch(model: RISModel, batch: Batch, images: Sequence[int]) -> list[Record]:
+PIXELS = 16 * 480**2  # one image for each expression of a forward pass: leaves full-size models room on a GPU of 24 GB (chapter 18)
+
+
+def pairs_at_once(model: nn.Module, size: int) -> int:
+    """How many expressions a model answers in one forward pass, for images of `size` x `size` pixels. Where it has no weights, any number."""
+    return max(1, PIXELS // size**2) if next(model.parameters(), None) is not None else 2**31
+
+
+def cut(batch: Batch, pairs: int) -> list[Batch]:
+    """The batch in pieces of at most `pairs` expressions, in their order; each piece has the images that it speaks of."""
+    if len(batch) <= pairs:
+        return [batch]
+    which = torch.arange(len(batch)) if batch.which is None else batch.which
+    pieces = []
+    for start in range(0, len(batch), pairs):
+        at = slice(start, start + pairs)
+        images, own = which[at].unique(return_inverse=True)
+        told = {name: getattr(batch, name) for name in ("ids", "words", "mask", "expression", "kind", "size", "truth")}
+        told = {name: value[at] for name, value in told.items() if value is not None}
+        shown = batch.image_id and [batch.image_id[n] for n in images.tolist()]
+        pieces.append(replace(batch, image=batch.image[images.to(batch.image.device)], which=own, image_id=shown, **told))
+    return pieces
+
+
+def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
     """Answer an evaluation batch and compare its masks with the truth on the grid that `model.resolution` names.
 
-    `images` are the positions of the batch's images in the data set.
+    `images` are the positions of the batch's images in the data set; `pairs`, the most expressions that the model answers
+    at once (default: all).
     """
-    output = model(batch)
     squares = [tuple(batch.image.shape[-2:])] * len(batch)
     sizes, truths = (squares, batch.mask) if model.resolution == "model" else (batch.size, batch.truth)
     which = range(len(batch)) if batch.which is None else batch.which.tolist()
+    pairs, masks = pairs or max(1, len(batch)), []
+    for piece in cut(batch, pairs):
+        masks += model.masks(model(piece), sizes[len(masks):len(masks) + len(piece)])
     records, asked = [], Counter()
-    for b, (mask, n) in enumerate(zip(model.masks(output, sizes), which, strict=True)):
+    for b, (mask, n) in enumerate(zip(masks, which, strict=True)):
         truth = torch.as_tensor(truths[b])
         intersection, union = intersection_union(mask, truth)
         share = int(truth.count_nonzero()) / truth.numel()
@@ -245,24 +272,25 @@ def machine_facts(device: torch.device) -> dict[str, str | int]:
 
 
 @torch.no_grad()
-def run_share(model: RISModel, dataset: ReferralDataset, batch_size: int, workers: int, progress: bool) -> list[Record]:
+def run_share(model: RISModel, dataset: ReferralDataset, batch_size: int, workers: int, progress: bool, pairs: int | None = None) -> list[Record]:
     """The records of this process's share of `dataset`, the model in evaluation mode meanwhile."""
     batches, device, records = shares(len(dataset), batch_size), device_of(model), []
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or processes()[0] > 0)
     with evaluating(model):
         for images, batch in zip(batches, bar):
-            records += score_batch(model, batch.to(device), images)
+            records += score_batch(model, batch.to(device), images, pairs or pairs_at_once(model, batch.image.shape[-1]))
     return records
 
 # %% ../nbs/09_evaluation.ipynb #040
 def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, workers: int = 0, shuffle_seed: int | None = None,
-             progress: bool = True, data: str = "", split: str = "", checkpoint: str = "") -> Report:
-    """Score every expression of `dataset` (built with `every=True`) once; each image is decoded and encoded once.
+             progress: bool = True, data: str = "", split: str = "", checkpoint: str = "", pairs: int | None = None) -> Report:
+    """Score every expression of `dataset` (built with `every=True`) once; each image is decoded once.
 
-    `batch_size` counts images, `workers` loader processes. Under `torch.distributed` the batches are dealt out among the
-    processes and all return the same report, but for `shuffle_seed`: it asks each image the expressions of other images,
-    the test that a model listens. `data`, `split` and `checkpoint` are names for the report.
+    `batch_size` counts images, `workers` loader processes. `pairs`: the most expressions that the model answers at once
+    (default: `pairs_at_once`, by the size of the images; an image is encoded once for them together). Under
+    `torch.distributed` the batches are dealt out among the processes and all return the same report, but for
+    `shuffle_seed`: it asks each image the expressions of other images, the test that a model listens. `data`, `split` and `checkpoint` are names for the report.
     RISError for a data set without every sentence and mask, or an image that can't be read.
     """
     if not (dataset.every and dataset.masks):
@@ -271,7 +299,7 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     if shuffle_seed is not None:
         referrals = shuffle_expressions(dataset.referrals, shuffle_seed)
         dataset = ReferralDataset(referrals, dataset.tokenizer, dataset.transform, every=True)
-    records = gather(run_share(model, dataset, batch_size, workers, progress))
+    records = gather(run_share(model, dataset, batch_size, workers, progress, pairs))
     seconds = max(gather([time.perf_counter() - start]))
     return make_report(sorted(records, key=lambda r: (r.image, r.sentence)), model.resolution, seconds=seconds, data=data,
                        split=split, checkpoint=checkpoint, shuffled=shuffle_seed, machine=machine_facts(device_of(model)))

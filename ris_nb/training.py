@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['TINY_RECIPE', 'UNDECAYED', 'FREE', 'TrainConfig', 'check_config', 'schedule_factor', 'loss_factor', 'param_groups',
-           'optimizer_step', 'LossStep', 'make_accelerator', 'accumulate_gradients', 'sample_stream', 'GlobalBatches',
-           'training_loader', 'seed_step', 'AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'Meter',
-           'check_finite', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'Run', 'save_run',
-           'start_run', 'open_tensorboard', 'clocked', 'measure', 'report', 'score_run', 'finish_step', 'together',
-           'prepare', 'fit']
+           'optimizer_step', 'LossStep', 'check_launch', 'make_accelerator', 'accumulate_gradients', 'sample_stream',
+           'GlobalBatches', 'training_loader', 'seed_step', 'AllReduce', 'global_moments', 'SyncBatchNorm2d',
+           'sync_batchnorm', 'Meter', 'check_finite', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run',
+           'Run', 'save_run', 'start_run', 'open_tensorboard', 'clocked', 'measure', 'report', 'score_run',
+           'finish_step', 'together', 'check_reached', 'prepare', 'fit']
 
 # %% ../nbs/08_training.ipynb #017
 @dataclass
@@ -161,12 +161,41 @@ class LossStep(nn.Module):
         return self.model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
 
 # %% ../nbs/08_training.ipynb #046
-def make_accelerator() -> Accelerator:
-    """accelerate's view of the machine: one process or many (`accelerate launch`, `torchrun`), on a GPU if there is one."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a step need not reach every parameter
-    # without a GPU it is cpu=True that makes accelerate join the other processes, through gloo
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[unused])
+def check_launch(precision: str = "no") -> None:
+    """`RISError` where `accelerate launch`, or the file of `accelerate config`, asks for what a run here doesn't do or does by its own flags.
+
+    precision: what the run computes in, of `TrainConfig`; evaluation computes in float32, "no".
+    """
+    def asked(name: str, usual: str = "no") -> str:
+        return os.environ.get(f"ACCELERATE_{name}", usual).lower()
+
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "a parallelism config")):
+        if asked(f"USE_{name}") in ("true", "1"):
+            raise RISError(f"accelerate launch asks for {what}, but each process here holds the whole model: launch without it; "
+                           "where memory is short, raise --accumulate")
+    mixed, pieces, compiler = asked("MIXED_PRECISION"), asked("GRADIENT_ACCUMULATION_STEPS", "1"), asked("DYNAMO_BACKEND")
+    if mixed not in ("no", precision):
+        raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision {precision}: "
+                       "launch without --mixed_precision; training has a flag of its own, --precision bf16")
+    if pieces not in ("1", "auto"):
+        raise RISError(f"accelerate launch asks for {pieces} gradient accumulation steps: launch without them and give --accumulate {pieces}")
+    if compiler not in ("no", ""):
+        raise RISError(f"accelerate launch asks for the compiler {compiler}, and models here are not compiled: launch without --dynamo_backend")
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not any(rank in os.environ for rank in ranks):
+        raise RISError("accelerate launch was to start several processes and started one, as it does where it sees no several GPUs: "
+                       "start them with torchrun --nproc-per-node N -m ris_nb.cli ... (or, if one is meant, unset MASTER_ADDR)")
+
+
+def make_accelerator(precision: str = "no") -> Accelerator:
+    """accelerate's view of the machine: one process or many (`accelerate launch`, `torchrun`), on a GPU if there is one.
+
+    precision: see `check_launch`, which is asked first.
+    """
+    from accelerate import Accelerator
+    check_launch(precision)
+    # without a GPU it is cpu=True that makes accelerate join the other processes, through gloo; autocasting is `LossStep`'s
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
 
 
 def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches, accumulate: int = 1,
@@ -536,9 +565,17 @@ def together(run: Run):
                        "what was saved before is good: start all processes again to resume") from error
 
 # %% ../nbs/08_training.ipynb #113
+def check_reached(model: nn.Module) -> None:
+    """`RISError` that names parameters without a gradient after a backward pass, for which other processes would wait."""
+    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        raise RISError(f"no loss reaches {len(idle)} of the model's parameters, the first is {idle[0]}, and several processes exchange a gradient "
+                       "for each: freeze them (requires_grad_(False), or --freeze and the part), or train in one process")
+
+
 def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module, DataLoader]:
     """All that `fit` needs, checked and brought to where the run stands: the run, the loss module and the loader."""
-    accelerator = make_accelerator()
+    accelerator = make_accelerator(config.precision)
     open_run(folder, config, resume)
     loader = training_loader(dataset, config, rank=accelerator.process_index, world=accelerator.num_processes)
     if accelerator.num_processes > 1:
@@ -568,6 +605,8 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
             seed_step(config.seed, run.step, rank)
             factor = loss_factor(config, run.step)
             values = accumulate_gradients(run.accelerator, loss_step, batches, config.accumulate, factor)
+            if run.step == run.began[1] and isinstance(loss_step, nn.parallel.DistributedDataParallel):
+                check_reached(model)
             values["grad_norm"] = optimizer_step(run.optimizer, config, run.step)
             finish_step(run, values, validate, bar)
         run.accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from ris_nb.batches import SPECIAL, ReferralDataset, RISModel
-from ris_nb.evaluation import Floor, Report, evaluate, shares, show_cases, shuffle_expressions
+from ris_nb.evaluation import Floor, Report, evaluate, pairs_at_once, shares, show_cases, shuffle_expressions
 from ris_nb.refer import Referral, Sentence, open_data
 from ris_nb.task import Output, RISError
 
@@ -102,6 +102,23 @@ def test_every_expression_is_scored_once(tmp_path):
     told = sorted(s.text for r in data.referrals for s in r.sentences)
     assert sorted(r.expression for r in report.records) == told and report.expressions == len(told)
     assert report.images == 7 and sum(g["expressions"] for g in report.by_kind.values()) == len(told)
+
+
+def test_a_forward_pass_has_a_bounded_number_of_pairs(tmp_path):
+    """An image of RefCOCO brings ten sentences and more: memory must not follow their number, nor may the figures."""
+    model = Toy()
+    data = make_data(tmp_path, 7, model)
+    seen, whole = [], model.forward
+    model.forward = lambda batch: seen.append((len(batch), len(batch.image), batch.which.max().item())) or whole(batch)
+    reference = evaluate(model, data, progress=False)
+    assert [pairs for pairs, *_ in seen] == [reference.expressions]  # small images: all at once
+    for pairs in (1, 2, 3):
+        seen.clear()
+        assert evaluate(model, data, pairs=pairs, progress=False).records == reference.records
+        assert max(n for n, *_ in seen) == pairs and sum(n for n, *_ in seen) == reference.expressions
+        assert all(images <= n and last == images - 1 for n, images, last in seen)  # no image that nobody asks about
+    assert [pairs_at_once(nn.Linear(1, 1), size) for size in (64, 384, 480, 3000)] == [900, 25, 16, 1]
+    assert pairs_at_once(Floor("random object"), 480) > 10**6  # it needs all expressions of an image, and no memory
 
 
 @pytest.mark.parametrize("resolution", ["model", "original"])

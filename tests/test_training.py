@@ -11,6 +11,8 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import nn
 
 from ris_nb import training
 from ris_nb.batches import SPECIAL, Batch, RISModel, create_model, load_model
+from ris_nb.mask_grounding import TINY_PREDICTOR
 from ris_nb.task import Output, RISError
 from ris_nb.training import (GlobalBatches, SyncBatchNorm2d, TrainConfig, accumulate_gradients, fit, make_accelerator,
                              LossStep, read_log, sync_batchnorm, training_loader)
@@ -41,7 +44,7 @@ class Toy(RISModel):
         self.bn = nn.BatchNorm2d(width)
         self.dropout = nn.Dropout(dropout)
         self.last = nn.Conv2d(width, 1, 1)
-        self.idle = nn.Linear(2, 2)  # like LAVT's last gate
+        self.idle = nn.Linear(2, 2).requires_grad_(False)  # like LAVT's last gate
         self.scale = nn.Parameter(torch.ones(()))  # used by the loss alone
         self.broken_at, self.calls = broken_at, 0
 
@@ -273,6 +276,82 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, kind, accumulate):
     print(kind, accumulate, max((one[name] - other[name]).abs().max().item() for name in one for other in (first, second)))
 
 
+def unreached(rank, folder):
+    model = toy()
+    model.idle.requires_grad_(True)
+    try:
+        fit(model, Colours(), CONFIG, folder, progress=False)
+    except RISError as error:
+        (folder / f"{rank}.error").write_text(str(error))
+
+
+def test_a_parameter_that_no_loss_reaches_is_named_before_the_first_step(tmp_path):
+    alone = toy()
+    alone.idle.requires_grad_(True)
+    fit(alone, Colours(), CONFIG, tmp_path / "one", validate=noisy_validate, progress=False)
+    assert read_log(tmp_path / "one")[-1]["step"] == CONFIG.steps  # alone, it harms nobody
+    in_processes(2, unreached, tmp_path / "two")
+    for rank in (0, 1):
+        assert re.fullmatch("no loss reaches 2 of the model's parameters, the first is idle.weight, .*--freeze.*", (tmp_path / f"two/{rank}.error").read_text())
+    assert not (tmp_path / "two/state.pt").exists()
+
+
+REACHED = {"lavt": ("lavt_tiny", {}), "layer norms, dice": ("lavt_tiny", dict(norm="layer", dice=1.0)), "magnet": ("magnet_tiny", {}), "nothing hidden": ("magnet_tiny", dict(grounding=0.0)),
+           "no alignment": ("magnet_tiny", dict(alignment=0.0)), "simple decoder": ("magnet_tiny", dict(decoder="simple", alignment=0.0)),
+           "released": ("magnet_tiny", dict(released=True)), "no word chosen": ("magnet_tiny", dict(predictor={**TINY_PREDICTOR, "rate": 0.0, "at_least_one": False})),
+           "words alone": ("magnet_tiny", dict(predictor={**TINY_PREDICTOR, "see": ()})), "sag": ("sag_tiny", {}), "no slots": ("sag_tiny", dict(discovery=False, reconstruction=0.0)),
+           "no fusion": ("sag_tiny", dict(fusion=False)), "no C3": ("sag_tiny", dict(c3=0.0)), "no reconstruction": ("sag_tiny", dict(reconstruction=0.0)),
+           "one Gaussian": ("sag_tiny", dict(gaussians=1, per_gaussian=12)), "random slots": ("sag_tiny", dict(slots="random"))}
+
+
+@pytest.mark.parametrize("name, settings", REACHED.values(), ids=REACHED)
+def test_a_step_reaches_every_parameter_that_learns(name, settings):
+    """So that processes need not search each graph for what was left out (`find_unused_parameters`)."""
+    torch.manual_seed(0)
+    model = create_model(name, vocabulary=[*SPECIAL, "a", "b", "c"], **settings).for_training().train()
+    ids = torch.tensor([[SPECIAL.index("[CLS]"), len(SPECIAL), len(SPECIAL) + 1, SPECIAL.index("[SEP]")]] * 3)
+    batch = Batch(image=torch.randn(3, 3, 64, 64), ids=ids, words=torch.ones_like(ids, dtype=torch.bool), mask=torch.rand(3, 64, 64) > 0.5, image_id=[0, 1, 2])
+    sum(LossStep(model)(batch).values()).backward()
+    training.check_reached(model)
+
+
+# What accelerate may ask for
+
+ASKED = {"FSDP": ({"USE_FSDP": "true"}, "FSDP", "--accumulate"), "DeepSpeed": ({"USE_DEEPSPEED": "true"}, "DeepSpeed"), "Megatron": ({"USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+         "parallelism": ({"USE_PARALLELISM_CONFIG": "true"}, "parallelism"), "float16": ({"MIXED_PRECISION": "fp16"}, "mixed precision fp16", "--precision bf16"),
+         "another precision": ({"MIXED_PRECISION": "bf16"}, "mixed precision bf16", "--precision bf16"), "pieces": ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "--accumulate 4"),
+         "a compiler": ({"DYNAMO_BACKEND": "INDUCTOR"}, "inductor", "--dynamo_backend")}
+
+
+@pytest.mark.parametrize("environment, words", [(first, rest) for first, *rest in ASKED.values()], ids=ASKED)
+def test_what_accelerate_asks_for_and_a_run_does_not_do_is_refused_in_a_line(environment, words, monkeypatch, tmp_path):
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(RISError) as caught:
+        fit(toy(), Colours(), CONFIG, tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words) and not (tmp_path / "run").exists()
+
+
+def test_what_accelerate_asks_for_by_default_and_what_the_run_does_anyway_is_taken(monkeypatch):
+    for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_FSDP": "false", "GRADIENT_ACCUMULATION_STEPS": "1"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    for precision in ("no", "bf16"):
+        training.check_launch(precision)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    training.check_launch("bf16")
+
+
+def test_accelerate_launch_on_a_processor_starts_one_process_and_that_is_told(tmp_path):
+    """It leaves several processes on CPUs to mpirun; torchrun starts them."""
+    program = "from ris_nb.task import RISError\nfrom ris_nb.training import make_accelerator\ntry: make_accelerator()\nexcept RISError as error: print(error)\nelse: print('started')"
+    (tmp_path / "program.py").write_text(program)
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "RANK")}
+    for count, answer in ((1, "started"), (2, "torchrun --nproc-per-node")):
+        done = subprocess.run([*words, "--num_processes", str(count), tmp_path / "program.py"], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.count(answer) == 1, done.stdout + done.stderr
+
+
 def whole_run(rank, folder, config):
     fit(toy(dropout=0.0), Colours(), config, folder, validate=noisy_validate, resume=True, progress=False)
 
@@ -297,11 +376,15 @@ def test_two_processes_train_the_weights_of_one(tmp_path):
     config = replace(CONFIG, lr=1e-3, steps=12)
     for world in (1, 2):
         in_processes(world, whole_run, tmp_path / str(world), config)
-    (one, _, log), (two, _, log2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
+    (one, kept, log), (two, kept2, log2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
+    fresh = toy(dropout=0.0).state_dict()
     for name, value in one["model"].items():
         assert (value - two["model"][name]).abs().max() < 1e-5, name
-    assert [line.keys() for line in log] == [line.keys() for line in log2]
-    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(log, log2) if "loss" in a)
+        assert (kept[name] - kept2[name]).abs().max() < 1e-5, name
+    assert max((value - fresh[name]).abs().max() for name, value in one["model"].items() if value.is_floating_point()) > 1e-3  # they learned
+    assert [line["step"] for line in log] == [4, 6, 8, 12] and [line.keys() for line in log] == [line.keys() for line in log2]
+    losses = [(a["loss"], b["loss"]) for a, b in zip(log, log2) if "loss" in a]
+    assert len(losses) == 3 and all(abs(a - b) < 1e-5 for a, b in losses)
 
 
 def test_two_processes_with_dropout_are_killed_and_go_on(tmp_path):
@@ -362,15 +445,16 @@ def batchnorm(rank, folder):
     for _ in range(2):
         y = bn(part)
     (y * target[mine]).pow(3).sum().backward()
-    torch.save((y.detach(), part.grad, bn.state_dict(), bn(part).detach() if rank == 9 else None), folder / f"{world}-{rank}.pt")
+    torch.save((y.detach(), part.grad, bn.state_dict(), bn.eval()(part).detach()), folder / f"{world}-{rank}.pt")
 
 
 def test_sync_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path):
     in_processes(1, batchnorm, tmp_path)
     in_processes(2, batchnorm, tmp_path)
-    y, grad, state, _ = torch.load(tmp_path / "1-0.pt")
-    (y0, g0, s0, _), (y1, g1, s1, _) = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
-    assert torch.allclose(torch.cat([y0, y1]), y, atol=1e-5)
+    y, grad, state, frozen = torch.load(tmp_path / "1-0.pt")
+    (y0, g0, s0, f0), (y1, g1, s1, f1) = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
+    assert torch.allclose(torch.cat([y0, y1]), y, atol=1e-5) and torch.allclose(torch.cat([f0, f1]), frozen, atol=1e-5)
+    assert not torch.allclose(y, frozen, atol=1e-2)  # in evaluation it is the running statistics that count
     assert torch.allclose(torch.cat([g0, g1]), grad, atol=1e-4 * grad.abs().max())
     for name in state:
         assert torch.allclose(s0[name], state[name]) and torch.allclose(s1[name], s0[name])
