@@ -158,7 +158,7 @@ def judged(error: Exception, patience: Patience) -> Passing | Final:
 
 # %% ../nbs/18_full_scale_data.ipynb #027
 class Attempts:
-    """Calls a function again while it raises `Passing` and patience lasts; keeps the books on progress."""
+    """Calls a function again while it raises `Passing` and patience lasts; records progress."""
     def __init__(self, patience: Patience, stop: threading.Event):
         self.patience, self.stop = patience, stop
         self.best = 0      # most bytes that any attempt reached

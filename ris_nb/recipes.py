@@ -143,7 +143,8 @@ def on_data(dataset: str, split_by: Setting, epochs: Setting, each: str = "objec
 
 RECIPES = {f"lavt_{dataset}": Recipe(
     f"LAVT on {dataset}", {**on_data(dataset, split_by, Setting(40, LAVT_CODE)), **LAVT_SETTINGS}, LAVT_NETWORK,
-    Setting(8, f"{LAVT_CODE}, commands of its README"), ("text", "encoder.vision"), Setting(40, LAVT_CODE)) for dataset, split_by in LAVT_SETS.items()}
+    Setting(8, f"{LAVT_CODE}, commands of its README"), ("text", "encoder.vision"), Setting(40, LAVT_CODE))
+    for dataset, split_by in LAVT_SETS.items()}
 
 # %% ../nbs/18_full_scale.ipynb #022
 BORROWED = f"not known of MagNet; borrowed: {LAVT_CODE}, on which it is built"
@@ -171,9 +172,10 @@ MAGNET_NETWORK = {
     **sourced("our choice: of 14,400 pixels, to bound the memory of their comparisons", alignment_pixels=1024),
     **sourced(DEMO_SCRIPTS, grounding=1.0),
     "predictor": Setting(
-        dict(width=512, layers=8, heads=8, ffn=3072, dropout=0.1, grid=4, rate=0.15, replace=0.9, at_least_one=True, see=("image", "mask"), mask_encoder="centre"),
-        f"width, layers, heads, ffn, dropout, and grid from a comment: training code of {DEMO}; rate, replace: the defaults of ovr-cnn, the code that "
-        "MagNet's author names; see: the paper's abstract; at_least_one, mask_encoder: our choice"),
+        dict(width=512, layers=8, heads=8, ffn=3072, dropout=0.1, std=0.02, grid=4, rate=0.15, replace=0.9, at_least_one=True,
+             see=("image", "mask"), mask_encoder="centre"),
+        f"width, layers, heads, ffn, dropout, std, and grid from a comment: training code of {DEMO}; rate, replace: the defaults of ovr-cnn, the "
+        "code that MagNet's author names; see: the paper's abstract; at_least_one, mask_encoder: our choice"),
 }
 MAGNET_SETS = LAVT_SETS | {"refcocog": Setting("umd", f"{UMD}; the script of {DEMO} is for google's")}
 RECIPES |= {f"magnet_{dataset}": Recipe(
@@ -182,7 +184,8 @@ RECIPES |= {f"magnet_{dataset}": Recipe(
 
 # %% ../nbs/18_full_scale.ipynb #024
 SAG_SETTINGS = {
-    **sourced("SaG, ICCV 2023, table 3: its best row; the released scripts train 12 Gaussians of 3 slots (sag_vit_small_scripts)", model="sag_vit_small"),
+    **sourced("SaG, ICCV 2023, table 3: its best row; the released scripts train 12 Gaussians of 3 slots (sag_vit_small_scripts)",
+              model="sag_vit_small"),
     **sourced(f"ViT-S/16 of ImageNet-21k and 1k, at 384 pixels, and bert-base-uncased: {SAG_CODE}", pretrained=True),
     **sourced(f"an item is a sentence: {SAG_CODE}", each="sentence"),
     **sourced(f"{SAG_CODE}, which looks at the masks of val to choose the weights to keep; --val none never looks", val="val", best="mIoU"),
@@ -195,18 +198,21 @@ SAG_SETTINGS = {
 SAG_NETWORK = {
     **sourced("SaG, ICCV 2023, table 3: the best row, found on refcoco", gaussians=18, per_gaussian=2),
     **sourced("SaG, ICCV 2023, table 3: the best of four ways to make a mask, found on refcoco", scheme="weighted"),
-    **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", slots="entity", competition="slots", interaction=True, discovery=True, fusion=True),
+    **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", slots="entity", competition="slots", interaction=True,
+              discovery=True, fusion=True),
     **sourced(SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep", drop_path=0.1, dropout=0.1, threshold=0.5,
               resolution="original", mean=(0.5,) * 3, std=(0.5,) * 3),
     **sourced(f"ViT-S/16, its positions made for 480 pixels: {SAG_CODE}", vit_width=384, vit_depth=12, vit_heads=6, patch=16, vit_image_size=480),
     **sourced(f"bert-base-uncased: {SAG_CODE}", **BERT_BASE),
-    **sourced(f"sizes: {SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512, decoder_table=50),
+    **sourced(f"sizes: {SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512,
+              decoder_table=50),
     **sourced(f"our choice: {SAG_CODE} draws the slots of a test image anew each time, ours with one noise for all", noise="seeded"),
     **sourced(f"our choice: {SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),
 }
 SCRIPT = f"{SAG_CODE}: its scripts for RefCOCO, RefCOCO+ and RefCOCOg (google)"
 NO_SCRIPT = f"our choice, as for refcoco: {SAG_CODE} reads PhraseCut but has no script for it"
-SAG_SETS = {"refcoco": Setting("unc", UNC), "refcoco+": Setting("unc", UNC), "refcocog": Setting("google", SCRIPT), "phrasecut": Setting("authors", UNC)}
+SAG_SETS = {"refcoco": Setting("unc", UNC), "refcoco+": Setting("unc", UNC), "refcocog": Setting("google", SCRIPT),
+            "phrasecut": Setting("authors", UNC)}
 
 
 def sag_recipe(dataset: str, split_by: Setting) -> Recipe:
@@ -215,7 +221,8 @@ def sag_recipe(dataset: str, split_by: Setting) -> Recipe:
     epochs = Setting(50, SCRIPT if scripts else NO_SCRIPT)
     settings = {name: s if scripts or s.source != SAG_CODE else Setting(s.value, NO_SCRIPT) for name, s in SAG_SETTINGS.items()}
     device = Setting(32, f"{SAG_CODE}: the sentences of a step are compared with all of its images, so they can't come in micro-batches")
-    return Recipe(f"SaG on {dataset}", {**on_data(dataset, split_by, epochs, "sentence"), **settings}, SAG_NETWORK, device, ("text", "vision"), epochs)
+    settings = {**on_data(dataset, split_by, epochs, "sentence"), **settings}
+    return Recipe(f"SaG on {dataset}", settings, SAG_NETWORK, device, ("text", "vision"), epochs)
 
 
 RECIPES |= {f"sag_{dataset}": sag_recipe(dataset, split_by) for dataset, split_by in SAG_SETS.items()}
@@ -273,7 +280,8 @@ def plan(recipe: Recipe, given: Mapping[str, object] | None = None, usual: Mappi
     """
     given = {**usual, **recipe.values(processes)} if given is None else given
     asked = {name: Setting(value, "default") for name, value in usual.items()} | recipe.settings
-    asked["accumulate"] = Setting(recipe.values(processes)["accumulate"], f"at most {recipe.device_batch.value} pairs on a device: {recipe.device_batch.source}")
+    room = f"at most {recipe.device_batch.value} pairs on a device: {recipe.device_batch.source}"
+    asked["accumulate"] = Setting(recipe.values(processes)["accumulate"], room)
     lines = []
     for name, setting in asked.items():
         value, source = given[name], setting.source
@@ -347,21 +355,29 @@ def device_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def expectation(model: str, config: TrainConfig, processes: int = 1, device: str | None = None, folder: str | Path | None = None) -> str:
-    """A line: how long a run may take and how much memory, from what `make bench` measured on the device; or that nobody measured.
+def _duration(seconds: float) -> str:
+    unit, size = next((pair for pair in (("hours", 3600), ("minutes", 60)) if seconds >= pair[1]), ("seconds", 1))
+    return f"{seconds / size:,.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
 
-    device: a name as of `device_name` (default: this one). folder: of the measurements (default: data/results/bench).
+
+def expectation(model: str, config: TrainConfig, processes: int = 1, device: str | None = None, folder: str | Path | None = None) -> str:
+    """A line: how long a run's steps may take and in how much memory, from what `make bench` measured on such a device; or that nobody measured.
+
+    It assumes that each process has such a device of its own, that exchanging gradients costs nothing, and that a pair takes as long as
+    in the batch that was measured. device: a name as of `device_name` (default: this one). folder: of the measurements (default:
+    data/results/bench of the repository; an installed package has none).
     """
     device, folder = device or device_name(), Path(folder or Path(__file__).parents[1] / "data/results/bench")
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    rows = [row for report in found if report.get("device") == device for row in report["models"].get(model, {"rows": []})["rows"]
+    found = [report for path in sorted(folder.glob("*.json")) if isinstance(report := _read(path), dict) and report.get("device") == device]
+    rows = [(row, entry) for report in found for entry in [report["models"].get(model, {"rows": []})] for row in entry["rows"]
             if row["part"] == "training step" and row["variant"] in ("as in fit", "+ fused adamw")]
     if not rows:
-        return f"time and memory: not measured on this device ({device}); `make bench` does"
-    row = rows[-1]
-    hours = config.steps * config.batch_size / (row["items_per_second"] * processes) / 3600
-    return (f"time: about {hours:,.2g} hours of steps alone, and {row['peak_gib']:.1f} GiB for {row['batch']} pairs at once; measured on one {device}, "
-            f"{row['items_per_second']:.3g} pairs a second")
+        return f"time and memory: not measured on this device ({device}); `make bench` in the repository does"
+    row, entry = rows[-1]
+    rate = row["items_per_second"] * processes
+    several = "" if processes == 1 else f" on {processes} devices, one for each process and their exchange not counted"
+    return (f"time: about {_duration(config.steps * config.batch_size / rate)} of steps alone{several}; {row['peak_gib']:.1f} GiB; measured on one "
+            f"{entry.get('machine', device)}: {row['items_per_second']:.3g} pairs a second, {row['batch']} at once")
 
 # %% ../nbs/18_full_scale.ipynb #064
 RELEASED = {  # name -> repository of the authors' checkpoints, and what the names of its files say of the data set
@@ -439,18 +455,22 @@ def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[
 def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
     """A Markdown table of one benchmark in percent: published scores and ours in columns of their own.
 
-    rows: of `read_published()["benchmarks"]`, of one data set and metric; reports: those on that data set.
+    rows: of `read_published()["benchmarks"]`, of one data set and metric; reports: those on that data set. `RISError` for rows of several.
     """
+    if len({(row["dataset"], row["split_by"], row["metric"]) for row in rows}) != 1:
+        raise RISError("a table of published scores is about one data set and one metric; group the rows by both")
     metric, splits = rows[0]["metric"], list(dict.fromkeys(split for row in rows for split in row["scores"]))
     ours = {}
     for report in reports:
-        low, high = report.interval.get(metric, (float("nan"),) * 2)
+        if metric not in report.interval: continue  # cIoU and gIoU of gRefCOCO are not measured here
+        low, high = report.interval[metric]
         ours.setdefault(report.checkpoint, {})[report.split] = f"{100 * getattr(report, metric):.2f} ({100 * low:.1f} to {100 * high:.1f})"
     asked = splits if ours else []
-    lines = [[row["method"], row["learns from"], *(f"{row['scores'][split]:.2f}" if split in row["scores"] else "" for split in splits),
-              *[""] * len(asked), row["source"]] for row in rows]
-    lines += [[name, "", *[""] * len(splits), *(scores.get(split, "") for split in asked), "measured here"] for name, scores in ours.items()]
-    return _table(["", "learns from", *(f"{split}, published" for split in splits), *(f"{split}, ours" for split in asked), "source"], lines)
+    lines = [[row["method"], row["learns from"], row["trained on"],
+              *(f"{row['scores'][split]:.2f}" if split in row["scores"] else "" for split in splits), *[""] * len(asked), row["source"]] for row in rows]
+    lines += [[name, "", "", *[""] * len(splits), *(scores.get(split, "") for split in asked), "measured here"] for name, scores in ours.items()]
+    head = ["", "learns from", "trained on", *(f"{split}, published" for split in splits), *(f"{split}, ours" for split in asked), "source"]
+    return _table(head, lines)
 
 # %% ../nbs/18_full_scale.ipynb #075
 def results_markdown(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> str:
@@ -479,36 +499,37 @@ def study_fields(rows: Sequence[dict]) -> list[str]:
     return [name for name in rows[0] if re.fullmatch(r"\S+ [om]IoU", name) and all(name in row for row in rows)]
 
 # %% ../nbs/18_full_scale.ipynb #078
-COURSE = {"LAVT": TRUTH, "MagNet": "#009E73", "SaG": "#CC79A7"}  # Okabe and Ito's blue, green and purple
+COURSE = {"LAVT": (TRUTH, "o"), "MagNet": ("#009E73", "D"), "SaG": ("#CC79A7", "s")}  # colours of Okabe and Ito; marks
 
 
-def show_published(published: Mapping, ax: plt.Axes) -> plt.Axes:
-    """The published val scores of the models of this course, a line for each data set and metric."""
-    rows = [row for row in published["benchmarks"] if row["method"] in COURSE and "val" in row["scores"]]
-    names = list(dict.fromkeys(f"{row['dataset']} ({row['split_by']}) {row['metric']}" for row in rows))
-    for method, colour in COURSE.items():
+def show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
+    """The published val scores of the models of this course in one metric, a line for each data set."""
+    rows = [row for row in published["benchmarks"] if row["method"] in COURSE and row["metric"] == metric and "val" in row["scores"]]
+    names = list(dict.fromkeys(f"{row['dataset']} ({row['split_by']})" for row in rows))
+    for method, (colour, mark) in COURSE.items():
         mine = [row for row in rows if row["method"] == method]
-        ax.plot([row["scores"]["val"] for row in mine], [names.index(f"{row['dataset']} ({row['split_by']}) {row['metric']}") for row in mine],
-                "D", mfc="white", mec=colour, mew=2, ms=7, label=method)
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel="%", title="Published, val")
-    ax.legend(frameon=False, fontsize=8)
+        ax.plot([row["scores"]["val"] for row in mine], [names.index(f"{row['dataset']} ({row['split_by']})") for row in mine],
+                mark, mfc="white", mec=colour, mew=2, ms=7, label=method)
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel=f"{metric}, %", title="Published, val")
+    ax.legend(frameon=False, fontsize=8, loc="lower left")
     return ax
 
 
 def results_figure(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> plt.Figure:
-    """Published scores in the first panel, ours in the others: our reports, and each study by its first oIoU."""
+    """Published scores in the first two panels, by oIoU and by mIoU; then ours by oIoU: our reports, and each study by its first oIoU."""
     import matplotlib.pyplot as plt
     reports = list(reports)
-    figure, axes = plt.subplots(1, 1 + bool(reports) + len(studies), figsize=(4.6 * (1 + bool(reports) + len(studies)), 4.2), squeeze=False,
-                                layout="constrained")
-    show_published(published, axes[0, 0])
+    count = 2 + bool(reports) + len(studies)
+    figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 4.2), squeeze=False, layout="constrained")
+    for ax, metric in zip(axes[0], ("oIoU", "mIoU")):
+        show_published(published, metric, ax)
     if reports:
-        ax = axes[0, 1]
+        ax = axes[0, 2]
         for y, report in enumerate(reports):
             low, high = report.interval["oIoU"]
             ax.errorbar(100 * report.oIoU, y, xerr=[[100 * (report.oIoU - low)], [100 * (high - report.oIoU)]], fmt="o", color=PREDICTION, capsize=4)
         ax.set(yticks=range(len(reports)), yticklabels=[f"{r.checkpoint}\n{r.data} {r.split}" for r in reports],
                ylim=(len(reports) - 0.5, -0.5), xlim=(0, 100), xlabel="oIoU, %", title="Measured here")
-    for ax, (name, rows) in zip(axes[0, 1 + bool(reports):], studies.items()):
+    for ax, (name, rows) in zip(axes[0, 2 + bool(reports):], studies.items()):
         show_study(rows, study_fields(rows)[0], ax).set(xlim=(0, 100), title=f"Measured here: study {name}")
     return figure

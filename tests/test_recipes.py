@@ -1,4 +1,5 @@
 """Recipes as a user meets them: overrides are told, what would waste a night ends in one line, the launch script starts, tables keep theirs and ours apart."""
+import inspect
 import json
 import os
 import re
@@ -15,19 +16,24 @@ from pathlib import Path
 os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from parity import load_case, released_state
 
 from ris_nb import cli, lavt
+from ris_nb.alignment import alignment_loss
 from ris_nb.batches import build_vocabulary, load_model
 from ris_nb.evaluation import Record, make_report
 from ris_nb.language import TextEncoder
+from ris_nb.lavt import LAVT
 from ris_nb.magnet import MagNet
+from ris_nb.mask_grounding import Grounded
 from ris_nb.prepare import differences
 from ris_nb.refer import PUBLISHED, count_split, open_data
-from ris_nb.recipes import RECIPES, benchmark_table, check_pretrained, our_results, read_published, released_model
-from ris_nb.sag import SAG_RECIPE
+from ris_nb.recipes import (LAVT_CODE, RECIPES, benchmark_table, check_pretrained, expectation, find_recipe, list_recipes, our_results, plan,
+                            read_published, released_model, results_figure, results_markdown)
+from ris_nb.sag import SAG_RECIPE, SaG
 from ris_nb.shapes import make_refshapes
 from ris_nb.task import RISError
 from ris_nb.training import TINY_RECIPE, TrainConfig
@@ -93,6 +99,67 @@ def test_recipes_hold_the_papers_settings():
     assert (c.lr, c.weight_decay, c.batch_size, c.schedule, c.warmup, c.warmup_kind, c.clip) == (1e-5, 1e-4, 32, "cosine", 5000, "loss", 0.1)
     assert [RECIPES[name].settings["split_by"].value for name in ("magnet_refcocog", "sag_refcocog", "sag_phrasecut")] == ["umd", "google", "authors"]
     assert config("lavt_tiny") == TrainConfig(**TINY_RECIPE) and config("sag_tiny") == TrainConfig(**SAG_RECIPE)
+
+
+CLASSES = {"lavt": LAVT, "magnet": MagNet, "sag": SaG}
+ELSEWHERE = {"self", "vocabulary", "image_size", "freeze", "lr_factors"}  # from the data, from flags, from the preset
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "tiny" not in name])
+def test_every_argument_of_the_network_has_a_value_and_a_source(name):
+    network = RECIPES[name].network
+    arguments = inspect.signature(CLASSES[name.partition("_")[0]].__init__).parameters
+    assert set(arguments) - ELSEWHERE == set(network) and all(setting.source for setting in network.values())
+    if "predictor" in network:
+        asked = set(inspect.signature(Grounded.__init__).parameters) - {"self", "host", "weight"}
+        assert set(network["predictor"].value) == asked and all(word in network["predictor"].source for word in asked)
+        temperatures = inspect.signature(alignment_loss).parameters["temperatures"].default
+        assert "{}, {} and {}".format(*temperatures) in network["alignment"].source
+
+
+def test_sources_say_no_more_than_is_known():
+    def source(recipe, name): return (RECIPES[recipe].settings | RECIPES[recipe].network)[name].source
+    assert source("magnet_refcocog", "split_by").startswith("our choice")                  # ELIA's script is for the other division
+    assert all("refcoco+ and refcocog (google)" in source("magnet_refcoco", name) for name in ("lr", "batch_size", "steps", "grounding"))
+    assert all(source("magnet_refcoco", name).startswith("not known of MagNet") for name in ("schedule", "power", "warmup", "clip", "best"))
+    assert all("our choice" in source("sag_phrasecut", name) for name in ("steps", "lr", "warmup", "batch_size", "seed"))  # no script for it
+    assert source("sag_refcoco", "lr") == "SaG's released code" and source("lavt_refcoco", "lr") == LAVT_CODE
+
+
+def test_steps_follow_from_epochs_and_the_data():
+    cases = {(): 52_782, (("split_by", "google"),): 56_027, (("batch_size", 64),): 26_391, (("each", "sentence"),): 100_640,
+             (("dataset", "refcoco+"), ("split_by", "unc")): 52_847, (("dataset", "mine"), ("split_by", "x")): 52_782}
+    for given, steps in cases.items():
+        recipe = find_recipe("magnet_refcocog", **dict(given))
+        assert recipe.config().steps == steps, given
+        assert recipe.config().validate_every == pytest.approx(steps / 40, abs=1)
+        assert plan(recipe).count("OVERRIDE") == len(given)
+    assert "44,822 objects of refcocog (google) train in batches of 32" in plan(find_recipe("magnet_refcocog", split_by="google"))
+    assert find_recipe("magnet_refcoco", batch_size=64).config(8).accumulate == 2          # what fits on a device stays
+    for given, needle in (({"split_by": "unc"}, "umd or google, not by 'unc'"), ({"split": "testA"}, "without a split 'testA'; there are train, val, test")):
+        with pytest.raises(RISError, match=needle) as caught: find_recipe("magnet_refcocog", **given)
+        assert "\n" not in str(caught.value)
+    assert find_recipe("lavt_tiny", split_by="generated", batch_size=8).config().steps == 1250  # not counted in epochs
+    assert list(list_recipes()) == list(RECIPES) and "40 epochs, 53,005 steps of 32 pairs" in list_recipes()["magnet_refcoco"]
+
+
+def test_recipes_are_read_without_what_computes():
+    """`ris-nb recipes` and `train --help` must not wait for packages that they have no use for."""
+    heavy = ["accelerate", "scipy", "matplotlib", "transformers", "timm", "httpx"]
+    program = f"import sys, ris_nb.recipes, ris_nb.training; print(*(name for name in {heavy} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout.split() == []
+
+
+def test_what_to_expect_says_its_assumptions_and_is_silent_where_nobody_measured(tmp_path):
+    config = RECIPES["magnet_refcoco"].config(8)
+    assert "not measured on this device (A)" in expectation("magnet_swin_base", config, device="A", folder=tmp_path / "absent")  # as in a wheel
+    row = {"part": "training step", "variant": "as in fit", "batch": 4, "items_per_second": 20.0, "peak_gib": 21.5}
+    (tmp_path / "a.json").write_text(json.dumps({"device": "A", "models": {"magnet_swin_base": {"machine": "A, 2 threads", "rows": [row]}}}))
+    (tmp_path / "b.json").write_text("[1]"), (tmp_path / "c.json").write_text("{")
+    assert expectation("magnet_swin_base", config, 1, "A", tmp_path) == (
+        "time: about 24 hours of steps alone; 21.5 GiB; measured on one A, 2 threads: 20 pairs a second, 4 at once")
+    assert "2.9 hours of steps alone on 8 devices, one for each process and their exchange not counted" in expectation("magnet_swin_base", config, 8, "A", tmp_path)
 
 
 @pytest.mark.parametrize("notebook, model", [("13_magnet", "magnet_tiny"), ("17_sag", "sag_tiny")])
@@ -175,6 +242,53 @@ def launch_script():
     cells = json.loads((ROOT / "nbs/18_full_scale.ipynb").read_text())["cells"]
     text = next("".join(cell["source"]) for cell in cells if "#SBATCH" in "".join(cell["source"]) and cell["cell_type"] == "markdown")
     return re.search(r"```bash\n(.*?)```", text, re.S)[1]
+
+
+DIRECTIVES = {  # of sbatch: the options that a job may name here, and what their values look like
+    "job-name": r"\S+", "nodes": r"\d+(-\d+)?", "ntasks-per-node": r"\d+", "gpus-per-node": r"([a-z]\w*:)?\d+", "gres": r"gpu(:\w+)?:\d+",
+    "cpus-per-task": r"\d+", "mem": r"\d+[KMGT]?", "time": r"(\d+-)?\d+(:[0-5]\d){0,2}", "requeue": None, "partition": r"[\w,]+", "account": r"\w+",
+    "output": r"\S+", "error": r"\S+", "exclusive": None, "signal": r"\S+"}
+
+
+def sbatch_problems(text):
+    """What `sbatch --test-only` would refuse, or read over in silence, in a job's file."""
+    first, *lines = text.splitlines()
+    problems = [] if re.fullmatch(r"#!/\S+(/env)?( \S+)*", first) else ["This does not look like a batch script: the first line must start with #! and the path of an interpreter"]
+    if re.search(r"<[^<>\s]+>|\{\{|TODO|\$\{?[A-Z_]+", "\n".join(line for line in lines if line.startswith("#SBATCH"))):
+        problems.append("a directive has a placeholder, and sbatch expands none")
+    started, seen = False, set()
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            option = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", line.rstrip())
+            if started: problems.append(f"{line}: comes after the first command and is ignored")
+            if option is None or option[1] not in DIRECTIVES: problems.append(f"{line}: unrecognized option")
+            elif option[1] in seen: problems.append(f"{line}: given twice")
+            elif (option[2] is None) != (DIRECTIVES[option[1]] is None): problems.append(f"{line}: a value is missing, or one too many")
+            elif option[2] is not None and not re.fullmatch(DIRECTIVES[option[1]], option[2]): problems.append(f"{line}: invalid specification")
+            seen.add(option and option[1])
+        elif re.match(r"#\s*SBATCH|\s+#SBATCH", line): problems.append(f"{line}: is a comment, not a directive")
+        elif line.strip() and not line.startswith("#"): started = True
+    if "\r" in text: problems.append("Batch script contains DOS line breaks")
+    if {"nodes", "time", "ntasks-per-node"} - seen: problems.append("the job doesn't say how many nodes, tasks and how long")
+    return problems
+
+
+BROKEN = {"no hash": ("#!/bin/bash", "!/bin/bash"), "no interpreter": ("#!/bin/bash\n", ""), "a wrong option": ("--gpus-per-node", "--gpu-per-node"),
+          "a wrong time": ("24:00:00", "24h"), "a minute too many": ("24:00:00", "24:60:00"), "after a command": ("#SBATCH --requeue\nset -euo pipefail", "set -euo pipefail\n#SBATCH --requeue"),
+          "a blank": ("#SBATCH --nodes=2", "# SBATCH --nodes=2"), "no value": ("--nodes=2", "--nodes="), "a variable": ("--job-name=magnet", "--job-name=$NAME"),
+          "a placeholder": ("--job-name=magnet", "--job-name=<name>"), "twice": ("#SBATCH --requeue", "#SBATCH --requeue\n#SBATCH --requeue"),
+          "a value too many": ("--requeue", "--requeue=yes"), "memory": ("#SBATCH --requeue", "#SBATCH --mem=64GB"), "DOS": ("pipefail\n", "pipefail\r\n")}
+
+
+def test_sbatch_would_take_the_script():
+    assert sbatch_problems(launch_script()) == []
+
+
+@pytest.mark.parametrize("old, new", BROKEN.values(), ids=BROKEN)
+def test_sbatch_would_refuse_a_broken_script(old, new):
+    script = launch_script()
+    assert script.count(old) >= 1
+    assert len(sbatch_problems(script.replace(old, new, 1))) >= 1
 
 
 STUBS = {"scontrol": 'echo 127.0.0.1\n', "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"\n', "srun": """
@@ -260,9 +374,54 @@ def report(tmp_path, data="refcoco (unc)", split="val", name="run", **more):
     return made.save(path)
 
 
+@pytest.mark.parametrize("row", read_published()["benchmarks"], ids=lambda row: f"{row['method']} {row['dataset']} {row['split_by']} {row['metric']}")
+def test_a_published_figure_says_what_it_is(row):
+    assert set(row) == {"method", "learns from", "trained on", "dataset", "split_by", "metric", "scores", "source"} and all(row.values())
+    assert row["metric"] in (("cIoU", "gIoU") if row["dataset"] == "grefcoco" else ("oIoU", "mIoU"))
+    assert all(0 < score < 100 and round(score, 2) == score for score in row["scores"].values())
+    assert set(row["scores"]) <= set(PUBLISHED.get((row["dataset"], row["split_by"]), {"val"}))
+    assert row["learns from"] == ("sentences" if row["source"].startswith("SaG, ICCV") else "masks")
+
+
+def test_no_figure_stands_under_two_metrics():
+    """MagNet's README prints CRIS's means over expressions among overall IoUs."""
+    rows = read_published()["benchmarks"]
+    found = {}
+    for row in rows:
+        found.setdefault((row["method"], row["dataset"], row["split_by"]), {})[row["metric"]] = row["scores"]
+    assert sum(map(len, found.values())) == len(rows)
+    for metrics in found.values():
+        values = [score for scores in metrics.values() for score in scores.values()]
+        assert len(set(values)) == len(values) or len(metrics) == 1
+    assert all(set(metrics) == {"mIoU"} for (method, *_), metrics in found.items() if method == "CRIS")
+    assert sum(len(metrics["mIoU"]) for (method, *_), metrics in found.items() if method == "LAVT") == 9
+    for key in found:  # where both are printed, the mean is the larger one in these data
+        if {"oIoU", "mIoU"} <= set(found[key]):
+            assert all(found[key]["mIoU"][split] > found[key]["oIoU"][split] for split in found[key]["oIoU"] if split in found[key]["mIoU"]), key
+
+
+def test_metrics_share_neither_column_nor_axis():
+    published = read_published()
+    with pytest.raises(RISError, match="one data set and one metric"):
+        benchmark_table(published["benchmarks"], [])
+    text = results_markdown(published, [], {})
+    for heading, body in re.findall(r"^## (.*) in percent\n\n(.*?)(?=\n## |\Z)", text, re.M | re.S):
+        data, metric = heading.rsplit(", ", 1)
+        mine = {f"{score:.2f}" for row in published["benchmarks"] if (f"{row['dataset']} ({row['split_by']})", row["metric"]) == (data, metric) for score in row["scores"].values()}
+        assert set(re.findall(r"\| (\d+\.\d\d) (?=\|)", body)) == mine, heading
+    figure = results_figure(published, [], {})
+    for ax, metric in zip(figure.axes, ("oIoU", "mIoU"), strict=True):
+        drawn = {round(float(x), 2) for line in ax.lines for x in line.get_xdata()}
+        assert ax.get_xlabel() == f"{metric}, %" and drawn == {row["scores"]["val"] for row in published["benchmarks"]
+                                                               if row["metric"] == metric and row["method"] in ("LAVT", "MagNet", "SaG") and "val" in row["scores"]}
+    plt.close(figure)
+
+
 def test_published_numbers_are_those_of_the_sources():
     rows = {(row["method"], row["dataset"], row["split_by"], row["metric"]): row["scores"] for row in read_published()["benchmarks"]}
-    assert len(rows) == len(read_published()["benchmarks"])
+    assert rows["CRIS", "refcoco+", "unc", "mIoU"] == {"val": 62.27, "testA": 68.08, "testB": 53.68}
+    assert rows["LAVT", "refcocog", "umd", "mIoU"] == {"val": 63.34, "test": 63.62}
+    assert rows["ReLA", "grefcoco", "unc", "gIoU"] == {"val": 63.60}
     assert rows["MagNet", "refcoco", "unc", "oIoU"] == {"val": 75.24, "testA": 78.24, "testB": 71.05}
     assert rows["LAVT", "refcoco", "unc", "oIoU"]["val"] == 72.73 and rows["SaG", "phrasecut", "authors", "mIoU"] == {"val": 33.45}
     assert rows["SaG", "refcocog", "google", "mIoU"] == {"val": 28.87}
@@ -275,7 +434,7 @@ def test_theirs_and_ours_never_share_a_column(tmp_path):
     rows = [row for row in read_published()["benchmarks"] if (row["dataset"], row["metric"]) == ("refcoco", "oIoU")]
     head, _, *lines = benchmark_table(rows, [r for r in reports.values() if r.data == "refcoco (unc)"]).splitlines()
     columns = list(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in [head, *lines])))
-    for name, *cells in columns[2:-1]:
+    for name, *cells in columns[3:-1]:
         filled = [bool(cell) for cell in cells]
         assert any(filled) or name == "testB, ours"
         assert not any(filled[len(rows):] if name.endswith("published") else filled[:len(rows)]), name
