@@ -19,10 +19,7 @@ from torch import nn
 
 from .batches import IMAGENET_MEAN, IMAGENET_STD, RISModel
 from .evaluation import Report, _table, show_study, study_table
-from .lavt import LAVT, read_released
-from .magnet import RELEASED_WEIGHTS, MagNet, fetch_released
 from .refer import PUBLISHED, Referral, Referrals
-from .sag import SAG_RECIPE, SaG
 from .task import PREDICTION, TRUTH, RISError
 from .training import TINY_RECIPE, TrainConfig
 
@@ -33,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = ['LAVT_CODE', 'LAVT_PAPER', 'DEMO', 'DEMO_SCRIPTS', 'MAGNET_CODE', 'SAG_CODE', 'SWIN_B', 'BERT_BASE', 'LAVT_SETTINGS',
            'LAVT_NETWORK', 'UNC', 'UMD', 'LAVT_SETS', 'RECIPES', 'BORROWED', 'MAGNET_SETTINGS', 'MAGNET_NETWORK',
            'MAGNET_SETS', 'SAG_SETTINGS', 'SAG_NETWORK', 'SCRIPT', 'NO_SCRIPT', 'SAG_SETS', 'COUNTED_FROM', 'RELEASED',
-           'MARKS', 'COURSE', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'on_data', 'sag_recipe',
-           'tiny', 'list_recipes', 'find_recipe', 'plan', 'check_complete', 'untouched_norms', 'check_pretrained',
+           'COURSE', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'on_data', 'sag_recipe', 'tiny',
+           'list_recipes', 'find_recipe', 'plan', 'check_complete', 'untouched_norms', 'check_pretrained',
            'per_sentence', 'freeze', 'device_name', 'expectation', 'find_released', 'released_model', 'read_published',
            'our_results', 'benchmark_table', 'results_markdown', 'study_fields', 'show_published', 'results_figure']
 
@@ -238,7 +235,7 @@ def tiny(model: str, chapter: int, part: str, settings: Mapping, **more) -> Reci
 RECIPES |= {
     "lavt_tiny": tiny("lavt_tiny", 8, "encoder.vision", TINY_RECIPE),
     "magnet_tiny": tiny("magnet_tiny", 13, "encoder.vision", TINY_RECIPE, steps=4000, validate_every=1000),
-    "sag_tiny": tiny("sag_tiny", 17, "vision", SAG_RECIPE),
+    "sag_tiny": tiny("sag_tiny", 17, "vision", TINY_RECIPE, steps=1000, lr=5e-4),
 }
 
 
@@ -380,41 +377,42 @@ def expectation(model: str, config: TrainConfig, processes: int = 1, device: str
             f"{entry.get('machine', device)}: {row['items_per_second']:.3g} pairs a second, {row['batch']} at once")
 
 # %% ../nbs/18_full_scale.ipynb #064
-RELEASED = {  # name -> repository of the authors' checkpoints, and what the names of its files say of the data set
-    "magnet_refcoco": (RELEASED_WEIGHTS, r"refcoco(?!\+|p|_?plus|g)"),
-    "magnet_refcoco+": (RELEASED_WEIGHTS, r"refcoco(\+|p|_?plus)"),
-    "magnet_refcocog": (RELEASED_WEIGHTS, r"refcocog|g_?-?ref"),
+RELEASED = {  # name -> what the names of the files in the authors' repository say of the data set
+    "magnet_refcoco": r"refcoco(?!\+|p|_?plus|g)",
+    "magnet_refcoco+": r"refcoco(\+|p|_?plus)",
+    "magnet_refcocog": r"refcocog|g_?-?ref",
 }
 
 
 def find_released(name: str) -> str:
     """The place of a checkpoint of `RELEASED` on the Hub, "owner/repository/file". `RISError` where it isn't clear which file it is."""
-    repository, pattern = RELEASED[name]
+    from ris_nb.magnet import RELEASED_WEIGHTS as repository
     try:
         files = [file for file in list_repo_files(repository) if file.endswith((".pth", ".pt", ".bin", ".safetensors"))]
     except Exception as error:  # the network and the Hub's client have many
         raise RISError(f"{name}: {repository} on the Hugging Face Hub is out of reach ({type(error).__name__}); "
                        "go online, or give the path of a checkpoint") from error
-    found = [file for file in files if re.search(pattern, Path(file).name.lower())]
+    found = [file for file in files if re.search(RELEASED[name], Path(file).name.lower())]
     if len(found) != 1:
         raise RISError(f"{len(found)} of the files of {repository} may be {name}; name one: " +
                        ", ".join(f"{repository}/{file}" for file in (found or files)[:6]))
     return f"{repository}/{found[0]}"
 
 # %% ../nbs/18_full_scale.ipynb #067
-MARKS = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG}  # in the names of entries
-
-
 def released_model(source: str, **overrides) -> RISModel:
     """A checkpoint of the authors of LAVT, MagNet or SaG as a model of ours, in evaluation mode; which, its entries tell.
 
     source: a name in `RELEASED`, the path of a file, or "owner/repository/file" on the Hugging Face Hub. overrides: see
     `MagNet.from_released` and its siblings. Raises `RISError` where it can't be had or is none of them.
     """
+    from ris_nb.lavt import LAVT, read_released
+    from ris_nb.magnet import MagNet, fetch_released
+    from ris_nb.sag import SaG
+    marks = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG}  # in the names of entries
     place = find_released(source) if source in RELEASED else source
     on_the_hub = not Path(place).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+/.+", place) and not place.startswith(".")
     state = read_released(fetch_released(place) if on_the_hub else place)
-    for mark, kind in MARKS.items():
+    for mark, kind in marks.items():
         if any(mark in name for name in state):
             return kind.from_released(state, **overrides)
     raise RISError(f"{source}: is no checkpoint of LAVT, MagNet or SaG; its entries are {', '.join([*state][:3]) or 'none'}")
