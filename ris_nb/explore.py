@@ -10,7 +10,7 @@ import html
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -43,15 +43,15 @@ from .vision import Swin, ViT
 
 # %% auto #0
 __all__ = ['SIDE', 'PALETTE', 'READS', 'POINTER', 'SEES', 'GATHERED', 'SENTENCES', 'FAN', 'MARKERS', 'Latest', 'fingerprint',
-           'Remembered', 'image_parts', 'remember_images', 'Viewer', 'shipped', 'masks_at', 'word_readers',
-           'word_attention', 'word_effects', 'Answer', 'answer', 'shown', 'png', 'heat', 'coloured', 'bars', 'Panel',
-           'picture_part', 'scene_at', 'scene_parts', 'offer', 'offer_examples', 'unread', 'word_buttons',
-           'read_upload', 'ask_parts', 'draw_answer', 'row_of_pictures', 'AskPanel', 'ask_panel', 'Pointable',
-           'stroke_points', 'paint', 'shift', 'mean_below', 'WordGame', 'hide_word', 'guess_word', 'shipped_game',
-           'fill_parts', 'picture_and_bars', 'MovableMask', 'FillPanel', 'fill_panel', 'with_slots', 'Shattered',
-           'shatter', 'gather', 'slot_names', 'slot_colours', 'draw_slots', 'shatter_parts', 'draw_gathered',
-           'ShatterPanel', 'shatter_panel', 'unit', 'c3_points', 'alignment_points', 'svg_text', 'svg_circle',
-           'svg_table', 'svg_bars', 'loss_parts', 'LossPanel', 'loss_panel', 'explore']
+           'Remembered', 'image_parts', 'remember_images', 'Viewer', 'shipped', 'viewers_of', 'masks_at',
+           'word_readers', 'word_attention', 'word_effects', 'Answer', 'answer', 'shown', 'png', 'heat', 'coloured',
+           'bars', 'Panel', 'picture_part', 'scene_at', 'scene_parts', 'offer', 'offer_examples', 'unread',
+           'word_buttons', 'read_upload', 'ask_parts', 'draw_answer', 'same_place', 'row_of_pictures', 'AskPanel',
+           'ask_panel', 'Pointable', 'stroke_points', 'paint', 'shift', 'mean_below', 'WordGame', 'hide_word',
+           'guess_word', 'shipped_game', 'fill_parts', 'picture_and_bars', 'MovableMask', 'FillPanel', 'fill_panel',
+           'with_slots', 'Shattered', 'shatter', 'gather', 'slot_names', 'slot_colours', 'draw_slots', 'shatter_parts',
+           'draw_gathered', 'ShatterPanel', 'shatter_panel', 'unit', 'c3_points', 'alignment_points', 'svg_text',
+           'svg_circle', 'svg_table', 'svg_bars', 'loss_parts', 'LossPanel', 'loss_panel', 'explore']
 
 # %% ../nbs/19_explore.ipynb #010
 class Latest:
@@ -144,6 +144,11 @@ class Viewer:
 def shipped(name: str) -> Viewer:
     """The trained model of that name that comes with the library, before a picture of your choice; the same one for all panels."""
     return Viewer(load_model(shipped_checkpoint(name)))
+
+
+def viewers_of(models: Sequence[str] | Mapping[str, RISModel]) -> dict[str, Viewer]:
+    """Models before a picture, by name: shipped ones of some names, or trained models of yours."""
+    return {name: Viewer(models[name]) if isinstance(models, Mapping) else shipped(name) for name in models}
 
 # %% ../nbs/19_explore.ipynb #019
 def masks_at(model: RISModel, output: Output, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
@@ -394,7 +399,8 @@ def ask_parts(models: Sequence[str], vocabulary: Sequence[str], photo: bool) -> 
              "threshold": widgets.FloatSlider(0.5, min=0.05, max=0.95, step=0.05, description="Threshold"),
              "words": widgets.ToggleButtons(options=[("the answer", -1)], description="Show", style={"button_width": "auto"}),
              "clear": widgets.Button(description="Clear", tooltip="Empty the expression", layout=widgets.Layout(width="auto"))}
-    parts["suggestions"] = word_buttons(parts["expression"], [piece for piece in vocabulary if piece not in SPECIAL and piece[0] != "#"][:60])
+    few = [piece for piece in vocabulary if piece not in SPECIAL and piece[0] != "#"]
+    parts["suggestions"] = word_buttons(parts["expression"], few if len(few) <= 60 else [])  # a BERT vocabulary is no list to choose from
     parts["upload"].observe(lambda change: parts["source"].set_trait("value", "photo"), "value")
     parts["clear"].on_click(lambda button: parts["expression"].set_trait("value", ""))
     for name in models:
@@ -414,6 +420,13 @@ def draw_answer(picture: np.ndarray, model: RISModel, found: Answer, word: int =
     return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
 
 
+def same_place(pieces: Sequence[str], piece: str, place: int) -> int:
+    """Where a model has the `piece` that another one has at `place`, since tokenizers cut differently; -1 (the answer) where nowhere."""
+    if place < 0 or pieces[place:place + 1] == [piece]:
+        return place
+    return pieces.index(piece) if piece in pieces else -1
+
+
 def row_of_pictures(pictures: dict[str, np.ndarray], below: dict[str, str], title: str) -> Figure:
     """A figure of pictures under their names, with lines below them, for a page that nobody can click."""
     width = min(9, 2.9 * len(pictures))
@@ -423,7 +436,7 @@ def row_of_pictures(pictures: dict[str, np.ndarray], below: dict[str, str], titl
         ax.axis("off")
         ax.set_title(name, fontsize=9)
         ax.text(0.5, -0.04, below.get(name, ""), transform=ax.transAxes, ha="center", va="top", fontsize=7, parse_math=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 # %% ../nbs/19_explore.ipynb #042
@@ -432,9 +445,8 @@ class AskPanel(Panel):
 
     def __init__(self, viewers: dict[str, Viewer], photo: Image.Image | None = None):
         self.viewers, self.photo, self.pictures = viewers, photo, {}
-        self.tokenizer = next(iter(viewers.values())).model.tokenizer
         self.ask, self.read, self.shrink = {name: Remembered(answer) for name in viewers}, Remembered(read_upload), Remembered(shown)
-        parts = ask_parts(list(viewers), self.tokenizer.vocabulary, photo is not None)
+        parts = ask_parts(list(viewers), next(iter(viewers.values())).model.tokenizer.vocabulary, photo is not None)
         super().__init__(parts, [("source", "upload"), ("split", "number", "another"), ("example", "expression", "clear"),
                                  ("suggestions",), ("threshold", "words"), [f"{name} column" for name in viewers]])
 
@@ -445,7 +457,7 @@ class AskPanel(Panel):
         text, self.answers = self["expression"].value, {}
         try:
             self.answers = {name: self.ask[name](viewer, photo, text) for name, viewer in self.viewers.items()}
-            self.say(*unread(self.tokenizer, text))
+            self.say(*dict.fromkeys(line for viewer in self.viewers.values() for line in unread(viewer.model.tokenizer, text)))
         finally:  # without answers the picture is shown as it is
             self.offer_words()
             self.draw(self.shrink(photo), known.get(text.strip().lower()))
@@ -456,9 +468,12 @@ class AskPanel(Panel):
         offer(self["words"], [("the answer", -1), *((piece, i) for i, piece in enumerate(pieces))], -1)
 
     def draw(self, picture: np.ndarray, truth: np.ndarray | None) -> None:
-        how = self["words"].value, self["threshold"].value, truth
+        word, threshold = self["words"].value, self["threshold"].value
         for name, viewer in self.viewers.items():
-            drawn, caption = draw_answer(picture, viewer.model, self.answers[name], *how) if name in self.answers else (picture, "")
+            drawn, caption = (picture, "")
+            if name in self.answers:
+                found = self.answers[name]
+                drawn, caption = draw_answer(picture, viewer.model, found, same_place(found.pieces, self["words"].label, word), threshold, truth)
             self[name].value, self[f"{name} caption"].value, self.pictures[name] = png(drawn), f"<b>{name}</b>{caption}", drawn
 
     def figure(self) -> Figure:
@@ -468,13 +483,13 @@ class AskPanel(Panel):
         return row_of_pictures(self.pictures, below, f"“{self['expression'].value}”: {self['words'].label}")
 
 # %% ../nbs/19_explore.ipynb #043
-def ask_panel(models: Sequence[str] = ("lavt_tiny", "magnet_tiny", "sag_tiny"), photo: str | Path | None = None) -> AskPanel:
+def ask_panel(models: Sequence[str] | Mapping[str, RISModel] = ("lavt_tiny", "magnet_tiny", "sag_tiny"), photo: str | Path | None = None) -> AskPanel:
     """Type an expression, and see what each model marks. Parts: `source` (scene or photo), `split`, `number`, `another`, `upload`,
     `example`, `expression`, `clear`, `suggestions`, `threshold`, `words`, and of each model its picture and `NAME caption`.
 
-    models: names of trained models that come with the library. photo: a picture file to begin with.
+    models: names of trained models that come with the library, or trained models of yours by name. photo: a picture file to begin with.
     """
-    return AskPanel({name: shipped(name) for name in models}, photo and read_image(photo, upright=True))
+    return AskPanel(viewers_of(models), photo and read_image(photo, upright=True))
 
 # %% ../nbs/19_explore.ipynb #051
 POINTER = """
@@ -656,7 +671,7 @@ def picture_and_bars(picture: np.ndarray, charts: dict[str, Sequence[tuple[str, 
         ax.set_title(name, fontsize=9)
         ax.invert_yaxis()
         ax.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     return figure
 
 # %% ../nbs/19_explore.ipynb #062
@@ -1003,7 +1018,11 @@ def loss_panel() -> LossPanel:
     return LossPanel()
 
 # %% ../nbs/19_explore.ipynb #096
-def explore() -> widgets.Tab:
-    """The four panels in tabs, from the models that come with the library."""
-    panels = {"Ask": ask_panel(), "Fill in the word": fill_panel(), "Shatter and gather": shatter_panel(), "Loss lab": loss_panel()}
+def explore(models: Mapping[str, RISModel] | None = None) -> widgets.Tab:
+    """The four panels in tabs. models: trained models of yours, by name, for "Ask" and, if one has entity slots, for "Shatter and gather";
+    the others are those that come with the library."""
+    models = models or {}
+    slots = next((Viewer(model) for model in models.values() if isinstance(getattr(getattr(model, "entities", None), "slots", None), EntitySlots)), None)
+    panels = {"Ask": ask_panel(models) if models else ask_panel(), "Fill in the word": fill_panel(),
+              "Shatter and gather": ShatterPanel(slots) if slots else shatter_panel(), "Loss lab": loss_panel()}
     return widgets.Tab(list(panels.values()), titles=list(panels))
