@@ -19,7 +19,7 @@ def additive_mask(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What is added to attention scores so that no word listens to padding.
 
     `words` (B, L) is true where a real token stands. Returns (B, 1, 1, L): 0 for words and -10000 for padding, the
-    value that BERT was trained with. It is finite, so a row of padding alone gives an even softmax and not NaN.
+    value that BERT was trained with. It is finite, so a row of padding alone gives weights and not NaN.
     """
     return ((~words.bool()).to(dtype) * -10000.0)[:, None, None, :]
 
