@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from difflib import get_close_matches
+from functools import cache, cached_property, wraps
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from pkgutil import iter_modules
 
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
+                                    OfflineModeIsEnabled, RepositoryNotFoundError)
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model as load_weights, save_model as save_weights
@@ -32,10 +36,11 @@ from .refer import Referral, Sentence
 from .task import RISError
 
 # %% auto #0
-__all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SPECIAL', 'read_image', 'Transform', 'build_vocabulary', 'read_vocabulary',
-           'Tokenizer', 'Batch', 'encode_item', 'ReferralDataset', 'collate', 'DrawSampler', 'make_loader', 'replacing',
-           'evaluating', 'make_batch', 'Checkpointed', 'RISModel', 'register_model', 'list_models', 'create_model',
-           'load_model', 'shipped_checkpoint']
+__all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'SPECIAL', 'BERT_UNCASED', 'HUB_ERRORS', 'read_image', 'Transform',
+           'build_vocabulary', 'out_of_reach', 'read_vocabulary', 'Tokenizer', 'Batch', 'encode_item',
+           'ReferralDataset', 'collate', 'DrawSampler', 'make_loader', 'replacing', 'evaluating', 'make_batch',
+           'Checkpointed', 'RISModel', 'register_model', 'list_models', 'create_model', 'load_model',
+           'shipped_checkpoint']
 
 # %% ../nbs/04_batches.ipynb #010
 def _open_image(source) -> Image.Image:
@@ -145,12 +150,38 @@ def build_vocabulary(expressions: Iterable[str], size: int = 512) -> list[str]:
     return [*SPECIAL, *sorted(used.difference(SPECIAL))]
 
 # %% ../nbs/04_batches.ipynb #033
+BERT_UNCASED = "bert-base-uncased"
+HUB_ERRORS = (OSError, HFValidationError, *HfHubHTTPError.__bases__)  # of files, of names, and of the network by whatever client
+_HUB_REASONS = {LocalEntryNotFoundError: "it is not in the cache, and the Hub is out of reach",
+                OfflineModeIsEnabled: "it is out of reach: HF_HUB_OFFLINE is set",
+                EntryNotFoundError: "the repository has no such file", RepositoryNotFoundError: "no such repository, or a private one",
+                HFValidationError: "that is no name of a repository"}
+
+
+def out_of_reach(what: str, error: Exception, instead: str) -> RISError:
+    """The `RISError` for one of `HUB_ERRORS`: what can't be fetched from the Hub, why, and what to do `instead`."""
+    chain = [error]
+    while chain[-1].__cause__:  # transformers wraps what huggingface_hub raised
+        chain.append(chain[-1].__cause__)
+    said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:150]}"
+    reason = next((text for kind, text in _HUB_REASONS.items() if any(isinstance(link, kind) for link in chain)), said)
+    return RISError(f"{what} can't be fetched from the Hugging Face Hub ({reason}); {instead}")
+
+
+@cache
+def _bert_pieces() -> tuple[str, ...]:
+    """The vocabulary of bert-base-uncased (Apache 2.0, see NOTICE), which comes with the library."""
+    return tuple((Path(ris_nb.__path__[0]) / f"{BERT_UNCASED}-vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"))
+
+
 def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:
-    """The pieces of a vocabulary: a list, the path of a `vocab.txt`, or a Hub id such as "bert-base-uncased".
+    """The pieces of a vocabulary: a list, the path of a `vocab.txt`, or a Hub id. That of "bert-base-uncased" is here already.
 
     Raises `RISError` where it can't be had, lacks one of `SPECIAL`, or holds a piece twice.
     """
     if isinstance(source, (str, Path)):
+        if str(source) == BERT_UNCASED:
+            return list(_bert_pieces())
         path = Path(source) if Path(source).is_file() else _fetch_vocabulary(str(source))
         try:
             name, pieces = source, path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines() splits at more
@@ -168,9 +199,8 @@ def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:
 def _fetch_vocabulary(repo: str) -> Path:
     try:
         return Path(hf_hub_download(repo, "vocab.txt"))
-    except Exception as error:  # no network, no such repository, no repository's name at all
-        raise RISError(f"vocabulary {repo}: no such file, and not to be had from the Hugging Face Hub "
-                       f"({type(error).__name__}); give the path of a vocab.txt") from error
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"vocabulary {repo}: it is no such file and", error, "give the path of a vocab.txt") from error
 
 # %% ../nbs/04_batches.ipynb #036
 class Tokenizer:
@@ -421,7 +451,7 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
 class Checkpointed(nn.Module, PyTorchModelHubMixin):
     """A module that `save_pretrained` writes to config.json and model.safetensors, whole or not at all.
 
-    The arguments of a subclass must be JSON values: they are the config. `from_pretrained` takes a folder or a Hub id.
+    The arguments of a subclass must be JSON values: they are the config.
     """
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options):
@@ -437,6 +467,17 @@ class Checkpointed(nn.Module, PyTorchModelHubMixin):
                 save_weights(self, str(weights))
                 weights.chmod(settings.stat().st_mode)  # safetensors makes its file readable for its owner alone
         return self.push_to_hub(repo_id or folder.name, **options) if push_to_hub else None
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options):
+        """What was saved, from a folder or from the Hugging Face Hub ("owner/name"); the options are the mixin's, or arguments
+        of the class that win over the saved ones. Raises `RISError` where it can't be had or doesn't fit."""
+        try:
+            return super().from_pretrained(source, **options)
+        except HUB_ERRORS as error:
+            if Path(source).is_dir():
+                raise
+            raise out_of_reach(f"{source}: it is no folder here and", error, "check the path, or go online") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id, config=None, revision=None, cache_dir=None, force_download=False,
@@ -465,13 +506,25 @@ def _kind(config: dict | None) -> str:
 _CLASSES: dict[str, type[RISModel]] = {}
 
 
+def _enter(table: dict, thing) -> None:
+    """Put a class or a function into a table under its name. What a notebook or a script defines stands in for the library's,
+    as in the chapters, and may be defined again; otherwise `RISError` where the name belongs to something else."""
+    known = table.get(thing.__name__, thing)
+    if known.__module__ == "__main__" != thing.__module__:
+        return
+    if thing.__module__ != "__main__" and (known.__module__, known.__qualname__) != (thing.__module__, thing.__qualname__):
+        raise RISError(f"{thing.__module__}.{thing.__qualname__}: the name belongs to {known.__module__}.{known.__qualname__} already; choose another")
+    table[thing.__name__] = thing
+
+
 class RISModel(Checkpointed):
     """Base of all models. `forward(batch) -> Output`, `losses(output, batch) -> dict` of weighted terms and
     `masks(output, sizes) -> list` of bool tensors, one an expression, are each model's own; the rest is here.
 
     image_size: side of the square that the model sees. vocabulary: as for `read_vocabulary`; its pieces go into the
     config. max_words: ids an expression. mean, std: those of the image encoder's pretraining. resolution: where the
-    model's paper measures masks, on the "model"'s square or on the "original" image.
+    model's paper measures masks, on the "model"'s square or on the "original" image. freeze: names of submodules that don't
+    train. lr_factors: what the learning rate is multiplied by in the submodules named; of nested ones the inner counts.
     A subclass's own arguments must be JSON values, for `save_pretrained` writes them to config.json.
     """
 
@@ -479,19 +532,60 @@ class RISModel(Checkpointed):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        _CLASSES[cls.__name__] = cls
+        _enter(_CLASSES, cls)
+        build = cls.__init__
+
+        @wraps(build)
+        def __init__(self, *args, **kwargs):
+            build(self, *args, **kwargs)
+            if type(self) is cls:  # only now are all parts there
+                self._check_parts(self.lr_factors, "for a learning rate of its own")
+                self.freeze(self.frozen)
+        cls.__init__ = __init__
 
     def __init__(self, image_size: int, vocabulary: Sequence[str] | str | Path, max_words: int = 20,
-                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, resolution: str = "model"):
+                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, resolution: str = "model",
+                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__()
+        if isinstance(freeze, str) or not all(isinstance(factor, (int, float)) and factor > 0 for factor in lr_factors.values()):
+            raise RISError(f"freeze is a list of names and lr_factors a table of factors above 0, not {freeze!r} and {lr_factors!r}")
         if resolution not in ("model", "original"):
             raise RISError(f"resolution {resolution!r}: must be 'model' or 'original'")
         self.image_size, self.max_words, self.resolution = image_size, max_words, resolution
         self.vocabulary, self.mean, self.std = read_vocabulary(vocabulary), tuple(mean), tuple(std)
+        self.frozen, self.lr_factors = tuple(freeze), dict(lr_factors)
         self._hub_mixin_config = dict(self._hub_mixin_config or {})
-        arguments = self._hub_mixin_init_parameters.values()
-        if any(a.name == "vocabulary" or a.kind is a.VAR_KEYWORD for a in arguments):
-            self._hub_mixin_config["vocabulary"] = self.vocabulary
+        if self._takes("vocabulary"):
+            known = len(self.vocabulary) == len(_bert_pieces()) and tuple(self.vocabulary) == _bert_pieces()
+            self._hub_mixin_config["vocabulary"] = BERT_UNCASED if known else self.vocabulary
+
+    @classmethod
+    def _takes(cls, argument: str) -> bool:
+        """Does the class take this argument, and so find it in its config.json again?"""
+        return any(a.name == argument or a.kind is a.VAR_KEYWORD for a in cls._hub_mixin_init_parameters.values())
+
+    def _check_parts(self, names: Iterable[str], use: str) -> None:
+        there = {name for name, _ in self.named_modules()} - {""}
+        for name in names:
+            if name not in there:
+                parts = ", ".join(name for name, _ in self.named_children())
+                raise RISError(f"{type(self).__name__} has no part {name!r} {use}; its parts are {parts}, and theirs are named after a dot")
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """From now on these submodules don't train; a saved model remembers it. Raises `RISError`, and changes nothing, where
+        there is no such part or nothing would be left that trains."""
+        names = [*names]
+        self._check_parts(names, "to freeze")
+        stay = {parameter for name in names for parameter in self.get_submodule(name).parameters()}
+        if names and all(parameter in stay for parameter in self.parameters() if parameter.requires_grad):
+            raise RISError(f"with {', '.join(names)} frozen nothing of {type(self).__name__} is left to train; freeze less")
+        if names and not self._takes("freeze"):
+            raise RISError(f"{type(self).__name__} couldn't remember what is frozen: let its __init__ take freeze= and hand it on")
+        for parameter in stay:
+            parameter.requires_grad_(False)
+        self.frozen = tuple(dict.fromkeys((*self.frozen, *names)))
+        if self._takes("freeze"):
+            self._hub_mixin_config["freeze"] = list(self.frozen)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -522,56 +616,108 @@ _MODELS: dict[str, Callable[..., RISModel]] = {}
 
 
 def register_model(function: Callable[..., RISModel]) -> Callable[..., RISModel]:
-    """Decorator: the function, called with `pretrained=False, **overrides`, makes the model of its own name."""
-    _MODELS[function.__name__] = function
+    """Decorator: the function, called with `pretrained=False, **overrides`, makes the model of its own name.
+
+    Raises `RISError` where another function has the name already.
+    """
+    _enter(_MODELS, function)
     return function
 
 
-def _import_chapters() -> None:
-    for module in iter_modules(ris_nb.__path__):
-        try:
-            import_module(f"ris_nb.{module.name}")
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("ris_nb"):
-                raise
+@cache
+def _written(pattern: str) -> dict[str, str]:
+    """Which module of the library defines which name, by a pattern with one group for the name. It is read off the text of
+    the modules: importing all of them takes seconds, and packages that a model may not need."""
+    home = Path(ris_nb.__path__[0])
+    return {name: ".".join(("ris_nb", *file.relative_to(home).with_suffix("").parts))
+            for file in sorted(home.rglob("*.py")) for name in re.findall(pattern, file.read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+_FUNCTION, _CLASS = r"^@register_model\ndef (\w+)", r"^class (\w+)"  # patterns for `_written`
+
+
+@contextmanager
+def _naming_packages(name: str):
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "ris_nb").partition(".")[0]
+        if package == "ris_nb":
+            raise
+        raise RISError(f"{name} needs the package {package}, which is not installed: pip install {package}") from error
+
+
+def _look_up(name: str, table: dict, pattern: str):
+    """What `table` holds under a name, after importing the module of the library that enters it; None where nobody does."""
+    if name not in table and name in _written(pattern):
+        with _naming_packages(name):
+            import_module(_written(pattern)[name])
+    return table.get(name)
 
 
 def list_models() -> list[str]:
     """The names that `create_model` knows."""
-    _import_chapters()
-    return sorted(_MODELS)
+    return sorted({*_MODELS, *_written(_FUNCTION)})
 
 
 def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
-    """A model by its name; `pretrained=True` fetches weights for its encoders, `overrides` are arguments of its class."""
-    if name not in _MODELS and name not in list_models():
-        raise RISError(f"no model is called {name!r}; there are {', '.join(list_models()) or 'none'}")
-    return _MODELS[name](pretrained=pretrained, **overrides)
+    """A model by its name; `pretrained=True` fetches weights for its encoders, `overrides` are arguments of its class.
 
-
-def load_model(folder: str | Path) -> RISModel:
-    """The model that `save_pretrained` wrote into a folder, in evaluation mode on the CPU.
-
-    Raises `RISError` where the folder holds no checkpoint, a broken one, or one of a class that isn't known.
+    Raises `RISError` for a name or an argument that there isn't.
     """
-    file = Path(folder) / "config.json"
+    make = _look_up(name, _MODELS, _FUNCTION)
+    if make is None:
+        raise RISError(f"no model is called {name!r}; there are {', '.join(list_models())}")
+    try:
+        with _naming_packages(name):
+            return make(pretrained=pretrained, **overrides)
+    except TypeError as error:
+        found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if not found or found[2] not in overrides or found[1] not in _CLASSES:
+            raise
+        known = [argument for argument in signature(_CLASSES[found[1]]).parameters if argument != "shared"]
+        raise RISError(f"{name} has no argument {found[2]!r}; it takes {', '.join(get_close_matches(found[2], known) or known)}") from None
+
+
+def load_model(source: str | Path) -> RISModel:
+    """A saved model, in evaluation mode on the CPU. `source`: a folder that `save_pretrained` wrote, the name of a trained
+    model that comes with the library, or a repository on the Hugging Face Hub, "owner/name"; looked for in this order.
+
+    Raises `RISError` where there is no checkpoint, a broken one, or one of a class that isn't known.
+    """
+    place, name = Path(source), str(source)
+    if not place.exists() and name in _shipped():
+        place = shipped_checkpoint(name)
+    file = place / "config.json" if place.exists() or isinstance(source, Path) else _fetch_config(name)
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        raise RISError(f"{folder}: no checkpoint here (it has no config.json); check the path, or train one") from None
+        raise RISError(f"{source}: no checkpoint here (it has no config.json); check the path, or train one") from None
     except (OSError, ValueError, TypeError) as error:
         raise RISError(f"{file}: can't be read as a model's settings ({type(error).__name__}); copy it again") from error
-    if config.get("class") not in _CLASSES:
-        _import_chapters()
-    if config.get("class") not in _CLASSES:
-        raise RISError(f"{folder}: holds {_kind(config)}; a checkpoint can be one of {', '.join(sorted(_CLASSES))}")
-    return _CLASSES[config["class"]].from_pretrained(folder)
+    kind = _look_up(str(config.get("class")), _CLASSES, _CLASS)
+    if kind is None:
+        known = {name for name, module in _written(r"^class (\w+)\(RISModel\)").items()} | _CLASSES.keys()
+        raise RISError(f"{source}: holds {_kind(config)}; a checkpoint can be one of {', '.join(sorted(known))}")
+    return kind.from_pretrained(place if place.exists() else name)
+
+
+def _fetch_config(name: str) -> Path:
+    here = f"{name}: no folder here, no trained model that comes with the library ({', '.join(_shipped())})"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise RISError(f"{here}, and no repository's name, owner/name; check the path, or train one")
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"{here}; and it", error, "check the path, or train one") from error
+
+
+def _shipped() -> list[str]:
+    return sorted(path.parent.name for path in (Path(ris_nb.__path__[0]) / "checkpoints").glob("*/config.json"))
 
 
 def shipped_checkpoint(name: str) -> Path:
     """The folder of the trained model of that name that comes with the library. `RISError` names those that do."""
-    home = Path(ris_nb.__path__[0]) / "checkpoints"
-    there = sorted(path.parent.name for path in home.glob("*/config.json"))
-    if name not in there:
-        raise RISError(f"no trained {name!r} comes with the library, only {', '.join(there)}: train one, or choose another")
-    return home / name
+    if name not in _shipped():
+        raise RISError(f"no trained {name!r} comes with the library, only {', '.join(_shipped())}: train one, or choose another")
+    return Path(ris_nb.__path__[0]) / "checkpoints" / name

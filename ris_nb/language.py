@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, BertModel
 
+from .batches import HUB_ERRORS, out_of_reach
 from .task import RISError
 
 # %% auto #0
@@ -24,18 +24,20 @@ def additive_mask(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return ((~words.bool()).to(dtype) * -10000.0)[:, None, None, :]
 
 # %% ../nbs/05_language.ipynb #037
-def pretrained_bert(name: str) -> BertModel:
-    """BERT without its pooler, by Hub name ("bert-base-uncased") or from a folder, through transformers.
+def pretrained_bert(name: str) -> nn.Module:
+    """A `transformers.BertModel` without its pooler, by Hub name ("bert-base-uncased") or from a folder, through transformers.
 
     Raises `RISError` when it can't be found or reached, or when it is another kind of model.
     """
+    from transformers import AutoConfig, BertModel  # here, for to import them takes seconds
+
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind == "bert":
             return BertModel.from_pretrained(name, add_pooling_layer=False, attn_implementation="sdpa")
-    except Exception as error:  # transformers, huggingface_hub and the network each have their own
-        raise RISError(f"no pretrained BERT at {name!r}: name a folder that save_pretrained wrote, "
-                       f"or a Hub model with the Hub in reach ({type(error).__name__})") from error
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"no pretrained BERT at {name!r}: it is no such folder and", error,
+                           "go online once, copy the cache (HF_HOME), or name a folder that save_pretrained wrote") from error
     raise RISError(f"{name!r} is a model of type {kind}: a text encoder needs one of type bert")
 
 # %% ../nbs/05_language.ipynb #038
@@ -49,6 +51,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         if width % heads:
             raise RISError(f"a text encoder of width {width} cannot have {heads} heads: heads must divide width")
+        from transformers import BertConfig, BertModel
+
         self.bert = BertModel(BertConfig(
             vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
             intermediate_size=ffn, max_position_embeddings=max_positions, hidden_dropout_prob=dropout,

@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .batches import IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, RISModel, Tokenizer, register_model
+from .batches import (BERT_UNCASED, IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, RISModel, Tokenizer, read_vocabulary,
+                            register_model)
 from .language import TextEncoder
 from .task import Output, RISError
 from .vision import TINY_SWIN, Swin, init_weights, pretrained_namer, released_swin_key
 
 # %% auto #0
-__all__ = ['NORMS', 'RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'upsample',
-           'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'LAVT', 'start_pretrained', 'lavt_tiny',
-           'lavt_swin_base', 'read_released', 'released_pwam_key', 'released_lavt_key', 'released_lavt',
-           'released_encoder_sizes', 'released_lavt_sizes', 'load_released']
+__all__ = ['NORMS', 'SWIN_B', 'BERT_BASE', 'RELEASED_PWAM', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin',
+           'SimpleDecoder', 'upsample', 'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'LAVT', 'keep_sizes',
+           'start_pretrained', 'lavt_tiny', 'fetch_swin_and_bert', 'lavt_swin_base', 'read_released',
+           'released_pwam_key', 'released_lavt_key', 'released_lavt', 'released_encoder_sizes', 'released_lavt_sizes',
+           'load_released']
 
 # %% ../nbs/07_lavt.ipynb #015
 class InstanceNorm(nn.Module):
@@ -202,7 +204,7 @@ class LAVT(RISModel):
 
     width, depths, heads, window, patch, drop_path: of `Swin`. bert_*: of `TextEncoder`. decoder_width: of
     `SimpleDecoder` (default 4 * width). vocab_size: rows of the word table (default: the vocabulary's size).
-    image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`. norm: "instance" as in LAVT, or "layer" as in
+    image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors: of `RISModel`. norm: "instance" as in LAVT, or "layer" as in
     MagNet (see `PWAM`). dice: weight of `dice_loss`, which the paper doesn't use. The defaults are the paper's.
     """
 
@@ -210,8 +212,9 @@ class LAVT(RISModel):
                  std=IMAGENET_STD, resolution: str = "model", width: int = 128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
                  window: int = 12, patch: int = 4, drop_path: float = 0.3, bert_width: int = 768, bert_layers: int = 12,
                  bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1, bert_positions: int = 512,
-                 vocab_size: int | None = None, decoder_width: int | None = None, norm: str = "instance", dice: float = 0.0):
-        super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
+                 vocab_size: int | None = None, decoder_width: int | None = None, norm: str = "instance", dice: float = 0.0,
+                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+        super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         if norm not in NORMS or not dice >= 0:
             raise RISError(f"norm must be one of {', '.join(NORMS)} and dice at least 0, not {norm!r} and {dice}")
         self.dice = dice
@@ -224,7 +227,7 @@ class LAVT(RISModel):
     def tokenizer(self) -> Tokenizer:
         """Raises `RISError` where the model was built without words, as from a released state dict alone."""
         if len(self.vocabulary) == len(SPECIAL):
-            raise RISError("this model knows no words: build it with vocabulary=, e.g. the path of bert-base-uncased's vocab.txt")
+            raise RISError("this model knows no words: build it with vocabulary=, e.g. bert-base-uncased or the path of a vocab.txt")
         return Tokenizer(self.vocabulary, self.max_words)
 
     def forward(self, batch: Batch) -> Output:
@@ -261,18 +264,25 @@ class LAVT(RISModel):
         return model.eval()
 
 # %% ../nbs/07_lavt.ipynb #058
-def start_pretrained(name: str, encoder: nn.Module, source: nn.Module, sizes: Mapping, overrides: Mapping) -> None:
-    """Give the encoder of model `name` the weights of `source`, which from then on learn at a fifth of the rate.
+SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4)
+BERT_BASE = dict(vocabulary=BERT_UNCASED, vocab_size=30522, bert_width=768, bert_layers=12, bert_heads=12, bert_ffn=3072, bert_positions=512)
 
-    sizes: the model's arguments that fit `source`. Raises `RISError` where `overrides`, what the model was asked to have, differ.
-    """
-    changed = [size for size, value in sizes.items() if overrides.get(size, value) != value]
+
+def keep_sizes(name: str, part: str, sizes: Mapping, overrides: Mapping) -> None:
+    """`RISError` where model `name` was asked for pretrained weights of a part and, by `overrides`, for other `sizes` than theirs."""
+    def plain(size, value):
+        return read_vocabulary(value) if size == "vocabulary" else list(value) if isinstance(value, (list, tuple)) else value
+
+    changed = [f"{size}={value}" for size, value in sizes.items()
+               if size != "drop_path" and plain(size, overrides.get(size, value)) != plain(size, value)]  # no weight depends on drop_path
     if changed:
-        raise RISError(f"{name}'s pretrained {type(encoder).__name__} has {', '.join(f'{size}={sizes[size]}' for size in changed)}: "
-                       "leave that as it is or use pretrained=False")
-    encoder.load_state_dict(source.state_dict())
-    for parameter in encoder.parameters():
-        parameter.lr_factor = 0.2
+        raise RISError(f"{name}'s pretrained {part} has {', '.join(changed)}: leave that as it is or use pretrained=False")
+
+
+def start_pretrained(model: nn.Module, encoders: Mapping[str, nn.Module]) -> None:
+    """Give parts of a model, by their names, the weights of encoders of the same sizes; all else stays as the model was built."""
+    for name, encoder in encoders.items():
+        model.get_submodule(name).load_state_dict(encoder.state_dict())
 
 
 @register_model
@@ -281,21 +291,31 @@ def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
 
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
+    if pretrained:
+        keep_sizes("lavt_tiny", "Swin", TINY_SWIN, overrides)
     sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192,
-                 bert_dropout=0.0, bert_positions=32, decoder_width=32, norm="layer", dice=3.0)
+                 bert_dropout=0.0, bert_positions=32, decoder_width=32, norm="layer", dice=3.0,
+                 lr_factors={"encoder.vision": 0.2} if pretrained else {})
     model = LAVT(**{**sizes, **overrides})
     if pretrained:
-        start_pretrained("lavt_tiny", model.encoder.vision, pretrained_namer().swin, TINY_SWIN, overrides)
+        start_pretrained(model, {"encoder.vision": pretrained_namer().swin})
     return model
+
+
+def fetch_swin_and_bert(name: str, overrides: Mapping) -> tuple[Swin, TextEncoder]:
+    """The pretrained encoders of LAVT and MagNet at the papers' sizes; `RISError` where `overrides` don't fit them."""
+    keep_sizes(name, "Swin", SWIN_B, overrides)
+    keep_sizes(name, "BERT", BERT_BASE, overrides)
+    return Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k"), TextEncoder.from_pretrained(BERT_UNCASED)
 
 
 @register_model
 def lavt_swin_base(pretrained: bool = False, **overrides) -> LAVT:
     """The paper's LAVT: Swin-B with window 12 at 480 pixels, BERT-base; `pretrained` fetches both encoders, as the authors did."""
-    model = LAVT(**{"vocab_size": 30522, **overrides})
+    vision, text = fetch_swin_and_bert("lavt_swin_base", overrides) if pretrained else (None, None)
+    model = LAVT(**{**SWIN_B, **BERT_BASE, **overrides})
     if pretrained:
-        model.text = TextEncoder.from_pretrained("bert-base-uncased")
-        model.encoder.vision = Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k")
+        start_pretrained(model, {"encoder.vision": vision, "text": text})
     return model
 
 # %% ../nbs/07_lavt.ipynb #071

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .alignment import (ImageAlignment, LanguageAlignment, alignment_loss, released_image_alignment_key,
                               released_language_alignment_key, sentence_vector)
-from .batches import (IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, ReferralDataset, RISModel, build_vocabulary, create_model,
-                            make_loader, register_model)
+from .batches import (HUB_ERRORS, IMAGENET_MEAN, IMAGENET_STD, SPECIAL, Batch, ReferralDataset, RISModel, build_vocabulary,
+                            create_model, make_loader, out_of_reach, register_model)
 from .evaluation import evaluate
 from .language import TextEncoder
-from .lavt import (LAVT, SimpleDecoder, dice_loss, load_released, mask_loss, read_released, released_encoder_sizes,
-                         score_masks, start_pretrained, upsample, word_rows)
+from .lavt import (BERT_BASE, LAVT, SWIN_B, SimpleDecoder, dice_loss, fetch_swin_and_bert, keep_sizes, load_released, mask_loss,
+                         read_released, released_encoder_sizes, score_masks, start_pretrained, upsample, word_rows)
 from .mask_decoder import MaskDecoder, PixelDecoder, released_mask_decoder_key
 from .mask_grounding import TINY_PREDICTOR, Grounded, masked_word_accuracy
 from .refer import open_data
@@ -100,7 +100,8 @@ class MagNet(RISModel):
     decoder_layers and decoder_ffn the `MaskDecoder`; of the simple decoder only the width counts. bce, dice: weights of the
     mask losses. alignment: weight of each of the three terms of `alignment_loss`, which compares at most alignment_pixels
     of either side. grounding, predictor: the weight that `for_training` gives Mask Grounding, which is no part of the
-    network, and other arguments of `Grounded`. image_size, vocabulary, max_words, mean, std, resolution: of `RISModel`.
+    network, and other arguments of `Grounded`. image_size, vocabulary, max_words, mean, std, resolution, freeze,
+    lr_factors: of `RISModel`.
     The defaults are the released network's sizes.
     """
 
@@ -114,8 +115,8 @@ class MagNet(RISModel):
                  decoder_heads: int = 8, points: int = 4, encoder_layers: int = 4, encoder_ffn: int = 1024,
                  decoder_layers: int = 9, decoder_ffn: int = 2048, bce: float = 2.0, dice: float = 2.0,
                  alignment: float = 0.5, alignment_pixels: int = 1024, grounding: float = 1.0,
-                 predictor: Mapping | None = None):
-        super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
+                 predictor: Mapping | None = None, freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+        super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         if decoder not in ("mask", "simple") or not all(weight >= 0 for weight in (bce, dice, alignment, grounding)):
             raise RISError(f"decoder must be 'mask' or 'simple' and no loss weight below 0, not {decoder!r} and "
                            f"{bce}, {dice}, {alignment}, {grounding}")
@@ -206,23 +207,26 @@ def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
 
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
+    if pretrained:
+        keep_sizes("magnet_tiny", "Swin", TINY_SWIN, overrides)
     sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=3, bert_heads=4, bert_ffn=192,
                  bert_dropout=0.0, bert_positions=32, grids=(1, 4), decoder_width=32, decoder_heads=4, points=1, encoder_layers=1,
                  encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64, bce=1.0, dice=3.0,
-                 grounding=0.1, predictor={**TINY_PREDICTOR, "at_least_one": False})
+                 grounding=0.1, predictor={**TINY_PREDICTOR, "at_least_one": False},
+                 lr_factors={"encoder.vision": 0.2} if pretrained else {})
     model = MagNet(**{**sizes, **overrides})
     if pretrained:
-        start_pretrained("magnet_tiny", model.encoder.vision, pretrained_namer().swin, TINY_SWIN, overrides)
+        start_pretrained(model, {"encoder.vision": pretrained_namer().swin})
     return model
 
 
 @register_model
 def magnet_swin_base(pretrained: bool = False, **overrides) -> MagNet:
     """The paper's MagNet: Swin-B with window 12 at 480 pixels, BERT-base; `pretrained` fetches both encoders."""
-    model = MagNet(**{"vocab_size": 30522, **overrides})
+    vision, text = fetch_swin_and_bert("magnet_swin_base", overrides) if pretrained else (None, None)
+    model = MagNet(**{**SWIN_B, **BERT_BASE, **overrides})
     if pretrained:
-        model.encoder.text = TextEncoder.from_pretrained("bert-base-uncased")
-        model.encoder.vision = Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k")
+        start_pretrained(model, {"encoder.vision": vision, "encoder.text": text})
     return model
 
 # %% ../nbs/13_magnet.ipynb #051

@@ -333,14 +333,9 @@ def per_sentence(referrals: Iterable[Referral]) -> list[Referral]:
     return [replace(referral, sentences=(sentence,)) for referral in referrals for sentence in referral.sentences]
 
 
-def freeze(model: nn.Module, names: Iterable[str]) -> None:
-    """Let the parameters of these parts learn no more; names as of `nn.Module.get_submodule`. `RISError` for one that isn't there."""
-    for name in names:
-        try:
-            model.get_submodule(name).requires_grad_(False)
-        except AttributeError:
-            parts = ", ".join(part for part, _ in model.named_children())
-            raise RISError(f"{type(model).__name__} has no part {name!r} to freeze; its parts are {parts}, and theirs are named after a dot") from None
+def freeze(model: RISModel, names: Iterable[str]) -> None:
+    """Let these parts learn no more: `RISModel.freeze`."""
+    model.freeze(names)
 
 # %% ../nbs/18_full_scale.ipynb #048
 def device_name() -> str:

@@ -26,7 +26,7 @@ from .entity_slots import (EntityDiscovery, SlotDecoder, reconstruct, released_d
                                  released_slots_key, start_as_kmeans)
 from .evaluation import Floor, evaluate
 from .language import TextEncoder
-from .lavt import LAVT, load_released, read_released, start_pretrained, word_rows
+from .lavt import BERT_BASE, LAVT, keep_sizes, load_released, read_released, start_pretrained, word_rows
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map, released_fusion_key
 from .refer import open_data
 from .task import Output, RISError, overlay
@@ -34,8 +34,8 @@ from .training import TINY_RECIPE, TrainConfig, fit
 from .vision import TINY_VIT, ViT, pretrained_tagger
 
 # %% auto #0
-__all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY', 'relevance_masks',
-           'check_choices', 'SaG', 'sag_tiny', 'slow_vision', 'sag_vit_small', 'sag_vit_small_scripts',
+__all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'VIT_S', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY',
+           'relevance_masks', 'check_choices', 'SaG', 'sag_tiny', 'sag_vit_small', 'sag_vit_small_scripts',
            'RandomRelevance', 'study_figures', 'floor_scores', 'show_answers', 'released_sag_key', 'released_sag',
            'released_slot_sizes', 'released_sag_sizes', 'PatchEntities', 'DotFusion', 'sag_study', 'sag_scores']
 
@@ -76,7 +76,7 @@ class SaG(RISModel):
     of a sentence's own image among its negatives, as released, or "drop" it. noise: at inference sample slots with one
     "seeded" noise or take the "mean" of each Gaussian. scheme: of `relevance_map`; threshold: of `relevance_masks`.
     discovery=False, fusion=False: the paper's rows without them, see `PatchEntities` and `DotFusion`. image_size,
-    vocabulary, max_words, mean, std, resolution: of `RISModel`. The defaults are the paper's best row.
+    vocabulary, max_words, mean, std, resolution, freeze, lr_factors: of `RISModel`. The defaults are the paper's best row.
     """
 
     needs_masks = False
@@ -92,8 +92,8 @@ class SaG(RISModel):
                  self_head_width: int = 128, ffn: int = 2048, dropout: float = 0.1, decoder_width: int = 512,
                  decoder_table: int = 50, reconstruction: float = 1.0, c3: float = 1.0, temperature: float = 1.0,
                  false_negatives: str = "keep", noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
-                 discovery: bool = True, fusion: bool = True):
-        super().__init__(image_size, vocabulary, max_words, mean, std, resolution)
+                 discovery: bool = True, fusion: bool = True, freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+        super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         check_choices(noise=(noise, NOISES), false_negatives=(false_negatives, FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
         if not (reconstruction >= 0 and c3 >= 0) or reconstruction > 0 and not discovery:
             raise RISError("reconstruction and c3 are weights of at least 0, and without discovery there are no slots to "
@@ -199,34 +199,40 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     `pretrained`: its ViT is that of `pretrained_tagger`, which learned from lists of what is in a picture, and stays as it is;
     its slots start with `start_as_kmeans`.
     """
+    if pretrained:
+        keep_sizes("sag_tiny", "ViT", TAGGER_VIT, overrides)
     sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **TAGGER_VIT,
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
                  width=64, gaussians=6, per_gaussian=2, iterations=3, heads=1, head_width=64, self_head_width=16, ffn=128,
-                 dropout=0.0, decoder_width=64, decoder_table=16, temperature=0.2)
+                 dropout=0.0, decoder_width=64, decoder_table=16, temperature=0.2,
+                 freeze=("vision",) if pretrained else ())
     model = SaG(**{**sizes, **overrides})
     if pretrained:
-        start_pretrained("sag_tiny", model.vision, pretrained_tagger().vit, TAGGER_VIT, overrides)
-        model.vision.requires_grad_(False)
+        start_pretrained(model, {"vision": pretrained_tagger().vit})
         if isinstance(model.entities, EntityDiscovery):
             start_as_kmeans(model.entities)
     return model
 
 # %% ../nbs/17_sag.ipynb #029
-def slow_vision(model: SaG, factor: float = 0.1) -> SaG:
-    """The same model, its ViT at a tenth of the learning rate, as SaG's authors train it."""
-    for parameter in model.vision.parameters():
-        parameter.lr_factor = factor
-    return model
+VIT_S = dict(vit_width=384, vit_depth=12, vit_heads=6, patch=16)
 
 
 @register_model
 def sag_vit_small(pretrained: bool = False, **overrides) -> SaG:
-    """The paper's best SaG: ViT-S/16 at 384 pixels, BERT-base, 18 Gaussians of 2 slots; `pretrained` fetches both encoders."""
-    model = SaG(**{"vocab_size": 30522, **overrides})
+    """The paper's best SaG: ViT-S/16 at 384 pixels, BERT-base, 18 Gaussians of 2 slots; `pretrained` fetches both encoders.
+
+    The ViT learns at a tenth of the rate, as the authors train it.
+    """
+    sizes = {**VIT_S, **BERT_BASE, "vit_image_size": 480, "lr_factors": {"vision": 0.1}, **overrides}
     if pretrained:
-        model.text = TextEncoder.from_pretrained("bert-base-uncased")
-        model.vision = ViT.from_pretrained("vit_small_patch16_384.augreg_in21k_ft_in1k", image_size=480, drop_path=0.1)
-    return slow_vision(model)
+        keep_sizes("sag_vit_small", "ViT", VIT_S, overrides)
+        keep_sizes("sag_vit_small", "BERT", BERT_BASE, overrides)
+        vision = ViT.from_pretrained("vit_small_patch16_384.augreg_in21k_ft_in1k", image_size=sizes["vit_image_size"])
+        text = TextEncoder.from_pretrained(BERT_BASE["vocabulary"])
+    model = SaG(**sizes)
+    if pretrained:
+        start_pretrained(model, {"vision": vision, "text": text})
+    return model
 
 
 @register_model

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
-from .batches import DrawSampler, collate, evaluating, replacing
+from .batches import DrawSampler, RISModel, collate, evaluating, replacing
 from .task import RISError
 
 if TYPE_CHECKING:
@@ -115,18 +115,23 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Groups for AdamW: the trainable parameters that decay, and those that do not.
 
     No decay for normalisations (by name or by class) and position tables; everything else decays, biases included,
-    as for the backbone in LAVT's released code. Frozen parameters are in no group. A parameter may carry an attribute
-    `lr_factor`, as pretrained ones do that should move less: each factor has two groups of its own.
+    as for the backbone in LAVT's released code. Frozen parameters are in no group. Parts that learn at a rate of their own
+    (`lr_factors` of a `RISModel`, which `model` is or holds) have groups of their own. `RISError` where nothing trains.
     """
-    groups, seen = {}, set()
+    groups, seen, factors = {}, set(), {}
+    for part in model.modules():
+        for name, factor in sorted(part.lr_factors.items(), key=lambda item: item[0].count(".")) if isinstance(part, RISModel) else ():
+            factors |= dict.fromkeys(part.get_submodule(name).parameters(), factor)  # inner parts come later and win
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
             where = f"{path}.{name} {type(module).__name__}".lower()
-            spared, factor = any(word in where for word in UNDECAYED), getattr(parameter, "lr_factor", 1.0)
+            spared, factor = any(word in where for word in UNDECAYED), factors.get(parameter, 1.0)
             groups.setdefault((factor, spared), []).append(parameter)
+    if not groups:
+        raise RISError(f"{type(model).__name__} has no parameter that trains: freeze less, or choose another model")
     return [{"params": parameters, "weight_decay": 0.0 if spared else weight_decay, "lr_factor": factor}
             for (factor, spared), parameters in groups.items()]
 

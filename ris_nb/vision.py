@@ -20,7 +20,7 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, Win
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .batches import Transform
+from .batches import HUB_ERRORS, Transform, out_of_reach
 from .shapes import COLOURS, SHAPES, SIZES, Scene, make_scene
 from .task import RISError
 
@@ -134,13 +134,12 @@ def init_weights(module: nn.Module) -> None:
 # %% ../nbs/06_vision.ipynb #049
 def pretrained_timm(name: str, family: str, **options) -> nn.Module:
     """`timm.create_model(name, pretrained=True)` for a name of the family, with one clear `RISError` if it can't be had."""
-    if not name.startswith(family) or not timm.is_model(name):
-        raise RISError(f"timm has no model {name!r} of the family {family}*: timm.list_models('{family}*') lists them")
+    if not name.startswith(family) or not timm.is_model_pretrained(name):
+        raise RISError(f"timm has no model {name!r} with weights, of the family {family}*: timm.list_pretrained('{family}*') lists them")
     try:
         return timm.create_model(name, pretrained=True, **options)
-    except Exception as error:  # timm, huggingface_hub and the network each have their own
-        raise RISError(f"the pretrained weights of {name!r} are neither in the Hub's cache nor within reach: "
-                       f"go online once, or copy the cache (HF_HOME) ({type(error).__name__})") from error
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"the pretrained weights of {name!r}", error, "go online once, or copy the cache (HF_HOME)") from error
 
 # %% ../nbs/06_vision.ipynb #051
 class Swin(nn.Module):

@@ -178,7 +178,7 @@ def test_vocabularies_that_cannot_be_had(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(batches, "hf_hub_download", offline)
-    assert "vocab.txt" in one_line(lambda: read_vocabulary("bert-base-uncased"))
+    assert "vocab.txt" in one_line(lambda: read_vocabulary("roberta-base"))
     one_line(lambda: read_vocabulary(tmp_path / "gone.txt"))
     (tmp_path / "words.txt").write_text("the\nred\n")
     assert "lacks [PAD]" in one_line(lambda: read_vocabulary(tmp_path / "words.txt"))

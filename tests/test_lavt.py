@@ -188,8 +188,7 @@ def test_pretrained_tiny_starts_from_the_namer():
     model = create_model("lavt_tiny", pretrained=True)
     for name, weight in pretrained_namer().swin.state_dict().items():
         assert torch.equal(model.encoder.vision.state_dict()[name], weight), name
-    slow = {name.split(".")[1] for name, p in model.named_parameters() if getattr(p, "lr_factor", 1.0) == 0.2}
-    assert slow == {"vision"}
+    assert model.lr_factors == {"encoder.vision": 0.2} and not create_model("lavt_tiny").lr_factors
 
 
 def test_registered_names_and_refusals():

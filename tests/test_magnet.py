@@ -332,7 +332,7 @@ def test_pretrained_tiny_starts_from_the_namer():
     model = create_model("magnet_tiny", pretrained=True)
     for name, weight in pretrained_namer().swin.state_dict().items():
         assert torch.equal(model.encoder.vision.state_dict()[name], weight), name
-    assert {name.split(".")[1] for name, p in model.named_parameters() if getattr(p, "lr_factor", 1.0) == 0.2} == {"vision"}
+    assert model.lr_factors == {"encoder.vision": 0.2} and not create_model("magnet_tiny").lr_factors
     with pytest.raises(RISError, match="magnet_tiny's pretrained Swin has width=32: .*pretrained=False"):
         create_model("magnet_tiny", pretrained=True, width=48)
 

@@ -204,7 +204,7 @@ def test_faults_end_in_one_line(root, refcoco, tmp_path, monkeypatch):
     magnet = ["train", "--recipe", "magnet_refcoco", "--out", tmp_path / "run"]
     refused(["train", "--recipe", "magnet_refcoo"], "no recipe is called 'magnet_refcoo'", "magnet_refcoco")
     refused([*magnet, "--root", root], "ris-nb data prepare refcoco")                     # RefShapes lies there
-    said = refused([*magnet, "--root", refcoco], "bert-base-uncased", "Hugging Face Hub")   # the Hub is out of reach
+    said = refused([*magnet, "--root", refcoco], "the pretrained weights of 'swin_base", "Hugging Face Hub")   # the Hub is out of reach
     assert "53005" in said and re.search("^time", said, re.M)                             # told before anything is loaded
     (photo := next((refcoco / "images/mscoco/images/train2014").iterdir())).rename(tmp_path / "gone")
     refused([*magnet, "--root", refcoco], "photos are missing", photo.parent, "ris-nb data prepare refcoco")
@@ -353,7 +353,7 @@ def test_released_weights_that_cannot_be_had(root, released, tmp_path):
     refused([*data, "--released", "magnet_refcoco"], "yxchng/magnet_weights", "out of reach", "go online")
     refused([*data, "--released", tmp_path / "none.pth"], "none.pth: no such checkpoint")
     refused([*data, "--released", "nobody/nothing/x.pth"], "nobody/nothing/x.pth", "go online")
-    refused([*data, "--released", released], "vocabulary bert-base-uncased", "give the path of a vocab.txt")
+    refused([*data, "--released", released, "--vocabulary", "nowhere"], "vocabulary nowhere", "give the path of a vocab.txt")
     refused(data, "either --checkpoint", "--released")
     refused([*data, "--released", "x", "--checkpoint", "y"], "either --checkpoint")
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")

@@ -460,11 +460,11 @@ def test_registered_sizes():
     assert (paper.entities.slots.mu.shape, scripts.entities.slots.mu.shape) == ((1, 18, 512), (1, 12, 512))
     # 145,955,305 in the release, and of those what nothing reads: ViT's head, `residual_fc`, `set_pred_module.fc` and BERT's pooler
     assert sum(p.numel() for p in scripts.parameters()) == 145_955_305 - (384 * 1000 + 1000) - 197_120 - 525_312 - 590_592
-    assert {p.lr_factor for p in paper.vision.parameters()} == {0.1} and not SaG.needs_masks
+    assert paper.lr_factors == {"vision": 0.1} and not SaG.needs_masks
     tiny = create_model("sag_tiny", vocabulary=VOCABULARY)
     assert sum(p.numel() for p in tiny.parameters()) < 2.5e6
     started = create_model("sag_tiny", pretrained=True)
-    assert {p.lr_factor for p in started.vision.parameters()} == {0.2} and not hasattr(started.sentence.weight, "lr_factor")
+    assert started.frozen == ("vision",) and {p.requires_grad for p in started.vision.parameters()} == {False}
     with pytest.raises(RISError, match="pretrained ViT has vit_heads=.*pretrained=False"):
         create_model("sag_tiny", pretrained=True, vit_heads=1)
     with pytest.raises(RISError, match="knows no words"):

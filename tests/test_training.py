@@ -33,7 +33,7 @@ SERVER = multiprocessing.get_context("forkserver")
 CONFIG = TrainConfig(steps=12, batch_size=8, lr=1e-2, save_every=5, log_every=4, validate_every=6)
 
 
-class Toy(RISModel):
+class TrainedToy(RISModel):
     """A word says which colour channel matters; two convolutions with BatchNorm and dropout between them."""
 
     def __init__(self, width: int = 8, dropout: float = 0.1, vocabulary=SPECIAL, broken_at: int = -1):
@@ -82,7 +82,7 @@ class Colours(torch.utils.data.Dataset):
 
 def toy(**settings):
     torch.manual_seed(7)
-    return Toy(**settings)
+    return TrainedToy(**settings)
 
 
 def noisy_validate(model):

@@ -252,8 +252,8 @@ def test_errors_are_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     for call, word in [
-        (lambda: Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k"), "within reach"),
-        (lambda: ViT.from_pretrained("vit_small_patch16_384.augreg_in21k_ft_in1k", 480), "within reach"),
+        (lambda: Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k"), "can't be fetched from the Hugging Face Hub"),
+        (lambda: ViT.from_pretrained("vit_small_patch16_384.augreg_in21k_ft_in1k", 480), "can't be fetched from the Hugging Face Hub"),
         (lambda: Swin.from_pretrained("swin_enormous"), "swin_enormous"),
         (lambda: ViT.from_pretrained("resnet18"), "resnet18"),
         (lambda: pretrained_timm("vit_none", "vit_"), "vit_none"),
