@@ -251,7 +251,10 @@ def alignment_terms(pixels: Tensor, sentence: Tensor, mask: Tensor, temperatures
 # %% ../nbs/11_alignment.ipynb #074
 def alignment_loss(pixels: Tensor, sentence: Tensor, mask: Tensor, temperatures: Sequence[float] = (0.1, 0.1, 0.3),
                    weights: Sequence[float] = (0.5, 0.5, 0.5), max_pixels: int = 1024) -> Tensor:
-    """MagNet's cross-modal alignment loss (CVPR 2024): pixels of the referent together, apart from all others, near the sentence.
+    """A cross-modal alignment loss after MagNet's (CVPR 2024): pixels of the referent together, apart from all others, near the sentence.
+
+    Three terms, temperatures and weights are those of a demo by MagNet's first author; the form of the terms is ours, for the
+    authors' loss was never released.
 
     pixels (B, D, h, w), sentence (B, D), mask (B, h, w) bool -> a scalar, the mean over the B images; those with an empty
     or full mask count 0. `temperatures` and `weights`: of the inside, outside and language terms. At most `max_pixels`
