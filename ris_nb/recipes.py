@@ -347,6 +347,13 @@ def device_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+
+
 def _duration(seconds: float) -> str:
     unit, size = next((pair for pair in (("hours", 3600), ("minutes", 60)) if seconds >= pair[1]), ("seconds", 1))
     return f"{seconds / size:,.2g} {unit}" if seconds < 100 * size else f"{seconds / size:,.0f} {unit}"
@@ -419,13 +426,6 @@ def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:
     Without a path, the list that comes with the library.
     """
     return json.loads(Path(path or Path(__file__).with_name("published.json")).read_text(encoding="utf-8"))
-
-
-def _read(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
 
 
 def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[Path, list[dict]]]:
