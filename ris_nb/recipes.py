@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import list_repo_files
 from torch import nn
 
-from .batches import IMAGENET_MEAN, IMAGENET_STD, RISModel
+from .batches import HUB_ERRORS, IMAGENET_MEAN, IMAGENET_STD, RISModel, out_of_reach
 from .evaluation import Report, _table, show_study, study_table
 from .refer import PUBLISHED, Referral, Referrals
 from .task import PREDICTION, TRUTH, RISError
@@ -203,6 +203,7 @@ SAG_NETWORK = {
     **sourced(f"bert-base-uncased: {SAG_CODE}", **BERT_BASE),
     **sourced(f"sizes: {SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512,
               decoder_table=50),
+    **sourced(f"the ViT learns at a tenth of the rate: {SAG_CODE}", lr_factors={"vision": 0.1}),
     **sourced(f"our choice: {SAG_CODE} draws the slots of a test image anew each time, ours with one noise for all", noise="seeded"),
     **sourced(f"our choice: {SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),
 }
@@ -391,9 +392,8 @@ def find_released(name: str) -> str:
     from ris_nb.magnet import RELEASED_WEIGHTS as repository
     try:
         files = [file for file in list_repo_files(repository) if file.endswith((".pth", ".pt", ".bin", ".safetensors"))]
-    except Exception as error:  # the network and the Hub's client have many
-        raise RISError(f"{name}: {repository} on the Hugging Face Hub is out of reach ({type(error).__name__}); "
-                       "go online, or give the path of a checkpoint") from error
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"{name}: {repository}", error, "go online, or give the path of a checkpoint") from error
     found = [file for file in files if re.search(RELEASED[name], Path(file).name.lower())]
     if len(found) != 1:
         raise RISError(f"{len(found)} of the files of {repository} may be {name}; name one: " +
