@@ -501,10 +501,11 @@ def show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
     names = list(dict.fromkeys(f"{row['dataset']} ({row['split_by']})" for row in rows))
     for method, (colour, mark) in COURSE.items():
         mine = [row for row in rows if row["method"] == method]
+        if not mine: continue
         ax.plot([row["scores"]["val"] for row in mine], [names.index(f"{row['dataset']} ({row['split_by']})") for row in mine],
                 mark, mfc="white", mec=colour, mew=2, ms=7, label=method)
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), xlim=(0, 100), xlabel=f"{metric}, %", title="Published, val")
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) + 0.3, -0.5), xlim=(0, 100), xlabel=f"{metric}, %", title="Published, val")
+    ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3)  # in the row that is left free for it
     return ax
 
 
