@@ -244,9 +244,8 @@ def fetch_released(place: str) -> Path:
         files = file or [name for name in list_repo_files(repository) if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]
         if len(files) == 1:
             return Path(hf_hub_download(repository, files[0]))
-    except Exception as error:  # no network, no such repository, no such file
-        raise RISError(f"{place}: no such file, and not to be had from the Hugging Face Hub ({type(error).__name__}); "
-                       "go online, or give the path of a checkpoint") from error
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"{place}: it is no such file and", error, "go online, or give the path of a checkpoint") from error
     raise RISError(f"{repository} holds {len(files)} files of weights ({', '.join(files[:5])}); name one: {repository}/FILE")
 
 # %% ../nbs/13_magnet.ipynb #053

@@ -149,7 +149,7 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
     def fail(*arguments):
         raise OSError("no network")
     monkeypatch.setattr(magnet, "list_repo_files", fail)
-    with pytest.raises(RISError, match="owner/weights: no such file, and not to be had from the Hugging Face Hub"):
+    with pytest.raises(RISError, match="owner/weights: it is no such file and can't be fetched from the Hugging Face Hub"):
         MagNet.from_released("owner/weights")
     for path in ("runs/absent.pth", tmp_path / "absent.pth", "absent"):
         with pytest.raises(RISError, match="no such checkpoint"):

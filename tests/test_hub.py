@@ -1,0 +1,263 @@
+"""What lies on the Hugging Face Hub, fetched from a small server that answers as the Hub does: encoders, models, released weights, faults."""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import constants
+from parity import load_case, released_state
+from safetensors.torch import save_file
+from timm.models import _registry
+from transformers import BertConfig, BertModel
+
+from ris_nb import lavt, magnet, sag
+from ris_nb.batches import RISModel, build_vocabulary, create_model, load_model, read_vocabulary
+from ris_nb.language import TextEncoder
+from ris_nb.lavt import LAVT
+from ris_nb.magnet import MagNet, fetch_released
+from ris_nb.task import RISError
+from ris_nb.vision import Swin, ViT
+
+WORDS = build_vocabulary(["the red ring", "the blue star"], 40)
+COMMIT = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Two routes of the Hub: the files of a repository, and the list of them."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_): pass
+
+    def answer(self, status: int, content: bytes = b"", torn: bool = False, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:len(content) // 2] if torn else content)
+            self.close_connection = torn
+
+    def do_GET(self):
+        files, torn = self.server.files, self.server.torn
+        self.server.asked.append((self.command, self.path))
+        if match := re.match(r"/api/models/([^/]+/[^/]+)/tree/", self.path):
+            listed = [name.removeprefix(match[1] + "/") for name in files if name.startswith(match[1] + "/")]
+            tree = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in listed]
+            return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json") if tree else self.answer(404, X_Error_Code="RepoNotFound")
+        match = re.match(r"/(.+)/resolve/[^/]+/(.+)", self.path)
+        name = f"{match[1]}/{match[2]}" if match else ""
+        if name not in files:
+            there = match and any(file.startswith(match[1] + "/") for file in files)
+            return self.answer(404, X_Error_Code="EntryNotFound" if there else "RepoNotFound")
+        content, start = files[name], int((re.search(r"bytes=(\d+)-", self.headers.get("Range", "")) or "00")[1])
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if self.command == "GET" and torn.get(name, 0) > 0:
+            torn[name] -= 1
+            return self.answer(200, content, torn=True, ETag=tag)
+        where = {"Content_Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        self.answer(206 if start else 200, content[start:], ETag=tag, **where)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The server; `hub.put("owner/name", folder)` gives it files. All of the Hub's clients in this process ask it, with an empty cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.torn, server.asked = {}, {}, []
+    server.put = lambda repo, folder: server.files.update(
+        {f"{repo}/{file.relative_to(folder).as_posix()}": file.read_bytes() for file in folder.rglob("*") if file.is_file()})
+    endpoint, cache = f"http://127.0.0.1:{server.server_port}", tmp_path / "cache"
+    for name, value in {"ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+                        "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    from huggingface_hub import hf_api
+    monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def one_line(call) -> str:
+    with pytest.raises(RISError) as caught:
+        call()
+    assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def small_bert(folder, **sizes):
+    torch.manual_seed(1)
+    bert = BertModel(BertConfig(**{**dict(vocab_size=30522, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24,
+                                          max_position_embeddings=40), **sizes})).eval()
+    bert.save_pretrained(folder)
+    return bert
+
+
+def small_timm(monkeypatch, hub, name: str, repo: str, folder, **sizes):
+    """Let timm's `name` be of other sizes, its weights in `repo`: all of timm's own way to them is walked."""
+    make, arch = _registry._model_entrypoints[name.partition(".")[0]], name.partition(".")[0]
+    monkeypatch.setitem(_registry._model_entrypoints, arch, lambda pretrained=False, **given: make(pretrained, **{**sizes, **given}))
+    config = _registry._model_pretrained_cfgs[name]
+    torch.manual_seed(2)
+    model = timm.create_model(arch, num_classes=config.num_classes)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    hub.put(config.hf_hub_id or repo, folder)
+    return model
+
+
+def same(ours, theirs):
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+SWIN = "swin_base_patch4_window12_384.ms_in22k"
+VIT = "vit_small_patch16_384.augreg_in21k_ft_in1k"
+SMALL_SWIN = dict(embed_dim=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), window_size=4, img_size=128)
+SMALL_VIT = dict(embed_dim=24, depth=2, num_heads=2)
+
+
+def test_bert(hub, tmp_path):
+    bert = small_bert(tmp_path / "bert")
+    hub.put("somebody/bert", tmp_path / "bert")
+    encoder = TextEncoder.from_pretrained("somebody/bert").eval()
+    ids = torch.randint(0, 90, (2, 6))
+    torch.testing.assert_close(encoder(ids, torch.ones_like(ids).bool()), bert(ids).last_hidden_state, atol=1e-6, rtol=0)
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    hub.put("somebody/gpt", tmp_path / "gpt")
+    assert "type gpt2" in one_line(lambda: TextEncoder.from_pretrained("somebody/gpt"))
+    assert "no pretrained BERT at 'nobody/bert'" in one_line(lambda: TextEncoder.from_pretrained("nobody/bert"))
+
+
+def test_swin_and_vit_through_timm(hub, tmp_path, monkeypatch):
+    swin = small_timm(monkeypatch, hub, SWIN, "timm/swin", tmp_path / "swin", **SMALL_SWIN)
+    vit = small_timm(monkeypatch, hub, VIT, "timm/vit", tmp_path / "vit", **SMALL_VIT)
+    same(Swin.from_pretrained(SWIN), Swin.from_timm(swin))
+    same(ViT.from_pretrained(VIT), ViT.from_timm(vit))
+    assert ViT.from_pretrained(VIT, image_size=96).patch_embed.grid_size == (6, 6)
+
+
+PARTS = {"lavt_swin_base": ("encoder.vision", "text"), "magnet_swin_base": ("encoder.vision", "encoder.text"), "sag_vit_small": ("vision", "text"),
+         "sag_vit_small_scripts": ("vision", "text")}
+LITTLE = {"lavt_swin_base": dict(decoder_width=8), "sag_vit_small": dict(width=16, gaussians=2, per_gaussian=2, iterations=1, heads=1, head_width=8,
+                                                                         self_heads=1, self_head_width=8, ffn=16, decoder_width=8, decoder_table=30),
+          "magnet_swin_base": dict(decoder_width=8, decoder_heads=1, points=1, encoder_layers=1, encoder_ffn=8, decoder_layers=1, decoder_ffn=8)}
+LITTLE["sag_vit_small_scripts"] = {name: size for name, size in LITTLE["sag_vit_small"].items() if "gaussian" not in name}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_pretrained_presets_honour_what_they_are_asked(name, hub, tmp_path, monkeypatch):
+    """Encoders of test size stand in for Swin-B, ViT-S and BERT-base; all else is the presets' own way."""
+    small_bert(tmp_path / "bert")
+    hub.put("bert-base-uncased", tmp_path / "bert")
+    for size, value in dict(bert_width=16, bert_layers=4, bert_heads=2, bert_ffn=24, bert_positions=40).items():
+        monkeypatch.setitem(lavt.BERT_BASE, size, value)
+    for size, value in dict(width=8, depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), window=4).items():
+        monkeypatch.setitem(lavt.SWIN_B, size, value)
+    for size, value in dict(vit_width=24, vit_depth=2, vit_heads=2).items():
+        monkeypatch.setitem(sag.VIT_S, size, value)
+    small_timm(monkeypatch, hub, SWIN, "timm/swin", tmp_path / "swin", **SMALL_SWIN)
+    small_timm(monkeypatch, hub, VIT, "timm/vit", tmp_path / "vit", **SMALL_VIT)
+    asked = {**LITTLE[name], "drop_path": 0.05, "bert_dropout": 0.2, "image_size": 64, "max_words": 9}
+    model = create_model(name, pretrained=True, **asked)
+    vision, text = (model.get_submodule(part) for part in PARTS[name])
+    same(text, TextEncoder.from_pretrained("bert-base-uncased"))
+    same(vision, ViT.from_pretrained(VIT, image_size=480) if name.startswith("sag") else Swin.from_pretrained(SWIN))
+    rates = [part.drop_prob for part in vision.modules() if type(part).__name__ == "DropPath"]
+    assert max(rates) == pytest.approx(0.05) and text.bert.embeddings.dropout.p == 0.2
+    model.eval().save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {key: config[key] for key in asked} == asked and config["vocabulary"] == "bert-base-uncased"
+    again = load_model(tmp_path / "saved")
+    same(again, model)
+    photo = np.zeros((40, 50, 3), np.uint8)
+    assert (model.predict([photo], ["the red ring"])[0] == again.predict([photo], ["the red ring"])[0]).all()
+    before = len(hub.asked)
+    for wrong in (dict(bert_layers=8), dict(vocabulary=WORDS), dict(vit_width=30) if name.startswith("sag") else dict(depths=(1, 1, 4, 1))):
+        assert f"{next(iter(wrong))}=" in one_line(lambda: create_model(name, pretrained=True, **asked | wrong))
+    assert len(hub.asked) == before  # refused before anything is fetched
+
+
+def test_models_by_their_name_on_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = create_model("lavt_tiny", vocabulary=WORDS, freeze=["text"]).eval()
+    model.save_pretrained(tmp_path / "saved")
+    hub.put("somebody/lavt", tmp_path / "saved")
+    hub.files["somebody/strange/config.json"] = b'{"hidden_size": 3}'
+    hub.files["somebody/half/config.json"] = (tmp_path / "saved" / "config.json").read_bytes()
+    for loaded in (load_model("somebody/lavt"), LAVT.from_pretrained("somebody/lavt")):
+        same(loaded, model)
+        assert loaded.frozen == ("text",) and not loaded.training
+    assert "RISModel was asked for" in one_line(lambda: RISModel.from_pretrained("somebody/lavt"))
+    assert "the model LAVT, but MagNet" in one_line(lambda: MagNet.from_pretrained("somebody/lavt"))
+    assert "another library" in one_line(lambda: load_model("somebody/strange"))
+    assert "no such file" in one_line(lambda: load_model("somebody/half"))
+    missing = one_line(lambda: load_model("nobody/nothing"))
+    assert "no folder here" in missing and "magnet_tiny" in missing and "no such repository" in missing
+    (tmp_path / "somebody" / "lavt").mkdir(parents=True)  # a folder comes before the Hub
+    assert "no config.json" in one_line(lambda: load_model("somebody/lavt"))
+
+
+def test_a_torn_download_is_taken_up_again(hub, tmp_path):
+    create_model("lavt_tiny", vocabulary=WORDS).save_pretrained(tmp_path / "saved")
+    hub.put("somebody/lavt", tmp_path / "saved")
+    hub.torn["somebody/lavt/model.safetensors"] = 1
+    same(load_model("somebody/lavt"), load_model(tmp_path / "saved"))
+    assert hub.torn["somebody/lavt/model.safetensors"] == 0
+
+
+def test_released_weights(hub, tmp_path):
+    torch.save({"model": released_state(load_case("magnet_tiny")), "epoch": 3}, tmp_path / "magnet.pth")
+    hub.files["yxchng/one/weights.pth"] = hub.files["yxchng/two/a.pth"] = hub.files["yxchng/two/b.pth"] = (tmp_path / "magnet.pth").read_bytes()
+    assert fetch_released("yxchng/one").read_bytes() == (tmp_path / "magnet.pth").read_bytes()
+    same(MagNet.from_released("yxchng/two/b.pth", image_size=64), MagNet.from_released(tmp_path / "magnet.pth", image_size=64))
+    assert "a.pth, b.pth" in one_line(lambda: fetch_released("yxchng/two"))
+    assert "no such file" in one_line(lambda: fetch_released("yxchng/one/other.pth"))
+    assert "no such repository" in one_line(lambda: fetch_released("yxchng/three"))
+
+
+def test_out_of_reach(monkeypatch):
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        if not offline:
+            monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+        for call in (lambda: load_model("somebody/model"), lambda: LAVT.from_pretrained("somebody/model"), lambda: read_vocabulary("somebody/words"),
+                     lambda: fetch_released("somebody/weights/a.pth"), lambda: TextEncoder.from_pretrained("somebody/bert"),
+                     lambda: create_model("lavt_swin_base", pretrained=True)):
+            assert "can't be fetched from the Hugging Face Hub" in one_line(call)
+
+
+def test_every_model_is_built_without_a_network(monkeypatch):
+    from ris_nb import batches
+    from ris_nb.batches import list_models
+
+    def network(*_, **__):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(batches, "hf_hub_download", network)
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        if "tiny" not in name:
+            assert len(model.vocabulary) == 30522 and model._hub_mixin_config["vocabulary"] == "bert-base-uncased"
+
+
+@pytest.mark.parametrize("call, module", [
+    (lambda: TextEncoder.from_pretrained("somebody/bert"), "transformers.AutoConfig.from_pretrained"), (lambda: Swin.from_pretrained(SWIN), "timm.create_model"),
+    (lambda: fetch_released("a/b/c.pth"), "ris_nb.magnet.hf_hub_download"), (lambda: read_vocabulary("a/b"), "ris_nb.batches.hf_hub_download")])
+def test_a_bug_is_no_network_problem(call, module, monkeypatch):
+    def bug(*_, **__):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(module, bug)
+    with pytest.raises(KeyError):
+        call()
