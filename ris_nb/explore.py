@@ -142,12 +142,12 @@ class Viewer:
 
 @lru_cache(maxsize=None)
 def shipped(name: str) -> Viewer:
-    """The trained model of that name that comes with the library, before a picture of your choice; the same one for all panels."""
-    return Viewer(load_model(shipped_checkpoint(name)))
+    """A trained model before a picture of your choice, the same one for all panels. name: whatever `load_model` takes."""
+    return Viewer(load_model(name))
 
 
 def viewers_of(models: Sequence[str] | Mapping[str, RISModel]) -> dict[str, Viewer]:
-    """Models before a picture, by name: shipped ones of some names, or trained models of yours."""
+    """Models before a picture, by name: what `load_model` finds by some names, or trained models of yours."""
     return {name: Viewer(models[name]) if isinstance(models, Mapping) else shipped(name) for name in models}
 
 # %% ../nbs/19_explore.ipynb #019
@@ -487,7 +487,7 @@ def ask_panel(models: Sequence[str] | Mapping[str, RISModel] = ("lavt_tiny", "ma
     """Type an expression, and see what each model marks. Parts: `source` (scene or photo), `split`, `number`, `another`, `upload`,
     `example`, `expression`, `clear`, `suggestions`, `threshold`, `words`, and of each model its picture and `NAME caption`.
 
-    models: names of trained models that come with the library, or trained models of yours by name. photo: a picture file to begin with.
+    models: names, folders or Hub ids of trained models, or such models by name. photo: a picture file to begin with.
     """
     return AskPanel(viewers_of(models), photo and read_image(photo, upright=True))
 
@@ -892,7 +892,7 @@ def shatter_panel(model: str = "sag_tiny") -> ShatterPanel:
     (entity, random or query slots), `draw`, `redraw`, `example`, `expression`, `iteration`, `slot`, `picture`, `bars`, `mask`,
     `relevance`, `first`, `second`, `third` (the slots that are read most) and their captions (`mask caption`, ...).
 
-    model: the name of a trained SaG that comes with the library.
+    model: the name, folder or Hub id of a trained SaG with entity slots.
     """
     return ShatterPanel(shipped(model))
 

@@ -17,7 +17,7 @@ pytest.importorskip("anywidget", reason="the panels need the extra ris_nb[explor
 import ipywidgets as widgets
 
 from ris_nb import explore
-from ris_nb.batches import load_model, shipped_checkpoint
+from ris_nb.batches import create_model, load_model, shipped_checkpoint
 from ris_nb.c3_loss import c3_loss
 from ris_nb.task import RISError
 
@@ -245,6 +245,34 @@ def test_pictures_are_small_and_text_is_escaped():
     page = explore.coloured(["the", "<red>"], [0.25, 0.75])
     assert page.index("color:black") < page.index("color:white")  # dark ground, bright letters
     assert "★" in explore.bars("guesses", [("red", 0.5)], marked="red")
+
+
+def test_models_of_your_own_are_asked(tmp_path):
+    """A folder, a model in hand, and one that cuts words in another way, side by side."""
+    own = load_model("sag_tiny")
+    own.save_pretrained(tmp_path / "run")
+    panel = explore.ask_panel((str(tmp_path / "run"), "magnet_tiny"))
+    panel["expression"].value = "the red ring"
+    assert len(panel.answers) == 2 and panel["status"].value
+
+    plain = load_model("lavt_tiny")
+    other = create_model("lavt_tiny", vocabulary=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "re", "##d", "ring"])
+    panel = explore.ask_panel({"plain": plain, "other": other})
+    panel["expression"].value = "the red ring"
+    panel["words"].value = 2
+    assert set(panel.pictures) == {"plain", "other"} and panel.answers["other"].pieces == ["the", "re", "##d", "ring"]
+
+    tabs = explore.explore({"mine": own})
+    assert list(tabs.children[0].viewers) == ["mine"] and tabs.children[2].viewer.model is own
+    assert list(explore.explore({"plain": plain}).children[2].viewer.model.tokenizer.vocabulary) == own.vocabulary
+    with pytest.raises(RISError):
+        explore.ask_panel(("no such model",))
+
+
+def test_a_piece_is_found_where_another_model_has_it():
+    assert explore.same_place(["the", "red", "ring"], "ring", 2) == 2
+    assert explore.same_place(["the", "re", "##d", "ring"], "ring", 2) == 3
+    assert explore.same_place(["the", "re", "##d"], "ring", 2) == explore.same_place(["the"], "the answer", -1) == -1
 
 
 # --- Fill in the word
