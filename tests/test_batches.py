@@ -433,3 +433,20 @@ def test_a_kill_while_saving_leaves_the_good_file(tmp_path):
     with replacing(target) as path:  # what the kill left is no obstacle
         path.write_text("better")
     assert [p.name for p in tmp_path.iterdir()] == ["state.txt"] and target.read_text() == "better"
+
+
+def test_a_name_belongs_to_one():
+    with pytest.raises(RISError, match="the name belongs to"):
+        type("Mean", (batches.RISModel,), {"__module__": "elsewhere"})
+    again = type("Mean", (batches.RISModel,), {"__module__": Mean.__module__})  # the same definition, run again
+    assert batches._CLASSES["Mean"] is again
+    batches._CLASSES["Mean"] = Mean
+    assert "no argument 'widht'; it takes width" in one_line(lambda: create_model("lavt_tiny", widht=3))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ris_nb.lavt", None)
+    monkeypatch.setattr(batches, "_MODELS", {})
+    monkeypatch.setattr(batches, "import_module", lambda name: exec("raise ModuleNotFoundError('', name='timm.models')"))
+    assert "lavt_tiny needs the package timm" in one_line(lambda: create_model("lavt_tiny"))
+    assert "lavt_tiny" in list_models()

@@ -1,4 +1,5 @@
 """What every model promises: LAVT, MagNet and SaG alike, each at a size that runs in milliseconds."""
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ris_nb.batches import Batch, load_model
 from ris_nb.task import RISError
+from ris_nb.training import param_groups
 
 MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small}
 SUPERVISED = [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder="simple"))]
@@ -92,3 +94,28 @@ def test_loss_does_not_depend_on_the_split(name, sizes):
         torch.testing.assert_close(whole[term], (halves[0][term] + halves[1][term]) / 2, msg=term)
     with pytest.raises(RISError, match="masks=True"):
         model.losses(model(batch), replace(batch, mask=None))
+
+
+@pytest.mark.parametrize("name, part, inner", [("lavt", "encoder.vision", "encoder.vision.merges"), ("magnet", "encoder.text", "encoder.text.bert.encoder"),
+                                               ("sag", "vision", "vision.blocks")])
+def test_settings_travel(name, part, inner, tmp_path):
+    """What is frozen and what learns slowly comes back with a checkpoint and a copy, and is found through a wrapper."""
+    model = MODELS[name](freeze=[part], lr_factors={part: 0.5, "sentence" if name != "lavt" else "decoder": 0.1})
+
+    def rates(model):
+        return sorted((group["lr_factor"], len(group["params"])) for group in param_groups(model, 0.1))
+
+    model.freeze([inner])  # a part of a frozen part
+    with pytest.raises(RISError, match="no part 'nowhere' to freeze"):
+        model.freeze(["decoder" if name != "magnet" else "mask_decoder", "nowhere"])
+    with pytest.raises(RISError, match="nothing of .* is left to train"):
+        model.freeze([child for child, _ in model.named_children()])
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.frozen == model.frozen == (part, inner) and loaded.lr_factors == model.lr_factors
+    assert 0.1 in dict(rates(model)) and 0.5 not in dict(rates(model))
+    for other in (loaded, deepcopy(model), torch.nn.ModuleList([model])):
+        assert rates(other) == rates(model)
+        assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in model.parameters()]
+    thawed = type(model).from_pretrained(tmp_path, freeze=[], lr_factors={part: 0.5, inner: 0.2})
+    assert {0.5, 0.2, 1.0} == set(dict(rates(thawed)))
