@@ -166,10 +166,10 @@ class LossStep(nn.Module):
         return self.model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
 
 # %% ../nbs/08_training.ipynb #046
-def check_launch(precision: str = "no") -> None:
+def check_launch(precision: str | None = None) -> None:
     """`RISError` where `accelerate launch`, or the file of `accelerate config`, asks for what a run here doesn't do or does by its own flags.
 
-    precision: what the run computes in, of `TrainConfig`; evaluation computes in float32, "no".
+    precision: what the run computes in, of `TrainConfig`; None where that is not settled yet, but can only be "no" or "bf16".
     """
     def asked(name: str, usual: str = "no") -> str:
         return os.environ.get(f"ACCELERATE_{name}", usual).lower()
@@ -179,8 +179,8 @@ def check_launch(precision: str = "no") -> None:
             raise RISError(f"accelerate launch asks for {what}, but each process here holds the whole model: launch without it; "
                            "where memory is short, raise --accumulate")
     mixed, pieces, compiler = asked("MIXED_PRECISION"), asked("GRADIENT_ACCUMULATION_STEPS", "1"), asked("DYNAMO_BACKEND")
-    if mixed not in ("no", precision):
-        raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision {precision}: "
+    if mixed not in (("no", "bf16") if precision is None else ("no", precision)):
+        raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision {precision or 'no or bf16'}: "
                        "launch without --mixed_precision; training has a flag of its own, --precision bf16")
     if pieces not in ("1", "auto"):
         raise RISError(f"accelerate launch asks for {pieces} gradient accumulation steps: launch without them and give --accumulate {pieces}")
@@ -192,7 +192,7 @@ def check_launch(precision: str = "no") -> None:
                        "start them with torchrun --nproc-per-node N -m ris_nb.cli ... (or, if one is meant, unset MASTER_ADDR)")
 
 
-def make_accelerator(precision: str = "no") -> Accelerator:
+def make_accelerator(precision: str | None = None) -> Accelerator:
     """accelerate's view of the machine: one process or many (`accelerate launch`, `torchrun`), on a GPU if there is one.
 
     precision: see `check_launch`, which is asked first.
