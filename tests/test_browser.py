@@ -4,6 +4,7 @@ Screenshots are kept in tests/screenshots, which is not part of the repository.
 """
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
