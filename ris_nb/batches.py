@@ -393,8 +393,11 @@ def replacing(path: str | Path):
             os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch.save's way to say "disk full"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RISError(f"can't write {path}: {reason}; what was there is kept, free some space or choose another folder") from error
+        reason = getattr(error, "strerror", None) or (str(error).splitlines()[0] if str(error) else type(error).__name__)
+        file = next((part for part in path.parents if part.is_file()), None)
+        way = (f"{file} is a file, choose another folder" if file else "choose another name" if path.is_dir()
+               else "what was there is kept, free some space or choose another folder")
+        raise RISError(f"can't write {path}: {reason}; {way}") from error
     finally:
         try:
             temporary.unlink(missing_ok=True)

@@ -216,8 +216,10 @@ class Report:
     def load(cls, path: str | Path) -> Report:
         """A saved report, without records. RISError when the file is missing or is something else."""
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            report = cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+            report.markdown()  # what can't be printed, such as a score that is a text, is no report
+            return report
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RISError(f"{path}: not a report of an evaluation ({type(error).__name__}); `ris-nb evaluate` writes one") from error
 
 # %% ../nbs/09_evaluation.ipynb #035

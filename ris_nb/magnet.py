@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -333,12 +334,15 @@ def magnet_study(root: str | Path, steps: int = 600) -> dict[str, Callable[[int,
     oIoU and mIoU of both sets, mIoU of their relational expressions, and the share of hidden words that the predictor guesses
     from each source.
     """
-    data = {name: open_data(root, name) for name in ("refshapes", "refshapesg")}
-    train = [referral for each in data.values() for referral in each.referrals("train")]
-    vocabulary = build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+    @cache
+    def read():  # by the first run: the names of the variants can be known without data
+        data = {name: open_data(root, name) for name in ("refshapes", "refshapesg")}
+        train = [referral for each in data.values() for referral in each.referrals("train")]
+        return data, train, build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
 
     def variant(more: float = 1.0, **arguments):
         def run(seed: int, folder: Path) -> dict:
+            data, train, vocabulary = read()
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
             model = study_model(vocabulary=vocabulary, **arguments)

@@ -446,7 +446,11 @@ def run_job(job: Job, coco: Path | None) -> Prepared:
     """The steps one after the other."""
     folder = photo_folder(job.root, job.dataset)
     if not folder.is_dir(): inside(job.root, folder / "any").parent.mkdir(parents=True)
-    data, source = annotations(job)
+    try:
+        data, source = annotations(job)
+    except RISError:
+        with suppress(OSError): os.removedirs(folder)   # leaves no empty folders
+        raise
     needed = needed_photos(data)
     absent = unlinked = missing(job, needed, "looking at photos")
     for place in {path.parent for path in absent}: inside(job.root, place / "any")
@@ -460,6 +464,7 @@ def run_job(job: Job, coco: Path | None) -> Prepared:
 @contextmanager
 def workshop(root: Path):
     """A locked folder, `root/.prepare`, for what is on its way. Afterwards it is gone, unless half an archive waits there to be gone on with."""
+    made = not root.exists()
     folder = inside(root, root / ".prepare/lock").parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock", timeout=0):
@@ -471,6 +476,7 @@ def workshop(root: Path):
             with suppress(OSError):
                 (folder / "lock").unlink(missing_ok=True)
                 folder.rmdir()   # fails where something is left
+                if made: root.rmdir()
 
 def open_client(parallel: int, patience: Patience) -> httpx.Client:
     """A client that follows redirects and holds at most `parallel` connections."""
@@ -488,7 +494,7 @@ def prepare(dataset: str, root: str | Path, coco: str | Path | None = None, mirr
     """
     root, listed = Path(root), read_mirrors(mirrors)
     if dataset not in listed: raise RISError(f"no mirrors for {dataset!r}; there are {', '.join(listed)}")
-    if not 1 <= parallel <= 64: raise RISError(f"parallel must be from 1 to 64, not {parallel}: more would be an attack on the server")
+    if not 1 <= parallel <= 64: raise RISError(f"parallel must be from 1 to 64, not {parallel}: so many photos are fetched at a time")
     if coco is not None and not dataset.startswith("refcoco"): raise RISError(f"the photos of {dataset} are not COCO's")
     if coco is not None and not Path(coco).is_dir(): raise RISError(f"no folder {coco}")
     try:

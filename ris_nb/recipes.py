@@ -428,6 +428,16 @@ def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:
     return json.loads(Path(path or Path(__file__).with_name("published.json")).read_text(encoding="utf-8"))
 
 
+def _study(path: Path, rows: list) -> list[dict]:
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("variant"), str):
+            raise RISError(f"{path}: a row of this study has no variant's name; `ris-nb study` writes such files")
+        for name, value in row.items():
+            if re.fullmatch(r"\S+ [om]IoU", name) and not isinstance(value, (int, float)):
+                raise RISError(f"{path}: {name} of {row['variant']} is {value!r} and should be a number")
+    return rows
+
+
 def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[Path, list[dict]]]:
     """What was measured here: reports of `evaluate` (but for shuffled ones) and results of `run_study`, by their paths.
 
@@ -438,8 +448,8 @@ def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[
     for place in map(Path, places):
         for path in sorted([*place.rglob("report.json"), *place.glob("*.json")]) if place.is_dir() else [place] if place.exists() else []:
             found = _read(path)
-            if isinstance(found, list) and found and "variant" in found[0]:
-                studies[path] = found
+            if isinstance(found, list) and found and isinstance(found[0], dict) and "variant" in found[0]:
+                studies[path] = _study(path, found)
             elif path.name == "report.json" or path == place:
                 reports[path] = Report.load(path)
     return {path: report for path, report in reports.items() if report.shuffled is None}, studies

@@ -646,6 +646,7 @@ def open_data(root: str | Path, dataset: str | None = None, split_by: str | None
     `dataset` may be left out where there is one. Raises `RISError`: what is missing, where it was looked for and how to get it.
     """
     root = Path(root)
+    if root.is_file(): raise RISError(f"{root} is a file; give the folder of a data set, which `ris-nb data shapes data` makes")
     if not root.is_dir(): raise RISError(f"no folder {root}; `ris-nb data shapes {root}` makes a data set of drawn shapes there")
     if dataset is None and (root / "expressions.jsonl").is_file(): return FolderData(root)
     if dataset is None:
@@ -654,7 +655,7 @@ def open_data(root: str | Path, dataset: str | None = None, split_by: str | None
         if not found and _splits_by(root): raise RISError(f"{root} is the folder of one data set; the root is {root.resolve().parent}")
         if not found:
             raise RISError(f"no data set in {root}: looked for {root / 'expressions.jsonl'} (a folder of one's own) and {root / '*' / 'refs(*).p'} "
-                           f"(RefCOCO, RefShapes); `ris-nb data shapes {root}` makes one")
+                           f"(RefCOCO, RefShapes); `ris-nb data shapes data` makes one in a folder data")
         dataset = found[0]
     if dataset == "phrasecut": return PhraseCutData(root, split_by)
     return ReferData(root, dataset, split_by)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from math import isqrt
 from pathlib import Path
 
@@ -296,10 +298,10 @@ def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.
                 ax.set_frame_on(False)
             else:
                 ax.imshow(picture, cmap="tab20" if picture is winner else "cividis", interpolation="nearest", aspect="auto")
-        line[0].set_ylabel(name)
+        line[0].set_ylabel(textwrap.shorten(name, 40, placeholder=" ..."), parse_math=False)
     for ax, title in zip(axes[0], ("photo", "winning slots", "score", "mask")):
         ax.set_title(title)
-    fig.suptitle(f"“{expression}”")
+    fig.suptitle(f"“{textwrap.shorten(expression, 90, placeholder=' ...')}”", parse_math=False)  # a dollar sign is a dollar sign
     return fig
 
 # %% ../nbs/17_sag.ipynb #066
@@ -434,12 +436,19 @@ def sag_study(root: str | Path, steps: int = 300) -> dict[str, Callable[[int, Pa
     `sag_tiny` starts, "no model" the floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU,
     those of expressions of other images ("shuffled"), and for SaG those of the other schemes and of mean slots.
     """
-    data = open_data(root, "refshapes")
-    train, val = data.referrals("train"), data.referrals("val")
-    vocabulary = build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+    @cache
+    def read():  # by the first run: the names of the variants can be known without data
+        data = open_data(root, "refshapes")
+        train = data.referrals("train")
+        return train, data.referrals("val"), build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+
+    def floors(seed: int, folder: Path) -> dict:
+        _, val, vocabulary = read()
+        return floor_scores(val, Tokenizer(vocabulary), seed)
 
     def variant(name: str, steps: int = steps, **changes):
         def run(seed: int, folder: Path) -> dict:
+            train, val, vocabulary = read()
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
             model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes)
@@ -452,7 +461,7 @@ def sag_study(root: str | Path, steps: int = 300) -> dict[str, Callable[[int, Pa
         return run
 
     return {"LAVT, with masks": variant("lavt_tiny"), **{row: variant("sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
-            "untrained": variant("sag_tiny", steps=0), "no model": lambda seed, folder: floor_scores(val, Tokenizer(vocabulary), seed)}
+            "untrained": variant("sag_tiny", steps=0), "no model": floors}
 
 # %% ../nbs/17_sag.ipynb #079
 def sag_scores(model: RISModel, referrals: Sequence) -> dict[str, float]:

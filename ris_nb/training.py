@@ -72,6 +72,9 @@ def check_config(config: TrainConfig) -> None:
     for name in ("weight_decay", "workers", "validate_every", "power", "seed"):
         if not getattr(config, name) >= 0:
             raise RISError(f"{name} must not be negative, but is {getattr(config, name)}")
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and not value < 2**63:  # infinity, and seeds that torch doesn't take
+            raise RISError(f"{name} must be less than 2**63, not {str(value)[:30]}")
     choices = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "bf16"), "best": ("oIoU", "mIoU"),
                "warmup_kind": ("rate", "loss")}
     for name, allowed in choices.items():
@@ -356,12 +359,12 @@ class Meter:
         return dict(zip(self.names, means))
 
 # %% ../nbs/08_training.ipynb #077
-def check_finite(meter: Meter, accelerator: Accelerator) -> None:
-    """RISError when a number was not finite, in any process: names the first such step and its terms."""
+def check_finite(meter: Meter, accelerator: Accelerator, saved: bool = True) -> None:
+    """RISError when a number was not finite, in any process: names the first such step and its terms, and whether anything is `saved`."""
     lines = accelerator.gather(meter.watch[None])  # (processes, 1 + names)
     for step, *numbers in lines[~lines.isfinite().all(1)].tolist():
         terms = ", ".join(f"{name} {number:.4g}" for name, number in zip(meter.names, numbers))
-        raise RISError(f"step {int(step)} is not finite ({terms}): what was saved before is good; "
+        raise RISError(f"step {int(step)} is not finite ({terms}): {'what was saved before is good' if saved else 'nothing was saved yet'}; "
                        "train again with a lower lr, a warmup or a clip")
 
 # %% ../nbs/08_training.ipynb #080
@@ -548,7 +551,7 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
     logs, saves = (last or run.step % every == 0 for every in (config.log_every, config.save_every))
     validates = validate and (last or config.validate_every and run.step % config.validate_every == 0)
     if logs or saves or validates:
-        check_finite(run.meter, run.accelerator)
+        check_finite(run.meter, run.accelerator, (run.folder / "state.pt").exists())
     record = measure(run) if logs else {}
     if validates:
         record.update(score_run(run, validate))

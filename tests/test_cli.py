@@ -19,6 +19,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from unittest import mock
 
 os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -27,12 +28,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from parity import load_case, released_state
 from safetensors.torch import load_file
 
 from ris_nb import cli
 from ris_nb.batches import build_vocabulary, create_model, load_model, register_model
 from ris_nb.evaluation import Floor
+from ris_nb.magnet import MagNet
 from ris_nb.refer import open_data
+from ris_nb.shapes import make_scene, refer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -242,7 +246,7 @@ def test_in_a_terminal_a_typo_is_one_line_too():
 
 @pytest.mark.parametrize("line, needles", [
     ("tarin", ["no command 'tarin'", "evaluate"]), ("data shape x", ["no command 'data shape'"]),
-    ("train", ["no folder data", "ris-nb data shapes"]), ("evaluate --root x", ["--checkpoint"]), ("predict a.png --checkpoint x", ["STR"]),
+    ("train", ["no folder data", "ris-nb data shapes"]), ("evaluate --root x", ["--checkpoint"]), ("predict a.png --checkpoint x", ["EXPRESSION"]),
     ("train --root x --stesp 3", ["--stesp", "perhaps --steps"]), ("train --root x more", ["more"]),
     ("train --root x --steps three", ["--steps", "three"]), ("train --root x --steps", ["--steps"]),
     ("train --root x --steps 0", ["steps must be greater than 0, not 0"]), ("train --root x --lr nan", ["lr must be"]),
@@ -260,7 +264,7 @@ def test_flags(line, needles, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, needles", [
-    (["--seed", -1], ["seed must not be negative", "-1"]), (["--image-size", 0], ["--image-size", "1 or more"]),
+    (["--seed", -1], ["seed must not be negative", "-1"]), (["--image-size", 0], ["--image-size", "from 1 to"]),
     (["--batch-size", 6, "--accumulate", 4], ["batch_size 6", "multiple of 4"]), (["--model", "lavt_huge"], ["'lavt_huge'", "lavt_tiny"]),
     (["--pretrained"], ["lavt_tiny's pretrained Swin", "pretrained=False"]), (["--vocabulary", "nothing.txt"], ["nothing.txt", "vocab.txt"]),
     (["--split", "trian"], ["'trian'", "train, val, testA"]), (["--val", "vall"], ["'vall'", "train, val, testA"]),
@@ -272,7 +276,7 @@ def test_training_flags(root, tmp_path, flags, needles):
 
 
 @pytest.mark.parametrize("flags, needles", [
-    (["--batch-size", 0], ["--batch-size", "1 or more"]), (["--workers", -1], ["--workers"]), (["--shuffle-seed", -1], ["--shuffle-seed"]),
+    (["--batch-size", 0], ["--batch-size", "from 1 to"]), (["--workers", -1], ["--workers"]), (["--shuffle-seed", -1], ["--shuffle-seed"]),
     (["--split", "testD"], ["'testD'", "train, val, testA"]), (["--root", "nowhere"], ["no folder nowhere", "ris-nb data shapes"]),
 ])
 def test_evaluation_flags(root, run, tmp_path, flags, needles):
@@ -351,7 +355,7 @@ def test_an_image_that_a_worker_cannot_read(copy, tmp_path):
     path = sorted((copy / "images" / "refshapes").glob("val*"))[0]
     path.write_bytes(path.read_bytes()[:500])
     code, out, err = finish(start(["evaluate", "--root", copy, "--checkpoint", copy.parent / "run", "--workers", 1], tmp_path / "a"), tmp_path / "a")
-    check_refusal(code, out, err, "no checkpoint here")
+    check_refusal(code, out, err, copy.parent / "run")
     ris("train", "--root", copy, "--out", tmp_path / "run", "--steps", 1, *TRAIN)
     words = ["evaluate", "--root", copy, "--checkpoint", tmp_path / "run", "--workers", 1]
     code, out, err = finish(start(words, tmp_path / "b"), tmp_path / "b")
@@ -368,7 +372,7 @@ def test_masks(copy, tmp_path):
         code, out, err = ris("data", "check", copy)
         assert code == 1 and f"referral {ref['ref_id']}" in err and words in err
         refused(train_words(copy, tmp_path / "run"), f"referral {ref['ref_id']}", words, "ris-nb data check")
-        shutil.rmtree(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
     annotate(copy, [])
     refused(train_words(copy, tmp_path / "run"), f"referral {ref['ref_id']}", "has no mask")
 
@@ -420,8 +424,8 @@ def test_checkpoints(root, run, photo, tmp_path):
         refused(["predict", photo, "red", "--checkpoint", folder, "--out", tmp_path / "a"], *needles)
         refused(["evaluate", "--root", root, "--checkpoint", folder, "--out", tmp_path / "a"], *needles)
 
-    both(tmp_path / "gone", "gone", "no checkpoint here")
-    both(photo, photo, "no checkpoint here")
+    both(tmp_path / "gone", "gone")
+    both(photo, photo)
     for name, text, needles in (("broken", "{", ["config.json", "can't be read"]), ("other", '{"architectures": ["Bert"]}', ["another library", "LAVT"]),
                                 ("strange", '{"class": "os.system"}', ["os.system", "LAVT"])):
         shutil.copytree(run, tmp_path / name)
@@ -517,8 +521,8 @@ def test_a_full_disk_keeps_what_was_good(root, run, photo, tmp_path):
     words = ["train", "--root", root, "--out", tmp_path / "new", "--steps", 3, *TRAIN, "--save-every", 1]
     said = limited(20_000, *words)
     assert str(tmp_path / "new") in said and "free some space" in said
-    assert not [path for path in (tmp_path / "new").iterdir() if path.name.endswith(".tmp") or path.name in ("state.pt", "model.safetensors")]
-    assert ris(*words, "--resume")[0] == 0  # space has been made
+    assert not (tmp_path / "new").exists()  # nothing was saved
+    assert ris(*words)[0] == 0  # space has been made
     assert "make room" in limited(2000, "data", "shapes", tmp_path / "shapes", "--counts", "train", 3)
     assert not list(tmp_path.rglob("*.p"))
 
@@ -567,3 +571,130 @@ def test_two_processes_write_one_report_and_train_one_model(root, run, tmp_path)
     assert [code for code, _, _ in ends] == [0, 0] and "3 steps" in ends[0][1] and ends[1][1] == "", ends
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "run", run))
     assert all((ours[name].float() - theirs[name].float()).abs().max() < 0.05 for name in theirs)
+
+
+# Which model answers
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A small MagNet under the names of the authors' code, as a file, and the vocabulary of its words."""
+    folder = tmp_path_factory.mktemp("authors")
+    torch.save({"model": released_state(load_case("magnet_tiny")), "epoch": 3}, folder / "magnet.pth")
+    (folder / "vocab.txt").write_text("\n".join(build_vocabulary(["the red circle"])))
+    return folder / "magnet.pth", folder / "vocab.txt"
+
+
+@pytest.mark.parametrize("model", ["folder", "shipped", "released"])
+def test_predict_compare_evaluate_and_explore_take_the_same_models(root, run, photo, released, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    init = MagNet.__init__
+    monkeypatch.setattr(MagNet, "__init__", lambda self, image_size=64, **sizes: init(self, image_size, **sizes))  # 480 pixels would take long
+    weights, vocabulary = released
+    one = {"folder": ["--checkpoint", run], "shipped": ["--checkpoint", "sag_tiny"], "released": ["--released", weights, "--vocabulary", vocabulary]}[model]
+    several = ["--models" if word == "--checkpoint" else word for word in one]
+    assert ris("predict", photo, "the red circle", *one)[0] == 0 and (tmp_path / f"{photo.stem}_mask.png").exists()
+    assert ris("compare", photo, "the red circle", *several)[0] == 0 and (tmp_path / f"{photo.stem}_answers.png").exists()
+    code, out, err = ris("evaluate", "--root", root, "--split", "testA", *one)
+    report = {"folder": run, "shipped": tmp_path / "runs/scored/sag_tiny", "released": tmp_path / "runs/released/magnet"}[model] / "testA/report.json"
+    assert code == 0 and report.exists(), err
+    flags = cli.parse(cli.Explore, "explore", list(map(str, several)))
+    page = cli.write_page(tmp_path, flags)
+    cell, = json.loads(page.read_text())["cells"]
+    monkeypatch.chdir(run)  # a server for pages runs elsewhere
+    space = {}
+    exec("".join(cell["source"]), space)
+    names = list(space["answering_models"](flags))
+    assert len(names) == 1 and Path(names[0]).name in ("run", "sag_tiny", "magnet.pth")
+
+
+def test_compare_turns_a_photo_upright(run, tmp_path, monkeypatch):
+    from ris_nb import sag
+    turned, seen = Image.new("RGB", (30, 20), "red"), []
+    turned.getexif()[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    draw = sag.show_answers
+    monkeypatch.setattr(sag, "show_answers", lambda models, photo, expression: seen.append(photo.size) or draw(models, photo, expression))
+    assert ris("compare", tmp_path / "turned.jpg", "the red one", "--models", run, "--out", tmp_path)[0] == 0
+    assert seen == [(20, 30)]
+
+
+def test_a_dollar_sign_is_a_dollar_sign(run, photo, tmp_path):
+    for expression in (r"the $\frac{$ red circle", "red $$", "$x$ ${"):
+        code, out, err = ris("compare", photo, expression, "--models", run, "--out", tmp_path)
+        assert code == 0 and "warning: this model doesn't know" in err
+
+
+def test_the_first_round_asks_for_something_that_is_there():
+    name, question = re.search(r"ris-nb predict \S+/(val_\d+)\.png \"(.+?)\"", cli.HELP).groups()
+    scene = make_scene(0, split="val", index=int(name[4:]))
+    assert question in {expression.text for expression in refer(scene, "refshapes")}
+
+
+def test_an_empty_answer_is_said(run, tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32)).save(tmp_path / "night.png")
+    monkeypatch.setattr("ris_nb.lavt.LAVT.masks", lambda self, output, sizes: [torch.zeros(size, dtype=torch.bool) for size in sizes])
+    code, out, err = ris("predict", tmp_path / "night.png", "the red circle", "--checkpoint", run, "--out", tmp_path)
+    assert code == 0 and err.startswith("warning: the mask is empty: ") and err.count("\n") == 1 and "0.0% of the photo" in out
+    code, out, err = ris("compare", tmp_path / "night.png", "the red circle", "--models", run, "--out", tmp_path)
+    assert code == 0 and err.startswith("warning: the mask is empty: ") and err.count("\n") == 1
+
+
+# Fine-tuning, plans, and a run that fails
+
+def test_fine_tuning_begins_with_the_weights_and_settings_of_another_run(root, run, tmp_path):
+    words = ["train", "--root", root, "--split", "val", "--val", "none", "--steps", 2, "--batch-size", 4, "--from", run, "--out", tmp_path / "tuned"]
+    code, out, err = ris(*words, "--freeze", "text")
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "tuned/command.json").read_text())["from"] == str(run)
+    first, tuned = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "tuned"))
+    kept = {name.partition(".")[0] for name in first if torch.equal(first[name], tuned[name])}
+    moved = {name.partition(".")[0] for name in first if not torch.equal(first[name], tuned[name])}
+    assert "text" in kept and "text" not in moved and "decoder" in moved
+    assert load_model(tmp_path / "tuned").vocabulary == load_model(run).vocabulary
+    assert ris(*words, "--freeze", "text", "--resume")[0] == 0
+    refused([*words[:-4], *words[-2:], "--freeze", "text", "--resume"], "--from was", "resume with the old values")
+    refused([*words, "--model", "lavt_tiny"], "--from", "leave out --model")
+    code, out, err = ris(*words[:-1], tmp_path / "shipped", "--from", "lavt_tiny", "--recipe", "lavt_tiny")
+    assert code == 0 and re.search(r"from +lavt_tiny +OVERRIDE", out)
+    assert load_model(tmp_path / "shipped").vocabulary == cli.answering_model(cli.Answering(checkpoint="lavt_tiny")).vocabulary
+
+
+def test_a_dry_run_reads_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ris("train", "--recipe", "magnet_refcoco", "--dry-run", "--lr", 1e-4)
+    assert (code, err) == (0, "") and re.search(r"steps +53005 ", out) and re.search(r"lr +0.0001 +OVERRIDE: the recipe says 5e-05", out)
+    code, out, err = ris("train", "--dry-run", "--steps", 60)
+    assert (code, err) == (0, "") and re.search(r"warmup +6 +\(default: 100\)", out) and re.search(r"model +lavt_tiny", out)
+    assert ris("recipes")[1].count("\n") == 14 and ris("recipes", "magnet_refcoco")[1].startswith("recipe: MagNet on refcoco")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_before_its_first_save_leaves_the_folder_free(root, tmp_path):
+    words = ["train", "--root", root, "--out", tmp_path / "run", "--steps", 4, *TRAIN]
+    refused([*words, "--lr", 1e18, "--clip", "None"], "is not finite", "nothing was saved yet")
+    assert not (tmp_path / "run").exists()
+    assert ris(*words)[0] == 0
+
+
+def test_a_broken_pipe_is_quiet():
+    for line in ("results", "recipes magnet_refcoco"):
+        done = subprocess.run(f"{sys.executable} -m ris_nb.cli {line} | head -1; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
+                              capture_output=True, text=True, cwd=ROOT)
+        assert done.stderr == "" and done.stdout.count("\n") == 1 and done.returncode in (0, 141)
+
+
+def test_a_machine_without_enough_memory_is_told_in_one_line(monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
+        monkeypatch.setitem(cli.COMMANDS, "models", (lambda words: cli.Models, mock.Mock(side_effect=error)))
+        refused(["models"], "not enough memory")
+
+
+def test_what_computes_nothing_imports_nothing_heavy(tmp_path):
+    code = """if True:
+        import sys
+        from ris_nb.cli import main
+        for line in (["--help"], ["models"], ["recipes"], ["recipes", "magnet_refcoco"], ["results"], ["train", "--help"], ["train", "--dry-run"]):
+            assert main(line) == 0
+        print([name for name in ("transformers", "timm", "accelerate", "scipy.stats") if name in sys.modules])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr[-2000:]

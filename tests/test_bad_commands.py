@@ -1,0 +1,361 @@
+"""Bad command lines of every kind: each ends with the exit code 2 and one line on standard error, and changes nothing on the disk."""
+import json
+import os
+import shlex
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import pytest
+
+from ris_nb import cli
+from ris_nb.batches import create_model, register_model
+
+HUGE = "9" * 20
+RUN = "train --root data --out run --force"  # a good run lies there, and must still lie there afterwards
+LINES = f"""
+tarin
+''
+' '
+--hlep
+-x
+ünïcode
+{'x' * 5000}
+data shape x
+data chekc data
+data ''
+
+data shapes
+data shapes ''
+data shapes new other
+data shapes photo.png
+data shapes new --size
+data shapes new --size ''
+data shapes new --size 8
+data shapes new --size 100000
+data shapes new --size 1e2
+data shapes new --size {HUGE}
+data shapes new --flavour refshapez
+data shapes new --counts
+data shapes new --counts train
+data shapes new --counts train many
+data shapes new --counts train -5
+data shapes new --counts trian 5
+data shapes new --counts train {HUGE}
+data shapes new --seed -1
+data shapes new --seed nan
+data shapes new --seed {HUGE}
+data shapes data --counts train 9
+data shapes data --size 96
+
+data check
+data check ''
+data check nowhere
+data check /proc
+data check photo.png
+data check data/images
+data check data/refshapes
+data check data --jsno
+data check data data
+data check {'x/' * 3000}
+
+data prepare
+data prepare refcoco
+data prepare coco --root new
+data prepare refcoco --root ''
+data prepare refcoco --root photo.png
+data prepare refcoco --root new --parallel 0
+data prepare refcoco --root new --parallel 1000
+data prepare refcoco --root new --parallel many
+data prepare refcoco --root new --mirrors nothing.json
+data prepare refcoco --root new --mirrors text.jpg
+data prepare refcoco --root new --coco nowhere
+data prepare phrasecut --root new
+data prepare phrasecut --root new --coco data
+
+train --root nowhere --out new
+train --root '' --out new
+train --root= --out new
+train --root photo.png --out new
+train --root data --out ''
+train --root data --out photo.png
+train --root data --out photo.png/run
+train --root data --out run
+train --root data --out new --dataset refcoco
+train --root data --out new --split-by unc
+train --root data --out run --resume --lr 1
+train --root data --out run --resume --model speck --steps 3 --batch-size 4 --val none --image-size 32
+train --root data --out run --resume --model speck --steps 3 --batch-size 4 --val none --from run
+{RUN} --resume
+{RUN} more
+{RUN} --stesp 3
+{RUN} --model huge
+{RUN} --model ''
+{RUN} --model {'m' * 5000}
+{RUN} --model speck --freeze text encoder decoder
+{RUN} --model speck --freeze txt
+{RUN} --model speck --freeze ''
+{RUN} --model speck --image-size 0
+{RUN} --model speck --image-size -5
+{RUN} --model speck --image-size 1000000
+{RUN} --model speck --image-size big
+{RUN} --model speck --pretrained
+{RUN} --model speck --batch-size 0
+{RUN} --model speck --batch-size 10000000
+{RUN} --model speck --batch-size 6 --accumulate 4
+{RUN} --model speck --accumulate 0
+{RUN} --model speck --val vall
+{RUN} --model speck --split trian
+{RUN} --model speck --split ''
+{RUN} --model speck --vocabulary nothing.txt
+{RUN} --model speck --vocabulary photo.png
+{RUN} --model speck --vocabulary text.jpg
+{RUN} --model speck --vocabulary ''
+{RUN} --model speck --vocabulary nobody/nothing
+{RUN} --model sag_tiny --validate-every 5
+{RUN} --recipe ''
+{RUN} --recipe
+{RUN} --recipe magnet_refcoo
+{RUN} --recipe magnet_refcoco
+{RUN} --recipe lavt_tiny --model sag_tiny
+{RUN} --recipe lavt_tiny --batch-size 0
+{RUN} --from nowhere
+{RUN} --from ''
+{RUN} --from photo.png
+{RUN} --from data
+{RUN} --from cut_run
+{RUN} --from run --model lavt_tiny
+{RUN} --from run --pretrained
+{RUN} --from run --image-size 32
+{RUN} --from run --vocabulary vocab.txt
+{RUN} --seed -1
+{RUN} --seed 1.5
+{RUN} --seed {HUGE}
+{RUN} --steps 0
+{RUN} --steps ''
+{RUN} --steps 1e3
+{RUN} --steps three
+{RUN} --steps {HUGE}
+{RUN} --steps 10000000000
+{RUN} --steps 60 --warmup 60
+{RUN} --warmup -1
+{RUN} --lr nan
+{RUN} --lr inf
+{RUN} --lr -1
+{RUN} --lr 0
+{RUN} --lr fast
+{RUN} --lr 1e30
+{RUN} --weight-decay -1
+{RUN} --weight-decay inf
+{RUN} --power nan
+{RUN} --clip 0
+{RUN} --clip nan
+{RUN} --clip tight
+{RUN} --schedule linear
+{RUN} --warmup-kind slow
+{RUN} --precision fp8
+{RUN} --best mAP
+{RUN} --each word
+{RUN} --workers -1
+{RUN} --workers 100000
+{RUN} --workers {HUGE}
+{RUN} --save-every 0
+{RUN} --log-every 0
+{RUN} --validate-every -1
+{RUN} --dry-run=yes
+train --root broken --out run --force --model speck --batch-size 8
+train --root data --out new --model speck --lr 1e18 --batch-size 4 --val none --clip None --warmup 0
+RANK=abc train --root data --out new
+RANK=abc train --recipe lavt_tiny --root data --out new
+RANK=5 train --root data --out new
+WORLD_SIZE=zwei train --root data --out new
+WORLD_SIZE=0 train --root data --out new
+WORLD_SIZE=2 train --root data --out new --model speck
+WORLD_SIZE=6 train --recipe magnet_refcoco --root data --out new
+
+recipes nothing
+recipes ''
+recipes lavt_tiny sag_tiny
+models all
+models --json
+
+evaluate
+evaluate --root data --checkpoint ''
+evaluate --root data --checkpoint nowhere
+evaluate --root data --checkpoint data
+evaluate --root data --checkpoint photo.png
+evaluate --root data --checkpoint cut_run
+evaluate --root data --checkpoint odd_run
+evaluate --root data --checkpoint nobody/nothing
+evaluate --root data --checkpoint {'m' * 5000}
+evaluate --root data --checkpoint run --released magnet_refcoco
+evaluate --root data --released ''
+evaluate --root data --released magnet_refcoco
+evaluate --root data --released nothing.pth
+evaluate --root data --released text.jpg
+evaluate --root data --released photo.png
+evaluate --root data --released data
+evaluate --root data --released nobody/nothing/weights.pth
+evaluate --root nowhere --checkpoint run
+evaluate --root data --checkpoint run --split testD
+evaluate --root data --checkpoint run --batch-size 0
+evaluate --root data --checkpoint run --batch-size {HUGE}
+evaluate --root data --checkpoint run --workers -1
+evaluate --root data --checkpoint run --workers 100000
+evaluate --root data --checkpoint run --shuffle-seed -1
+evaluate --root data --checkpoint run --shuffle-seed {HUGE}
+evaluate --root data --checkpoint run --out photo.png
+evaluate --root data --checkpoint run --out ''
+evaluate --root broken --checkpoint run --split train
+RANK=abc evaluate --root data --checkpoint run
+WORLD_SIZE=2 evaluate --root data --checkpoint run
+
+predict
+predict photo.png
+predict photo.png '' --checkpoint run
+predict photo.png '   ' --checkpoint run
+predict '' red
+predict . red
+predict nothing.png red
+predict cut.png red
+predict text.jpg red
+predict run/config.json red
+predict photo.png red triangle
+predict photo.png red --checkpoint ''
+predict photo.png red --checkpoint gpt
+predict photo.png red --checkpoint nobody/nothing
+predict photo.png red --checkpoint data
+predict photo.png red --checkpoint cut_run
+predict photo.png red --checkpoint run --released magnet_refcoco
+predict photo.png red --released ''
+predict photo.png red --released magnet_refcoco
+predict photo.png red --released magnet_refcocoo
+predict photo.png red --released text.jpg
+predict photo.png red --checkpoint run --out ''
+predict photo.png red --checkpoint run --out text.jpg
+predict photo.png red --checkpoint run --out text.jpg/deeper
+RANK=abc predict photo.png red --checkpoint run
+
+compare
+compare photo.png red --models
+compare photo.png red --models ''
+compare photo.png red --models run ''
+compare photo.png red --models run gpt
+compare photo.png red --models data
+compare photo.png red --models odd_run
+compare photo.png red --released magnet_refcoco
+compare nothing.png red --models run --out new
+compare cut.png red --models run --out new
+compare photo.png '' --models run --out new
+compare photo.png red --models run --out ''
+compare photo.png red --models run --out text.jpg
+
+explore now
+explore --port 0
+explore --port 99999
+explore --port http
+explore --prot 9000
+explore --models
+explore --models ''
+explore --models nowhere
+explore --released magnet_refcoco
+
+results ''
+results text.jpg
+results photo.png
+results study_text.json
+results study_rows.json
+results report_text
+results --figure r.xyz
+results --figure ''
+results --figure data
+results --figure text.jpg/r.png
+results --markdown ''
+results --markdown data
+results --markdown text.jpg/r.md
+
+study
+study lavt
+study magnet --only
+study magnet --only ''
+study magnet --only LAVTT
+study sag --only LAVT --folder new
+study magnet --seeds
+study magnet --seeds -1
+study magnet --seeds {HUGE}
+study magnet --seeds one
+study magnet --steps 0
+study magnet --steps {HUGE}
+study magnet --folder ''
+study magnet --folder text.jpg
+""".split("\n")
+LINES = [line for line in LINES if line]
+
+
+@register_model
+def speck(pretrained=False, **overrides):
+    sizes = dict(image_size=16, patch=2, width=8, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), bert_width=16, bert_layers=1,
+                 bert_heads=2, bert_ffn=16, decoder_width=8)
+    return create_model("lavt_tiny", pretrained, **{**sizes, **overrides})
+
+
+def said(words):
+    """Exit code and the lines on standard error, progress bars and warnings aside."""
+    err = StringIO()
+    with redirect_stdout(StringIO()), redirect_stderr(err):
+        code = cli.main(words)
+    lines = err.getvalue().replace("\r", "\n").split("\n")
+    return code, [line for line in lines if line.strip() and "%|" not in line and not line.startswith("warning: ")]
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a data set, a run, and things that are none."""
+    place = tmp_path_factory.mktemp("bad")
+    make = [f"data shapes {place / name} --counts train 4 val 3 testA 2" for name in ("data", "broken")]
+    train = f"train --root {place / 'data'} --model speck --out {place / 'run'} --steps 3 --batch-size 4 --val none"
+    assert [said(line.split()) for line in [*make, train]] == [(0, [])] * 3
+    for image in (place / "broken/images/refshapes").glob("train*"):
+        image.write_bytes(image.read_bytes()[:500])
+    photo = (place / "data/images/refshapes/val_000000.png").read_bytes()
+    (place / "photo.png").write_bytes(photo)
+    (place / "cut.png").write_bytes(photo[:300])
+    (place / "text.jpg").write_text("no picture")
+    (place / "vocab.txt").write_text("a\nb\n")
+    for name, file, text in (("cut_run", "model.safetensors", "no weights"), ("odd_run", "config.json", '{"class": "os.system"}')):
+        shutil.copytree(place / "run", place / name)
+        (place / name / file).write_text(text)
+    (place / "study_text.json").write_text('[{"variant": "LAVT", "seed": 0, "refshapes oIoU": "much"}]')
+    (place / "study_rows.json").write_text('[{"variant": "LAVT", "seed": 0, "refshapes oIoU": 0.5}, 7]')
+    report = dict(data="d", split="val", checkpoint="c", expressions=1, images=1, oIoU="much", mIoU=0.5, precision={}, interval={}, by_kind={},
+                  by_size={}, by_length={}, resolution="model")
+    (place / "report_text").mkdir()
+    (place / "report_text/report.json").write_text(json.dumps(report))
+    return place
+
+
+def test_there_are_enough_and_every_command_is_among_them():
+    assert len(set(LINES)) == len(LINES) >= 120
+    words = [[word for word in shlex.split(line) if "=" not in word or word.startswith("-")] for line in LINES]
+    assert set(cli.COMMANDS) <= {" ".join(line[:1 + (line[:1] == ["data"])]) for line in words}
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:80])
+def test_a_bad_line_is_refused_in_one_line_and_changes_nothing(line, place, monkeypatch):
+    monkeypatch.chdir(place)
+    words = shlex.split(line)
+    while words and words[0].partition("=")[0] in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(*words.pop(0).split("="))
+    before = contents(place)
+    code, lines = said(words)
+    assert code == 2 and len(lines) == 1, (code, lines)
+    assert lines[0].startswith("ris-nb: ") and len(lines[0]) <= 1010 and "Traceback" not in lines[0] and "\x1b" not in lines[0]
+    assert contents(place) == before
