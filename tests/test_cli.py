@@ -37,6 +37,7 @@ from ris_nb.evaluation import Floor
 from ris_nb.magnet import MagNet
 from ris_nb.refer import open_data
 from ris_nb.shapes import make_scene, refer
+from ris_nb.training import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -218,6 +219,7 @@ def test_help(monkeypatch):
         code, out, err = ris(*command.split(), "--help")
         assert (code, err) == (0, "") and f"usage: ris-nb {command}" in out
         flags = re.split(r"\n[ │]+(?=--[a-z]|PATH|STR)", out)[1:]
+        assert len(flags) >= 2 or command == "models", command
         for flag in flags:  # every flag has words of its own, not only a default
             said = re.sub(r"\(default: .*?\)|\(required\)|--[a-z-]+|\{.*?\}+|[A-Z]{2,}|\W", " ", flag, flags=re.S).split()
             assert len(said) >= 3, (command, flag)
@@ -698,3 +700,6 @@ def test_what_computes_nothing_imports_nothing_heavy(tmp_path):
         print([name for name in ("transformers", "timm", "accelerate", "scipy.stats") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr[-2000:]
+    ours, theirs = (read_log(path) for path in (tmp_path / "run", run))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] and ours[-1]["step"] == 3
+    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(ours, theirs))  # the last losses depend on the steps before
