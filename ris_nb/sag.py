@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isqrt
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from .refer import open_data
 from .task import Output, RISError, overlay
 from .training import TINY_RECIPE, TrainConfig, fit
 from .vision import TINY_VIT, ViT, pretrained_tagger
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% auto #0
 __all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'VIT_S', 'SAG_FLOORS', 'UNUSED', 'AGG', 'SAG_RECIPE', 'SAG_STUDY',
@@ -283,6 +286,7 @@ def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.
 
     `photo` is a path, a PIL image or a uint8 array (H, W, 3); the keys of `models` stand beside the rows.
     """
+    import matplotlib.pyplot as plt
     photo = read_image(photo)
     fig, axes = plt.subplots(len(models), 4, figsize=(8.4, 2.2 * len(models) + 0.4), squeeze=False, layout="constrained")
     for line, (name, model) in zip(axes, models.items()):

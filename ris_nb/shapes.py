@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 from pycocotools import mask as run_lengths
 from tqdm.auto import tqdm
 
 from .task import RISError, show_referral
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% auto #0
 __all__ = ['GRID', 'COLOURS', 'SHAPES', 'SIZES', 'FLAVOURS', 'SPLITS', 'ROUND', 'HELD_OUT', 'MARGIN', 'KINDS', 'COUNTS',

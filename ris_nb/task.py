@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -17,6 +16,9 @@ from contourpy import contour_generator
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import matplotlib.pyplot as plt
 
 # %% auto #0
 __all__ = ['TRUTH', 'PREDICTION', 'THRESHOLDS', 'Output', 'RISError', 'intersection_union', 'iou', 'SegmentationMetrics',
@@ -211,6 +213,7 @@ def show_referral(image, expression, truth=None, prediction=None, ax=None) -> pl
     With both, the IoU stands in the title; with a prediction, a line below the picture says which is which.
     Draws on `ax`, or on a new figure, and returns the axes.
     """
+    import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.2, 3.4), layout="constrained")[1]
     ax.imshow(np.asarray(image))
     title = "\n".join(textwrap.wrap(textwrap.shorten(expression, 90, placeholder=" ..."), 34))

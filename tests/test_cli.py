@@ -697,7 +697,7 @@ def test_what_computes_nothing_imports_nothing_heavy(tmp_path):
         from ris_nb.cli import main
         for line in (["--help"], ["models"], ["recipes"], ["recipes", "magnet_refcoco"], ["results"], ["train", "--help"], ["train", "--dry-run"]):
             assert main(line) == 0
-        print([name for name in ("transformers", "timm", "accelerate", "scipy.stats") if name in sys.modules])"""
+        print([name for name in ("transformers", "timm", "accelerate", "matplotlib.pyplot", "scipy.stats") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr[-2000:]
     ours, theirs = (read_log(path) for path in (tmp_path / "run", run))
