@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.models import _registry
 from transformers import BertConfig, BertModel
 
-from ris_nb import lavt, magnet, sag
+from ris_nb import lavt, sag
 from ris_nb.batches import RISModel, build_vocabulary, create_model, load_model, read_vocabulary
 from ris_nb.language import TextEncoder
 from ris_nb.lavt import LAVT
