@@ -571,8 +571,9 @@ def test_two_processes_write_one_report_and_train_one_model(root, run, tmp_path)
     words = ["train", "--root", root, "--steps", 3, *TRAIN]
     ends = two([*words, "--out", tmp_path / "run"], tmp_path / "trained")
     assert [code for code, _, _ in ends] == [0, 0] and "3 steps" in ends[0][1] and ends[1][1] == "", ends
-    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "run", run))
-    assert all((ours[name].float() - theirs[name].float()).abs().max() < 0.05 for name in theirs)
+    ours, theirs = (read_log(path) for path in (tmp_path / "run", run))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs] and ours[-1]["step"] == 3
+    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(ours, theirs))  # the last losses depend on the steps before
 
 
 # Which model answers
@@ -700,6 +701,3 @@ def test_what_computes_nothing_imports_nothing_heavy(tmp_path):
         print([name for name in ("transformers", "timm", "accelerate", "matplotlib.pyplot", "scipy.stats") if name in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout[-300:] + done.stderr[-2000:]
-    ours, theirs = (read_log(path) for path in (tmp_path / "run", run))
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] and ours[-1]["step"] == 3
-    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(ours, theirs))  # the last losses depend on the steps before
