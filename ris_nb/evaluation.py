@@ -290,9 +290,9 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     """Score every expression of `dataset` (built with `every=True`) once; each image is decoded once.
 
     `batch_size` counts images, `workers` loader processes. `pairs`: the most expressions that the model answers at once
-    (default: `pairs_at_once`, by the size of the images; an image is encoded once for them together). Under
-    `torch.distributed` the batches are dealt out among the processes and all return the same report, but for
-    `shuffle_seed`: it asks each image the expressions of other images, the test that a model listens. `data`, `split` and `checkpoint` are names for the report.
+    (default: `pairs_at_once`, by the size of the images). `shuffle_seed` asks each image the expressions of other images:
+    the test that a model listens. Under `torch.distributed` the batches are dealt out among the processes and all return
+    the same report. `data`, `split` and `checkpoint` are names for the report.
     RISError for a data set without every sentence and mask, or an image that can't be read.
     """
     if not (dataset.every and dataset.masks):
