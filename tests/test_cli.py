@@ -81,6 +81,7 @@ def refused(words, *needles):
 def child(words, folder, before):
     """In a process of its own: one command, its output in files, its exit code."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers; a server of this process's own would outlive it
     sys.stdout, sys.stderr = (open(folder / name, "w") for name in ("stdout", "stderr"))
     if before:
         before()
