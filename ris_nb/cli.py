@@ -431,13 +431,16 @@ def processes() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-def machine():
-    """accelerate's view of the machine; `UsageError` where the environment names other processes and not where to meet them."""
+def machine(precision: str = "no"):
+    """accelerate's view of the machine for a command that computes in `precision`; an error in one line where the launch asks for another.
+
+    `UsageError` where the environment names other processes and not where to meet them.
+    """
     from ris_nb.training import make_accelerator
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if processes()[1] > 1 and missing:
         raise UsageError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")
-    return make_accelerator()
+    return make_accelerator(precision)
 
 # %% ../nbs/20_cli.ipynb #070
 def build_model(flags: Train, referrals: list, **network):
@@ -566,7 +569,7 @@ def run_train(flags: Train) -> int:
     model.freeze(flags.freeze)
     dataset = ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
     validate = validation(flags, data, model)
-    accelerator = machine()
+    accelerator = machine(flags.training.precision)
     learner = model.for_training()
     check_start(learner, dataset, flags.training, accelerator.num_processes)
     command = {"dataset": data.dataset, "split_by": data.split_by, "from": flags.from_, "freeze": list(flags.freeze), **{name: getattr(flags, name)

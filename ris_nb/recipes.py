@@ -515,7 +515,7 @@ def show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
         ax.plot([row["scores"]["val"] for row in mine], [names.index(f"{row['dataset']} ({row['split_by']})") for row in mine],
                 mark, mfc="white", mec=colour, mew=2, ms=7, label=method)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) + 0.3, -0.5), xlim=(0, 100), xlabel=f"{metric}, %", title="Published, val")
-    ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3)  # in the row that is left free for it
+    ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, columnspacing=1, handletextpad=0.2)  # in the row that is left free for it
     return ax
 
 

@@ -577,6 +577,27 @@ def test_two_processes_write_one_report_and_train_one_model(root, run, tmp_path)
     assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(ours, theirs))  # the last losses depend on the steps before
 
 
+@pytest.mark.parametrize("command", ["train", "force", "evaluate", "predict", "compare"])
+def test_a_launch_that_asks_for_bfloat16_is_refused_where_the_command_computes_in_float32(root, run, photo, tmp_path, monkeypatch, command):
+    """As `accelerate launch --mixed_precision bf16` asks; nothing is written, and a run that is there stays."""
+    kept = contents(shutil.copytree(run, tmp_path / "run"))
+    out = tmp_path / "out"
+    words = {"train": ["train", "--root", root, "--steps", 1, *TRAIN, "--out", out],
+             "force": ["train", "--root", root, "--steps", 3, *TRAIN, "--out", tmp_path / "run", "--force"],
+             "evaluate": ["evaluate", "--root", root, "--checkpoint", run, "--out", out],
+             "predict": ["predict", photo, "red", "--checkpoint", run, "--out", out],
+             "compare": ["compare", photo, "red", "--models", run, "--out", out]}[command]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    refused(words, "mixed precision bf16", "launch without --mixed_precision")
+    assert not out.exists() and contents(tmp_path / "run") == kept
+
+
+def test_a_launch_in_bfloat16_may_train_in_bfloat16(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    code, _, err = ris("train", "--root", root, "--steps", 1, *TRAIN, "--precision", "bf16", "--out", tmp_path / "run")
+    assert code == 0, err
+
+
 # Which model answers
 
 @pytest.fixture(scope="module")
