@@ -244,7 +244,8 @@ def test_every_model_is_built_without_a_network(monkeypatch):
     for name in list_models():
         with torch.device("meta"):
             model = create_model(name)
-        if "tiny" not in name:
+        ours = batches._MODELS[name].__module__.startswith("ris_nb.")  # other tests register models of their own
+        if ours and "tiny" not in name:
             assert len(model.vocabulary) == 30522 and model._hub_mixin_config["vocabulary"] == "bert-base-uncased"
 
 
