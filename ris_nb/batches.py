@@ -653,7 +653,7 @@ def _naming_packages(name: str):
 def _look_up(name: str, table: dict, pattern: str):
     """What `table` holds under a name, after importing the module of the library that enters it; None where nobody does."""
     if name not in table and name in _written(pattern):
-        with _naming_packages(name):
+        with torch.device("cpu"), _naming_packages(name):  # a module is read the same, whichever device the caller has set
             import_module(_written(pattern)[name])
     return table.get(name)
 

@@ -442,8 +442,8 @@ class MaskDecoder(nn.Module):
         queries = [x]
         for i, layer in enumerate(self.layers):
             k = i % len(maps)
-            with torch.no_grad():
-                blocked = (self.mask_embed(self.norm(x))[:, None] @ small[k])[:, 0] < 0  # (B, T_k)
+            # Not under no_grad: autocast of older PyTorch keeps the copies of the weights that it makes there, and their last use learns nothing.
+            blocked = (self.mask_embed(self.norm(x))[:, None] @ small[k])[:, 0] < 0  # (B, T_k)
             x = layer(x, self.query_embed[0], memories[k], positions[k], self.level_embed[k], blocked)
             queries.append(x)
         queries = self.norm(torch.stack(queries, 1))  # (B, layers + 1, width)

@@ -3,9 +3,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ from ris_nb.vision import Swin, ViT
 
 WORDS = build_vocabulary(["the red ring", "the blue star"], 40)
 COMMIT = "a" * 40
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -247,6 +252,13 @@ def test_every_model_is_built_without_a_network(monkeypatch):
         ours = batches._MODELS[name].__module__.startswith("ris_nb.")  # other tests register models of their own
         if ours and "tiny" not in name:
             assert len(model.vocabulary) == 30522 and model._hub_mixin_config["vocabulary"] == "bert-base-uncased"
+
+
+def test_shapes_without_weights_in_a_fresh_process():
+    """Here the module is imported while "meta" is set, as by `ris-nb train --pretrained`; PyTorch 2.8 can't import its compiler so."""
+    program = "import torch; from ris_nb.batches import create_model\nwith torch.device('meta'): print(next(create_model('sag_tiny').parameters()).device.type)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.stdout == "meta\n", done.stderr
 
 
 @pytest.mark.parametrize("call, module", [
