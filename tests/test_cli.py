@@ -102,7 +102,7 @@ def finish(process, folder, signum=None, when=None):
     deadline = time.monotonic() + 120
     while signum and not when.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    if signum:
+    if signum and process.is_alive():
         os.kill(process.pid, signum)
     process.join(120)
     return process.exitcode, (folder / "stdout").read_text(), without_bars((folder / "stderr").read_text())
@@ -487,7 +487,8 @@ def test_stopped_and_resumed(root, tmp_path, signum, code):
     steps = torch.load(folder / "state.pt", weights_only=True)["step"]
     assert 0 < steps < 12
     if signum == signal.SIGINT:
-        assert err.startswith("ris-nb: interrupted; go on with: ris-nb train ") and err.endswith("--resume\n") and err.count("\n") == 1
+        advice = err.startswith("ris-nb: interrupted; go on with: ris-nb train ") and err.endswith("--resume\n") and err.count("\n") == 1
+        assert advice, (tmp_path / "first" / "stderr").read_text()  # with its bars
     assert ris(*words, "--out", folder, "--resume")[0] == 0
     assert ris(*words, "--out", tmp_path / "unbroken")[0] == 0
     ours, theirs = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "unbroken"))
