@@ -32,7 +32,7 @@ __all__ = ['LAVT_CODE', 'LAVT_PAPER', 'DEMO', 'DEMO_SCRIPTS', 'MAGNET_CODE', 'SA
            'MAGNET_SETS', 'SAG_SETTINGS', 'SAG_NETWORK', 'SCRIPT', 'NO_SCRIPT', 'SAG_SETS', 'COUNTED_FROM', 'RELEASED',
            'COURSE', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'on_data', 'sag_recipe', 'tiny',
            'list_recipes', 'find_recipe', 'plan', 'check_complete', 'untouched_norms', 'check_pretrained',
-           'per_sentence', 'freeze', 'device_name', 'expectation', 'find_released', 'released_model', 'read_published',
+           'per_sentence', 'device_name', 'expectation', 'find_released', 'released_model', 'read_published',
            'our_results', 'benchmark_table', 'results_markdown', 'study_fields', 'show_published', 'results_figure']
 
 # %% ../nbs/18_full_scale.ipynb #011
@@ -332,11 +332,6 @@ def check_pretrained(model: nn.Module, parts: Iterable[str]) -> None:
 def per_sentence(referrals: Iterable[Referral]) -> list[Referral]:
     """A referral for each sentence, so that an epoch goes through sentences in place of objects."""
     return [replace(referral, sentences=(sentence,)) for referral in referrals for sentence in referral.sentences]
-
-
-def freeze(model: RISModel, names: Iterable[str]) -> None:
-    """Let these parts learn no more: `RISModel.freeze`."""
-    model.freeze(names)
 
 # %% ../nbs/18_full_scale.ipynb #048
 def device_name() -> str:
