@@ -11,14 +11,13 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import nn
 
 from ris_nb import training
@@ -341,15 +340,32 @@ def test_what_accelerate_asks_for_by_default_and_what_the_run_does_anyway_is_tak
     training.check_launch("bf16")
 
 
-def test_accelerate_launch_on_a_processor_starts_one_process_and_that_is_told(tmp_path):
+def launched(count, folder):
+    """What the program does that `accelerate launch` starts, in the environment that it finds. `env` stands for the program: it needs no import."""
+    with open(folder / "environment", "w") as file:
+        os.dup2(file.fileno(), 1)
+    arguments = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(count), "--no_python", "env", "-0"]
+    launch_command(launch_command_parser().parse_args(arguments))
+    found = (folder / "environment").read_text().rstrip("\0").split("\0")
+    assert sum(line.startswith("ACCELERATE_USE_CPU=") for line in found) == 1  # one process
+    os.environ.clear()
+    os.environ.update(line.split("=", 1) for line in found)
+    try:
+        make_accelerator()
+        (folder / "answer").write_text("started")
+    except RISError as error:
+        (folder / "answer").write_text(str(error))
+
+
+def test_accelerate_launch_on_a_processor_starts_one_process_and_that_is_told(tmp_path, monkeypatch):
     """It leaves several processes on CPUs to mpirun; torchrun starts them."""
-    program = "from ris_nb.task import RISError\nfrom ris_nb.training import make_accelerator\ntry: make_accelerator()\nexcept RISError as error: print(error)\nelse: print('started')"
-    (tmp_path / "program.py").write_text(program)
-    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "RANK")}
+    for name in ("MASTER_ADDR", "RANK"):
+        monkeypatch.delenv(name, raising=False)
     for count, answer in ((1, "started"), (2, "torchrun --nproc-per-node")):
-        done = subprocess.run([*words, "--num_processes", str(count), tmp_path / "program.py"], env=environment, capture_output=True, text=True, timeout=120)
-        assert done.stdout.count(answer) == 1, done.stdout + done.stderr
+        process = SERVER.Process(target=launched, args=(count, tmp_path))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0 and answer in (tmp_path / "answer").read_text()
 
 
 def whole_run(rank, folder, config):
