@@ -35,11 +35,17 @@ from benching import RESULTS, flops_of, machine, options, peak_memory, processor
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ris_nb.batches import ReferralDataset, build_vocabulary, collate, create_model
-from ris_nb.evaluation import evaluate
-from ris_nb.refer import Referral, Sentence, open_data
-from ris_nb.shapes import make_refshapes
-from ris_nb.training import LossStep, TrainConfig, fit, optimizer_step, param_groups, training_loader
+from ris_nb.data.batches import ReferralDataset, collate
+from ris_nb.data.refer import Referral, Sentence
+from ris_nb.data.sources import open_data
+from ris_nb.data.tokenizer import build_vocabulary
+from ris_nb.data.writer import make_refshapes
+from ris_nb.evaluation.evaluate import evaluate
+from ris_nb.registry import create_model
+from ris_nb.training.config import TrainConfig
+from ris_nb.training.loop import LossStep, fit
+from ris_nb.training.optim import optimizer_step, param_groups
+from ris_nb.training.sampling import training_loader
 
 MODELS = {"lavt": {"tiny": "lavt_tiny", "full": "lavt_swin_base"}, "magnet": {"tiny": "magnet_tiny", "full": "magnet_swin_base"},
           "sag": {"tiny": "sag_tiny", "full": "sag_vit_small"}}

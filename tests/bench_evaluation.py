@@ -26,7 +26,9 @@ def measure(name, pairs):
     """GiB that one forward pass adds to a process that holds the model; the size of its image."""
     import torch
 
-    from ris_nb.batches import SPECIAL, Batch, create_model
+    from ris_nb.contract import Batch
+    from ris_nb.data.tokenizer import SPECIAL
+    from ris_nb.registry import create_model
     torch.set_num_threads(1)
     model = create_model(name, vocabulary=SPECIAL).eval()
     size = model.image_size

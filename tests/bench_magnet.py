@@ -18,8 +18,8 @@ from parity import Case, find_case, load_case, make_inputs, make_weight
 from plain_magnet import plain_magnet, released_shapes
 from test_magnet_sizes import computed
 
-from ris_nb.batches import Batch
-from ris_nb.magnet import MagNet
+from ris_nb.contract import Batch
+from ris_nb.models.magnet import MagNet
 
 FULL = dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window=12, img=480, pwam_idx=[3, 6, 9, 12], enc_layers=4,
             dec_layers=10, bert=dict(vocab_size=30522, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072))

@@ -10,9 +10,10 @@ than before the step. The predictor has the paper's size; its words are a vocabu
 import torch
 from benching import keep, machine, options, peak_memory, rounds, saved_bytes, spread
 
-from ris_nb.batches import SPECIAL, Batch
-from ris_nb.magnet import MagNet
-from ris_nb.mask_grounding import Grounded
+from ris_nb.contract import Batch
+from ris_nb.data.tokenizer import SPECIAL
+from ris_nb.models.magnet import MagNet
+from ris_nb.models.mask_grounding import Grounded
 
 WORDS = 30522
 

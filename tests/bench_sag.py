@@ -25,7 +25,8 @@ from parity import Case, make_weight
 from plain_sag import plain_sag, released_shapes, sag_inputs
 from test_sag_sizes import computed
 
-from ris_nb.sag import UNUSED, SaG, released_sag_key
+from ris_nb.models.released_sag import UNUSED, released_sag_key
+from ris_nb.models.sag import SaG
 
 PRODUCT = 2304, 512, 512  # patches of 4 images, channels in, channels out: keys, values, the slot decoder's layers
 LENS = 9, 7, 12, 5, 8, 16, 4, 10

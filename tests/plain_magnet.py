@@ -1,4 +1,4 @@
-"""MagNet's released arithmetic, written out once more as plainly as it goes, for comparison with `ris_nb.magnet`.
+"""MagNet's released arithmetic, written out once more as plainly as it goes, for comparison with `ris_nb.models.magnet`.
 
 `plain_magnet` reads a released state dict directly: no modules, no caches, no fused attention. Every mask, position and
 concatenation is made where the released network makes it, so it is also what the library's speed is measured against.

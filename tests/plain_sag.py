@@ -1,4 +1,4 @@
-"""SaG's released arithmetic, written out once more as plainly as it goes, for comparison with `ris_nb.sag`.
+"""SaG's released arithmetic, written out once more as plainly as it goes, for comparison with `ris_nb.models.sag`.
 
 `plain_sag` reads a released state dict directly: no modules, no caches, no fused attention. Keys and values are computed in every
 iteration, as released, and the slot decoder's layers see every slot at every patch; so it is also what the library's speed and

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from parity import find_case, load_case, make_inputs, released_state
 from torch import nn
 
-from ris_nb.alignment import (ImageAlignment, LanguageAlignment, alignment_loss, alignment_terms, enlarge_grids, enlarging_matrix,
-                              pool_grids, pooling_matrix, released_image_alignment_key, released_language_alignment_key,
-                              sample_pixels)
-from ris_nb.language import TextEncoder
-from ris_nb.task import RISError
-from ris_nb.vision import Swin, released_swin
+from ris_nb.contract import RISError
+from ris_nb.encoders.language import TextEncoder
+from ris_nb.encoders.vision import Swin, released_swin
+from ris_nb.models.alignment import (ImageAlignment, LanguageAlignment, alignment_loss, alignment_terms, enlarge_grids, enlarging_matrix,
+                                     pool_grids, pooling_matrix, released_image_alignment_key, released_language_alignment_key,
+                                     sample_pixels)
 
 WORDS = torch.arange(20) < torch.tensor([[6], [20]])
 

@@ -11,8 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
 
-from ris_nb import cli
-from ris_nb.batches import create_model, register_model
+from ris_nb.cli.main import COMMANDS, main
+from ris_nb.registry import create_model, register_model
 
 HUGE = "9" * 20
 RUN = "train --root data --out run --force"  # a good run lies there, and must still lie there afterwards
@@ -306,7 +306,7 @@ def said(words):
     """Exit code and the lines on standard error, progress bars and warnings aside."""
     err = StringIO()
     with redirect_stdout(StringIO()), redirect_stderr(err):
-        code = cli.main(words)
+        code = main(words)
     lines = err.getvalue().replace("\r", "\n").split("\n")
     return code, [line for line in lines if line.strip() and "%|" not in line and not line.startswith("warning: ")]
 
@@ -344,7 +344,7 @@ def place(tmp_path_factory):
 def test_there_are_enough_and_every_command_is_among_them():
     assert len(set(LINES)) == len(LINES) >= 120
     words = [[word for word in shlex.split(line) if "=" not in word or word.startswith("-")] for line in LINES]
-    assert set(cli.COMMANDS) <= {" ".join(line[:1 + (line[:1] == ["data"])]) for line in words}
+    assert set(COMMANDS) <= {" ".join(line[:1 + (line[:1] == ["data"])]) for line in words}
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:80])

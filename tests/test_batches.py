@@ -1,4 +1,4 @@
-"""Faults and promises of ris_nb.batches that a notebook should not carry."""
+"""Faults and promises of batches, checkpoints and models' names that a notebook should not carry."""
 from __future__ import annotations
 
 import json
@@ -19,10 +19,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ris_nb import batches
-from ris_nb.batches import (Batch, DrawSampler, ReferralDataset, RISModel, SPECIAL, Tokenizer, Transform, build_vocabulary, create_model, evaluating, list_models, load_model, make_loader, read_image, read_vocabulary, replacing)
-from ris_nb.refer import Referral, Sentence
-from ris_nb.task import Output, RISError
+from ris_nb import registry
+from ris_nb.checkpoint import replacing
+from ris_nb.contract import Batch, Output, RISError
+from ris_nb.data import tokenizer
+from ris_nb.data.batches import IMAGENET_MEAN, IMAGENET_STD, DrawSampler, ReferralDataset, Transform, make_loader, read_image
+from ris_nb.data.refer import Referral, Sentence
+from ris_nb.data.tokenizer import SPECIAL, Tokenizer, build_vocabulary, read_vocabulary
+from ris_nb.models.base import RISModel, evaluating
+from ris_nb.registry import _CLASSES, create_model, list_models, load_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BERT = SHARED / "data" / "bert-base-uncased-vocab.txt"
@@ -162,7 +167,7 @@ def test_ids_equal_those_of_transformers():
     texts = ["The man on the left", "woman w/ unbelievably reddish hair!", "naïve café Ångström", "中文 and ½ pizza", "a" * 200,
              "  spaces\tand\nlines ", "left-most one, isn't it?", " ".join(["zebra"] * 40), "e\u0301lan \u200b vital", "#@!"]
     if COCO.is_dir():
-        from ris_nb.refer import open_data
+        from ris_nb.data.sources import open_data
 
         texts += [s.text for r in open_data(COCO, "refcocog", "umd").referrals("val") for s in r.sentences]
     for text in texts:
@@ -176,7 +181,7 @@ def test_vocabularies_that_cannot_be_had(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(batches, "hf_hub_download", offline)
+    monkeypatch.setattr(tokenizer, "hf_hub_download", offline)
     assert "vocab.txt" in one_line(lambda: read_vocabulary("roberta-base"))
     one_line(lambda: read_vocabulary(tmp_path / "gone.txt"))
     (tmp_path / "words.txt").write_text("the\nred\n")
@@ -280,7 +285,7 @@ def test_transform_equals_torchvision_on_pil_images():
     from torchvision.transforms import v2
 
     theirs = v2.Compose([v2.Resize((48, 48)), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                         v2.Normalize(batches.IMAGENET_MEAN, batches.IMAGENET_STD)])
+                         v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (33, 90, 3), dtype=np.uint8))
     assert (theirs(image) - Transform(48).image(image)).abs().max() < 2e-6
     mask = np.random.default_rng(2).random((33, 90)) > 0.5
@@ -366,7 +371,7 @@ def test_missing_and_unknown_weights_are_named(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_unknown_names_and_chapters():
-    pytest.importorskip("ris_nb.lavt")
+    pytest.importorskip("ris_nb.models.lavt")
     assert "lavt_tiny" in list_models()
     assert "lavt_tiny" in one_line(lambda: create_model("lavt_tinny"))
     assert in_child(find_in_a_chapter) == 0
@@ -376,8 +381,8 @@ def find_in_a_chapter():
     torch.set_num_threads(1)  # a forked process can't start more
     for name in [name for name in sys.modules if name.split(".")[0] == "ris_nb"]:
         del sys.modules[name]
-    from ris_nb.batches import create_model  # of a library that has imported nothing yet
-    assert "ris_nb.lavt" not in sys.modules
+    from ris_nb.registry import create_model
+    assert "ris_nb.models.lavt" not in sys.modules
     assert type(create_model("lavt_tiny", vocabulary="[PAD] [UNK] [CLS] [SEP] [MASK] red".split())).__name__ == "LAVT"
 
 
@@ -444,16 +449,16 @@ def test_a_kill_while_saving_leaves_the_good_file(tmp_path):
 
 def test_a_name_belongs_to_one():
     with pytest.raises(RISError, match="the name belongs to"):
-        type("Mean", (batches.RISModel,), {"__module__": "elsewhere"})
-    again = type("Mean", (batches.RISModel,), {"__module__": Mean.__module__})  # the same definition, run again
-    assert batches._CLASSES["Mean"] is again
-    batches._CLASSES["Mean"] = Mean
+        type("Mean", (RISModel,), {"__module__": "elsewhere"})
+    again = type("Mean", (RISModel,), {"__module__": Mean.__module__})  # the same definition, run again
+    assert _CLASSES["Mean"] is again
+    _CLASSES["Mean"] = Mean
     assert "no argument 'widht'; it takes width" in one_line(lambda: create_model("lavt_tiny", widht=3))
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ris_nb.lavt", None)
-    monkeypatch.setattr(batches, "_MODELS", {})
-    monkeypatch.setattr(batches, "import_module", lambda name: exec("raise ModuleNotFoundError('', name='timm.models')"))
+    monkeypatch.setitem(sys.modules, "ris_nb.models.lavt", None)
+    monkeypatch.setattr(registry, "_MODELS", {})
+    monkeypatch.setattr(registry, "import_module", lambda name: exec("raise ModuleNotFoundError('', name='timm.models')"))
     assert "lavt_tiny needs the package timm" in one_line(lambda: create_model("lavt_tiny"))
     assert "lavt_tiny" in list_models()

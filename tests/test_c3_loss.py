@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from parity import find_case, load_case
 from torch import nn
 
-from ris_nb.c3_loss import c3_loss, c3_similarity, gather_images, image_codes, same_image
-from ris_nb.modality_fusion import ModalityFusion
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.models.c3_loss import c3_loss, c3_similarity, gather_images, image_codes, same_image
+from ris_nb.models.modality_fusion import ModalityFusion
 
 
 def data(sentences=5, images=5, width=8):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from unittest import mock
@@ -31,13 +32,20 @@ from PIL import Image
 from parity import load_case, released_state
 from safetensors.torch import load_file
 
-from ris_nb import cli
-from ris_nb.batches import build_vocabulary, create_model, load_model, register_model
-from ris_nb.evaluation import Floor
-from ris_nb.magnet import MagNet
-from ris_nb.refer import open_data
-from ris_nb.shapes import make_scene, refer
-from ris_nb.training import read_log
+from ris_nb.cli.evaluate import Answering, answering_model
+from ris_nb.cli.explore import Explore, write_page
+from ris_nb.cli.main import COMMANDS, HELP, main, parse
+from ris_nb.cli.models import Models
+from ris_nb.cli.train import RUN_FILES
+from ris_nb.data.shapes import make_scene
+from ris_nb.data.sources import open_data
+from ris_nb.data.speaker import refer
+from ris_nb.data.tokenizer import build_vocabulary
+from ris_nb.evaluation.cases import show_answers
+from ris_nb.evaluation.floors import Floor
+from ris_nb.models.magnet import MagNet
+from ris_nb.registry import create_model, load_model, register_model
+from ris_nb.training.state import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -60,7 +68,7 @@ def ris(*words):
     """Exit code, standard output, and standard error without progress bars."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.main([str(word) for word in words])
+        code = main([str(word) for word in words])
     return code, out.getvalue(), without_bars(err.getvalue())
 
 
@@ -85,7 +93,7 @@ def child(words, folder, before):
     sys.stdout, sys.stderr = (open(folder / name, "w") for name in ("stdout", "stderr"))
     if before:
         before()
-    code = cli.main([str(word) for word in words])
+    code = main([str(word) for word in words])
     sys.stdout.close(), sys.stderr.close()
     os._exit(code)
 
@@ -154,7 +162,7 @@ def copy(root, tmp_path):
 # What works
 
 def test_the_chain(root, run, photo, tmp_path):
-    assert set(cli.RUN_FILES[:-1]) == {path.name for path in run.iterdir() if path.is_file()}
+    assert set(RUN_FILES[:-1]) == {path.name for path in run.iterdir() if path.is_file()}
     code, out, err = ris("evaluate", "--checkpoint", run, "--root", root)
     assert (code, err) == (0, "") and "| oIoU |" in out and f"written to {run / 'val'}" in out
     assert {path.name for path in (run / "val").iterdir()} == {"report.json", "table.md", "records.jsonl", "cases.png"}
@@ -211,10 +219,10 @@ def test_real_photos(tmp_path):
 
 def test_help(monkeypatch):
     for words in ([], ["--help"], ["-h"], ["data"], ["data", "--help"]):
-        assert ris(*words) == (0, cli.HELP + "\n", "")
-    assert ris("--version")[1].strip() == cli.version("ris_nb")
-    commands = re.findall(r"^  ((?:data )?[a-z]+)  +[a-z]", cli.HELP, re.M)
-    assert sorted(commands) == sorted(cli.COMMANDS)
+        assert ris(*words) == (0, HELP + "\n", "")
+    assert ris("--version")[1].strip() == version("ris_nb")
+    commands = re.findall(r"^  ((?:data )?[a-z]+)  +[a-z]", HELP, re.M)
+    assert sorted(commands) == sorted(COMMANDS)
     monkeypatch.setenv("COLUMNS", "100")
     for command in commands:
         code, out, err = ris(*command.split(), "--help")
@@ -500,7 +508,7 @@ class Slow:
     """Lets a training sleep between its steps, so that it can be caught in the middle."""
 
     def __call__(self):
-        from ris_nb import training
+        from ris_nb.training import loop as training
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script put in the background ignores Ctrl-C
         original = training.seed_step
         training.seed_step = lambda *args: (time.sleep(0.3), original(*args))
@@ -623,8 +631,8 @@ def test_predict_compare_evaluate_and_explore_take_the_same_models(root, run, ph
     code, out, err = ris("evaluate", "--root", root, "--split", "testA", *one)
     report = {"folder": run, "shipped": tmp_path / "runs/scored/sag_tiny", "released": tmp_path / "runs/released/magnet"}[model] / "testA/report.json"
     assert code == 0 and report.exists(), err
-    flags = cli.parse(cli.Explore, "explore", list(map(str, several)))
-    page = cli.write_page(tmp_path, flags)
+    flags = parse(Explore, "explore", list(map(str, several)))
+    page = write_page(tmp_path, flags)
     cell, = json.loads(page.read_text())["cells"]
     monkeypatch.chdir(run)  # a server for pages runs elsewhere
     space = {}
@@ -634,12 +642,12 @@ def test_predict_compare_evaluate_and_explore_take_the_same_models(root, run, ph
 
 
 def test_compare_turns_a_photo_upright(run, tmp_path, monkeypatch):
-    from ris_nb import sag
+    from ris_nb.evaluation import cases
     turned, seen = Image.new("RGB", (30, 20), "red"), []
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
-    draw = sag.show_answers
-    monkeypatch.setattr(sag, "show_answers", lambda models, photo, expression: seen.append(photo.size) or draw(models, photo, expression))
+    draw = show_answers
+    monkeypatch.setattr(cases, "show_answers", lambda models, photo, expression: seen.append(photo.size) or draw(models, photo, expression))
     assert ris("compare", tmp_path / "turned.jpg", "the red one", "--models", run, "--out", tmp_path)[0] == 0
     assert seen == [(20, 30)]
 
@@ -651,14 +659,14 @@ def test_a_dollar_sign_is_a_dollar_sign(run, photo, tmp_path):
 
 
 def test_the_first_round_asks_for_something_that_is_there():
-    name, question = re.search(r"ris-nb predict \S+/(val_\d+)\.png \"(.+?)\"", cli.HELP).groups()
+    name, question = re.search(r"ris-nb predict \S+/(val_\d+)\.png \"(.+?)\"", HELP).groups()
     scene = make_scene(0, split="val", index=int(name[4:]))
     assert question in {expression.text for expression in refer(scene, "refshapes")}
 
 
 def test_an_empty_answer_is_said(run, tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "night.png")
-    monkeypatch.setattr("ris_nb.lavt.LAVT.masks", lambda self, output, sizes: [torch.zeros(size, dtype=torch.bool) for size in sizes])
+    monkeypatch.setattr("ris_nb.models.lavt.LAVT.masks", lambda self, output, sizes: [torch.zeros(size, dtype=torch.bool) for size in sizes])
     code, out, err = ris("predict", tmp_path / "night.png", "the red circle", "--checkpoint", run, "--out", tmp_path)
     assert code == 0 and err.startswith("warning: the mask is empty: ") and err.count("\n") == 1 and "0.0% of the photo" in out
     code, out, err = ris("compare", tmp_path / "night.png", "the red circle", "--models", run, "--out", tmp_path)
@@ -682,7 +690,7 @@ def test_fine_tuning_begins_with_the_weights_and_settings_of_another_run(root, r
     refused([*words, "--model", "lavt_tiny"], "--from", "leave out --model")
     code, out, err = ris(*words[:-1], tmp_path / "shipped", "--from", "lavt_tiny", "--recipe", "lavt_tiny")
     assert code == 0 and re.search(r"from +lavt_tiny +OVERRIDE", out)
-    assert load_model(tmp_path / "shipped").vocabulary == cli.answering_model(cli.Answering(checkpoint="lavt_tiny")).vocabulary
+    assert load_model(tmp_path / "shipped").vocabulary == answering_model(Answering(checkpoint="lavt_tiny")).vocabulary
 
 
 def test_a_dry_run_reads_and_writes_nothing(tmp_path, monkeypatch):
@@ -711,7 +719,7 @@ def test_a_broken_pipe_is_quiet():
 
 def test_a_machine_without_enough_memory_is_told_in_one_line(monkeypatch):
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
-        monkeypatch.setitem(cli.COMMANDS, "models", (lambda words: cli.Models, mock.Mock(side_effect=error)))
+        monkeypatch.setitem(COMMANDS, "models", (lambda words: Models, mock.Mock(side_effect=error)))
         refused(["models"], "not enough memory")
 
 

@@ -8,9 +8,9 @@ import test_magnet
 import test_sag
 import torch
 
-from ris_nb.batches import Batch, load_model
-from ris_nb.task import RISError
-from ris_nb.training import param_groups
+from ris_nb.contract import Batch, RISError
+from ris_nb.registry import load_model
+from ris_nb.training.optim import param_groups
 
 MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small}
 SUPERVISED = [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder="simple"))]

@@ -11,10 +11,17 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
-from ris_nb.batches import SPECIAL, ReferralDataset, RISModel
-from ris_nb.evaluation import Floor, Report, evaluate, pairs_at_once, shares, show_cases, shuffle_expressions
-from ris_nb.refer import Referral, Sentence, open_data
-from ris_nb.task import Output, RISError
+from ris_nb.contract import Output, RISError
+from ris_nb.data.batches import ReferralDataset
+from ris_nb.data.refer import Referral, Sentence
+from ris_nb.data.sources import open_data
+from ris_nb.data.tokenizer import SPECIAL
+from ris_nb.distributed import shares
+from ris_nb.evaluation.cases import show_cases
+from ris_nb.evaluation.evaluate import evaluate, pairs_at_once, shuffle_expressions
+from ris_nb.evaluation.floors import Floor
+from ris_nb.evaluation.report import Report
+from ris_nb.models.base import RISModel
 
 WORDS = ["red", "green", "blue", "left", "right", "square"]
 

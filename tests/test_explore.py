@@ -6,49 +6,57 @@ import datetime
 import io
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_model as load_weights
 
 pytest.importorskip("anywidget", reason="the panels need the extra ris_nb[explore]")
 
 import ipywidgets as widgets
 
-from ris_nb import explore
-from ris_nb.batches import create_model, load_model, shipped_checkpoint
-from ris_nb.c3_loss import c3_loss
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.explore.answers import Remembered, Viewer, image_parts, masks_at, shipped, word_attention, word_readers
+from ris_nb.explore.ask import ask_panel, same_place
+from ris_nb.explore.fill import SEES, Pointable, WordGame, fill_panel, guess_word, hide_word, mean_below, paint, shift
+from ris_nb.explore.losses import c3_points, loss_panel
+from ris_nb.explore.page import explore as explore_
+from ris_nb.explore.panel import SIDE, Panel, bars, coloured, png, scene_at, shown as shown_
+from ris_nb.explore.shatter import draw_slots, shatter_panel, slot_colours, slot_names, with_slots
+from ris_nb.models.c3_loss import c3_loss
+from ris_nb.registry import create_model, load_model, shipped_checkpoint
 
 MODELS = ("lavt_tiny", "magnet_tiny", "sag_tiny")
 
 
 @pytest.fixture()
 def ask():
-    return explore.ask_panel()
+    return ask_panel()
 
 
 @pytest.fixture()
 def fill():
-    return explore.fill_panel()
+    return fill_panel()
 
 
 @pytest.fixture()
 def shatter():
-    return explore.shatter_panel()
+    return shatter_panel()
 
 
 @pytest.fixture()
 def loss():
-    return explore.loss_panel()
+    return loss_panel()
 
 
 def pictures(panel):
     """All that a panel shows, as bytes and text, without its line of status."""
     found = {}
     for name, part in panel.parts.items():
-        if isinstance(part, explore.Pointable):
+        if isinstance(part, Pointable):
             found[name] = part.png
         elif isinstance(part, (widgets.Image, widgets.HTML)) and name != "status":
             found[name] = part.value
@@ -79,21 +87,21 @@ def encoded(photo, kind="JPEG"):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_panel_marks_what_predict_marks(name):
-    panel = explore.ask_panel((name,))
+    panel = ask_panel((name,))
     model = load_model(shipped_checkpoint(name))
     for number in (0, 3):
         panel["number"].value = number
-        scene, photo, known = explore.scene_at("val", number)
+        scene, photo, known = scene_at("val", number)
         for text in list(known)[:3]:
             panel["expression"].value = text
             output = panel.answers[name].output
-            mask = explore.masks_at(model, output, [scene.image.shape[:2]])[0]
+            mask = masks_at(model, output, [scene.image.shape[:2]])[0]
             assert (mask.numpy() == model.predict([scene.image], [text])[0]).all()
 
 
 def test_each_input_of_ask_changes_what_it_should(ask):
     answers = {*MODELS, *(f"{name} caption" for name in MODELS)}
-    assert changed(ask, "expression", list(explore.scene_at("val", 0)[2])[-1]) == answers
+    assert changed(ask, "expression", list(scene_at("val", 0)[2])[-1]) == answers
     assert changed(ask, "words", 1) == set(MODELS)  # the words stay, the pictures become maps
     assert changed(ask, "words", -1) == set(MODELS)
     assert {"lavt_tiny caption", "magnet_tiny caption", "sag_tiny caption"} <= changed(ask, "threshold", 0.05)
@@ -110,9 +118,9 @@ def test_a_lower_threshold_marks_more(ask):
     marked = []
     for threshold in (0.1, 0.3, 0.5, 0.7, 0.9):
         ask["threshold"].value = threshold
-        marked.append([explore.masks_at(explore.shipped(name).model, ask.answers[name].output, [(64, 64)], threshold)[0].sum().item() for name in MODELS])
+        marked.append([masks_at(shipped(name).model, ask.answers[name].output, [(64, 64)], threshold)[0].sum().item() for name in MODELS])
     assert (np.diff(marked, axis=0) <= 0).all() and (np.array(marked[0]) > marked[-1]).all()
-    assert explore.shipped("sag_tiny").model.threshold == 0.5  # as it was
+    assert shipped("sag_tiny").model.threshold == 0.5  # as it was
 
 
 def test_words_are_suggested_and_cleared(ask):
@@ -129,29 +137,29 @@ def test_what_depends_on_the_picture_alone_is_computed_once(ask):
     for text in ("the red circle", "the ring", "the big one", "the leftmost thing"):
         ask["expression"].value = text
     for name in MODELS:
-        model = explore.shipped(name).model
-        before = [part.forward.calls for part in explore.image_parts(model)]
+        model = shipped(name).model
+        before = [part.forward.calls for part in image_parts(model)]
         ask["expression"].value = f"the yellow thing above the {name[0]}"
         ask["expression"].value = "the white star"
-        assert before and [part.forward.calls for part in explore.image_parts(model)] == before
+        assert before and [part.forward.calls for part in image_parts(model)] == before
 
 
 def test_remembered_knows_a_changed_question():
-    calls = explore.Remembered(lambda x, *more, **options: x.sum())
+    calls = Remembered(lambda x, *more, **options: x.sum())
     x = torch.arange(6.0)
     assert calls(x) == calls(x) == 15 and calls.calls == 1
     x += 1
     assert calls(x) == 21 and calls.calls == 2  # the same memory, other numbers
     calls(x, 1), calls(x, 2), calls(x[:3]), calls(x, history=True)
     assert calls.calls == 6
-    failing = explore.Remembered(lambda: 1 / 0)
+    failing = Remembered(lambda: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             failing()
 
 
 def test_bad_input_is_a_line(ask):
-    plain = explore.png(explore.shown(explore.scene_at("val", 0)[1]))
+    plain = png(shown_(scene_at("val", 0)[1]))
     for text in ("", "   "):
         ask["expression"].value = text
         assert "says nothing" in ask["status"].value and ask["magnet_tiny"].value == plain
@@ -171,11 +179,11 @@ def test_a_photo_is_asked_about(ask):
     assert "read as an image" in ask["status"].value
     upload(ask, encoded(Image.new("RGB", (90, 60), "white"))[:400])
     assert "read as an image" in ask["status"].value
-    photo = Image.fromarray(explore.scene_at("val", 5)[0].image).resize((300, 200))
+    photo = Image.fromarray(scene_at("val", 5)[0].image).resize((300, 200))
     upload(ask, encoded(photo))
     assert ask["source"].value == "photo" and "status" in ask["status"].value and len(ask.answers) == 3
     shown = Image.open(io.BytesIO(ask["lavt_tiny"].value))
-    assert max(shown.size) <= explore.SIDE and shown.width > shown.height
+    assert max(shown.size) <= SIDE and shown.width > shown.height
     ask["source"].value = "scene"
     assert "IoU" in (ask["example"].set_trait("value", ask["example"].options[1][1]) or ask["lavt_tiny caption"].value)
 
@@ -185,7 +193,7 @@ def test_a_photo_of_fifty_megapixels(ask):
     start = time.perf_counter()
     upload(ask, content)
     print(f"50 megapixels, {len(content) / 1e6:.1f} MB: {time.perf_counter() - start:.1f} s until the picture stands")
-    assert len(ask.answers) == 3 and max(Image.open(io.BytesIO(ask["sag_tiny"].value)).size) <= explore.SIDE
+    assert len(ask.answers) == 3 and max(Image.open(io.BytesIO(ask["sag_tiny"].value)).size) <= SIDE
 
 
 def test_a_bomb_is_a_line(ask, monkeypatch):
@@ -196,14 +204,14 @@ def test_a_bomb_is_a_line(ask, monkeypatch):
 
 def test_a_photo_can_be_given(tmp_path):
     Image.new("RGB", (80, 40), "red").save(tmp_path / "red.png")
-    panel = explore.ask_panel(("magnet_tiny",), tmp_path / "red.png")
+    panel = ask_panel(("magnet_tiny",), tmp_path / "red.png")
     assert panel["source"].value == "photo" and panel.answers
     with pytest.raises(RISError, match="no such image"):
-        explore.ask_panel(("magnet_tiny",), tmp_path / "none.png")
+        ask_panel(("magnet_tiny",), tmp_path / "none.png")
 
 
 def test_rapid_typing_leaves_no_queue():
-    panel = explore.ask_panel(("magnet_tiny",))
+    panel = ask_panel(("magnet_tiny",))
     computed = panel.ask["magnet_tiny"].calls
 
     async def type_fast():
@@ -218,7 +226,7 @@ def test_rapid_typing_leaves_no_queue():
 
 
 def test_settle_does_not_wait():
-    panel = explore.loss_panel()
+    panel = loss_panel()
 
     async def change():
         panel["own"].value = 5
@@ -230,49 +238,49 @@ def test_settle_does_not_wait():
 
 
 def test_pixels_read_words_and_hooks_are_removed():
-    viewer = explore.shipped("magnet_tiny")
-    viewer.look(explore.scene_at("val", 3)[1])
+    viewer = shipped("magnet_tiny")
+    viewer.look(scene_at("val", 3)[1])
     batch = viewer.batch("the red circle")
-    output, stages = explore.word_attention(viewer.model, batch)
+    output, stages = word_attention(viewer.model, batch)
     assert [tuple(A.shape[2:]) for A in stages] == [(16, 16), (8, 8), (4, 4)]
     with torch.no_grad():
         torch.testing.assert_close(output.score, viewer.model(batch).score)
-    assert not any(module._forward_pre_hooks for module in explore.word_readers(viewer.model))
+    assert not any(module._forward_pre_hooks for module in word_readers(viewer.model))
 
 
 def test_pictures_are_small_and_text_is_escaped():
-    assert explore.shown(Image.new("RGB", (4000, 3000), "white")).shape == (168, explore.SIDE, 3)
-    page = explore.coloured(["the", "<red>"], [0.25, 0.75])
+    assert shown_(Image.new("RGB", (4000, 3000), "white")).shape == (168, SIDE, 3)
+    page = coloured(["the", "<red>"], [0.25, 0.75])
     assert page.index("color:black") < page.index("color:white")  # dark ground, bright letters
-    assert "★" in explore.bars("guesses", [("red", 0.5)], marked="red")
+    assert "★" in bars("guesses", [("red", 0.5)], marked="red")
 
 
 def test_models_of_your_own_are_asked(tmp_path):
     """A folder, a model in hand, and one that cuts words in another way, side by side."""
     own = load_model("sag_tiny")
     own.save_pretrained(tmp_path / "run")
-    panel = explore.ask_panel((str(tmp_path / "run"), "magnet_tiny"))
+    panel = ask_panel((str(tmp_path / "run"), "magnet_tiny"))
     panel["expression"].value = "the red ring"
     assert len(panel.answers) == 2 and panel["status"].value
 
     plain = load_model("lavt_tiny")
     other = create_model("lavt_tiny", vocabulary=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "re", "##d", "ring"])
-    panel = explore.ask_panel({"plain": plain, "other": other})
+    panel = ask_panel({"plain": plain, "other": other})
     panel["expression"].value = "the red ring"
     panel["words"].value = 2
     assert set(panel.pictures) == {"plain", "other"} and panel.answers["other"].pieces == ["the", "re", "##d", "ring"]
 
-    tabs = explore.explore({"mine": own})
+    tabs = explore_({"mine": own})
     assert list(tabs.children[0].viewers) == ["mine"] and tabs.children[2].viewer.model is own
-    assert list(explore.explore({"plain": plain}).children[2].viewer.model.tokenizer.vocabulary) == own.vocabulary
+    assert list(explore_({"plain": plain}).children[2].viewer.model.tokenizer.vocabulary) == own.vocabulary
     with pytest.raises(RISError):
-        explore.ask_panel(("no such model",))
+        ask_panel(("no such model",))
 
 
 def test_a_piece_is_found_where_another_model_has_it():
-    assert explore.same_place(["the", "red", "ring"], "ring", 2) == 2
-    assert explore.same_place(["the", "re", "##d", "ring"], "ring", 2) == 3
-    assert explore.same_place(["the", "re", "##d"], "ring", 2) == explore.same_place(["the"], "the answer", -1) == -1
+    assert same_place(["the", "red", "ring"], "ring", 2) == 2
+    assert same_place(["the", "re", "##d", "ring"], "ring", 2) == 3
+    assert same_place(["the", "re", "##d"], "ring", 2) == same_place(["the"], "the answer", -1) == -1
 
 
 # --- Fill in the word
@@ -283,15 +291,15 @@ def test_mean_below_is_a_weighted_mean():
     mask = torch.zeros(2, 16, 16, dtype=torch.bool)
     mask[0, 4:8, 8:12] = True  # one cell
     mask[0, 0:2, 0:4] = True  # half of another
-    torch.testing.assert_close(explore.mean_below(features, mask)[0, 0], (features[0, :, 1, 2] + features[0, :, 0, 0] / 2) / 1.5)
-    assert (explore.mean_below(features, mask)[1] == 0).all()
+    torch.testing.assert_close(mean_below(features, mask)[0, 0], (features[0, :, 1, 2] + features[0, :, 0, 0] / 2) / 1.5)
+    assert (mean_below(features, mask)[1] == 0).all()
 
 
 def test_only_the_guess_with_the_mask_follows_the_mask(fill):
-    fill["expression"].value = list(explore.scene_at("val", 0)[2])[0]
+    fill["expression"].value = list(scene_at("val", 0)[2])[0]
     fill["words"].value = 1
     seen = []
-    for onto in range(len(explore.scene_at("val", 0)[0].things)):
+    for onto in range(len(scene_at("val", 0)[0].things)):
         assert changed(fill, "onto", onto) == {"picture", "bars"}
         seen.append(fill.best)
     for name in ("words alone", "+ image"):
@@ -305,7 +313,7 @@ def test_words_and_sliders_of_fill(fill):
     assert changed(fill, "words", 0)
     fill["right"].value = 9
     base = fill.mask.base
-    assert (fill.mask.value == explore.shift(base, 9, 0)).all()
+    assert (fill.mask.value == shift(base, 9, 0)).all()
     assert "picture" in changed(fill, "down", -4)  # "the" is guessed wherever the mask lies
     assert changed(fill, "number", 2) and fill["right"].value == fill["down"].value == 0
     fill["expression"].value = ""
@@ -323,7 +331,7 @@ def test_the_pointer_moves_paints_and_erases(fill):
     for points in ([[0.5, 0.5]], [[0.5, 0.5], [0.55, 0.5]], [[0.5, 0.5], [0.55, 0.5], [0.625, 0.4375]]):
         fill["picture"].stroke = {"id": 1, "points": points}
     assert (fill["right"].value, fill["down"].value) == (8, -4)
-    assert (fill.mask.value == explore.shift(before, 8, -4)).all()
+    assert (fill.mask.value == shift(before, 8, -4)).all()
     fill["picture"].stroke = {"id": 2, "points": [[0.2, 0.2], [0.325, 0.2]]}
     assert fill["right"].value == 16  # from where it lay
     moved = fill.mask.value
@@ -340,21 +348,21 @@ def test_the_pointer_moves_paints_and_erases(fill):
 def test_shift_and_paint():
     mask = np.zeros((4, 5), bool)
     mask[1, 1] = True
-    assert np.argwhere(explore.shift(mask, 2, 1)).tolist() == [[2, 3]] and not explore.shift(mask, -2, 0).any()
-    assert not explore.shift(mask, 63, 63).any()
-    assert explore.paint(mask, [(0.5, 0.5)], 0.3).sum() > 1 and explore.paint(mask, [], 0.3).sum() == 1
+    assert np.argwhere(shift(mask, 2, 1)).tolist() == [[2, 3]] and not shift(mask, -2, 0).any()
+    assert not shift(mask, 63, 63).any()
+    assert paint(mask, [(0.5, 0.5)], 0.3).sum() > 1 and paint(mask, [], 0.3).sum() == 1
     assert not mask[2, 2]  # the given mask stays
 
 
 def test_the_predictor_that_ships_reads_the_mask(fill):
     """On scenes that nobody trained on, colours are guessed far better with the mask than from words alone."""
-    right = {name: [] for name in explore.SEES}
+    right = {name: [] for name in SEES}
     for number in range(12):
         fill["number"].value = number
-        scene, _, known = explore.scene_at("val", number)
+        scene, _, known = scene_at("val", number)
         for thing, mask in zip(scene.things, scene.masks):
-            batch, output = explore.hide_word(fill.game, fill.viewer, explore.scene_at("val", number)[1], "the red thing", 1)
-            best = explore.guess_word(fill.game, batch, output, 1, mask)
+            batch, output = hide_word(fill.game, fill.viewer, scene_at("val", number)[1], "the red thing", 1)
+            best = guess_word(fill.game, batch, output, 1, mask)
             for name, rows in best.items():
                 right[name].append(rows[0][0] == thing.colour)
     told = {name: np.mean(hits) for name, hits in right.items()}
@@ -364,19 +372,19 @@ def test_the_predictor_that_ships_reads_the_mask(fill):
 
 def test_a_word_game_trains_the_predictor_alone(tmp_path):
     torch.manual_seed(0)
-    game = explore.WordGame(load_model(shipped_checkpoint("magnet_tiny"))).train()
+    game = WordGame(load_model(shipped_checkpoint("magnet_tiny"))).train()
     assert not game.host.training and not any(p.requires_grad for p in game.host.parameters())
     assert all(p.requires_grad for p in game.predictor.parameters())
-    viewer = explore.Viewer(game.host)
-    viewer.look(explore.scene_at("val", 0)[1])
-    batch = explore.replace(viewer.batch("the red circle"), mask=torch.ones(1, 64, 64, dtype=torch.bool))
+    viewer = Viewer(game.host)
+    viewer.look(scene_at("val", 0)[1])
+    batch = replace(viewer.batch("the red circle"), mask=torch.ones(1, 64, 64, dtype=torch.bool))
     losses = game.losses(game(batch), batch)
     losses["grounding"].backward()
     assert set(losses) == {"grounding"} and all(p.grad is None for p in game.host.parameters())
     assert game.predictor.head[0].weight.grad.abs().sum() > 0
     game.save_pretrained(tmp_path)
-    again = explore.WordGame(load_model(shipped_checkpoint("magnet_tiny")))
-    explore.load_weights(again.predictor, tmp_path / "predictor.safetensors")
+    again = WordGame(load_model(shipped_checkpoint("magnet_tiny")))
+    load_weights(again.predictor, tmp_path / "predictor.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(game.predictor.state_dict().values(), again.predictor.state_dict().values()))
 
 
@@ -392,14 +400,14 @@ def test_random_slots_are_as_spread_out_as_all_gaussians_together(shatter):
 
 
 def test_slots_have_names_and_colours():
-    assert explore.slot_names(5, 2) == ["1a", "1b", "2a", "2b", "3a"]
-    colours = explore.slot_colours(4, 2)
+    assert slot_names(5, 2) == ["1a", "1b", "2a", "2b", "3a"]
+    colours = slot_colours(4, 2)
     assert (colours[1] >= colours[0]).all() and (colours[0] != colours[2]).any()
     picture = np.full((2, 4, 3), 200, np.uint8)
     halves = torch.stack([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])  # two slots, two patches
-    drawn = explore.draw_slots(picture, halves, colours[[0, 2]])
+    drawn = draw_slots(picture, halves, colours[[0, 2]])
     assert (drawn[:, :2] == drawn[0, 0]).all() and (drawn[:, 2:] == drawn[0, 3]).all() and (drawn[0, 0] != drawn[0, 3]).any()
-    lit = explore.draw_slots(picture, halves, colours, lit=1)
+    lit = draw_slots(picture, halves, colours, lit=1)
     assert lit[0, 3].sum() > lit[0, 0].sum()
 
 
@@ -409,7 +417,7 @@ def test_each_input_of_shatter_changes_what_it_should(shatter):
     shatter["iteration"].value = 3
     assert changed(shatter, "slot", 4) == slots
     assert changed(shatter, "slot", -1) == slots
-    moved = changed(shatter, "expression", list(explore.scene_at("val", 0)[2])[-1])
+    moved = changed(shatter, "expression", list(scene_at("val", 0)[2])[-1])
     assert "picture" not in moved and "bars" in moved and moved & gathered
     for kind in ("random", "query", "entity"):
         assert slots <= changed(shatter, "kind", kind)
@@ -452,7 +460,7 @@ def test_shatter_tells_what_it_cannot_read(shatter):
     shatter["expression"].value = ""
     assert "says nothing" in shatter["status"].value and shatter["mask"].value == before
     with pytest.raises(RISError, match="entity"):
-        explore.with_slots(explore.with_slots(shatter.discoveries["entity"], "query"), "random")
+        with_slots(with_slots(shatter.discoveries["entity"], "query"), "random")
 
 
 # --- Loss lab
@@ -462,7 +470,7 @@ def test_the_lab_shows_the_library_s_losses(loss):
     for own, other, rival, temperature in ((0, 180, 180, 0.1), (40, 60, 10, 0.5), (90, 90, 90, 1.0)):
         for name, value in dict(own=own, other=other, rival=rival, temperature=temperature).items():
             loss[name].value = value
-        t, z = explore.c3_points(own, other, rival)
+        t, z = c3_points(own, other, rival)
         assert loss.values["C3"] == pytest.approx(c3_loss(t, z, temperature=loss["temperature"].value).item(), abs=1e-5)
     assert loss.values["C3"] == pytest.approx(np.log(3), abs=1e-5)  # all alike: nothing but chance
     loss["rival"].value = 0
@@ -490,7 +498,7 @@ def test_every_slider_of_the_lab_moves_the_picture(loss):
 # --- All of them
 
 
-@pytest.mark.parametrize("make", [explore.ask_panel, explore.fill_panel, explore.shatter_panel, explore.loss_panel])
+@pytest.mark.parametrize("make", [ask_panel, fill_panel, shatter_panel, loss_panel])
 def test_every_control_has_a_label_and_the_keyboard_reaches_it(make):
     panel = make()
     controls = [part for part in panel.parts.values() if isinstance(part, (widgets.ValueWidget, widgets.Button)) and not isinstance(part, (widgets.HTML, widgets.Image))]
@@ -499,16 +507,16 @@ def test_every_control_has_a_label_and_the_keyboard_reaches_it(make):
         assert part.description or part.tooltip, part
         assert part.tabbable is not False and not part.disabled
     for part in panel.parts.values():
-        if isinstance(part, explore.Pointable):
+        if isinstance(part, Pointable):
             assert part.alt and "tabIndex: 0" in part._esm and "ArrowLeft" in part._esm
     figure = panel.figure()
     assert figure.data if hasattr(figure, "data") else figure.axes
 
 
 def test_explore_has_four_tabs():
-    tabs = explore.explore()
+    tabs = explore_()
     assert list(tabs.titles) == ["Ask", "Fill in the word", "Shatter and gather", "Loss lab"]
-    assert all(isinstance(panel, explore.Panel) for panel in tabs.children)
+    assert all(isinstance(panel, Panel) for panel in tabs.children)
     assert tabs.children[0].viewers["sag_tiny"] is tabs.children[2].viewer  # one model for both
 
 
@@ -518,12 +526,12 @@ def random_input(panel, rng):
     part = panel[name]
     if isinstance(part, widgets.Button):
         return name, part.click
-    if isinstance(part, explore.Pointable):
+    if isinstance(part, Pointable):
         point = [rng.random(), rng.random()]
         stroke = {"id": part.stroke["id"] + 1, "points": [point, [rng.random(), rng.random()]]}
         return name, lambda: part.set_trait("stroke", stroke) if "tool" in panel.parts else part.set_trait("hover", point)
     if isinstance(part, widgets.Text):
-        text = rng.choice(list(explore.scene_at("val", rng.randrange(40))[2]))
+        text = rng.choice(list(scene_at("val", rng.randrange(40))[2]))
         return name, lambda: part.set_trait("value", text)
     if hasattr(part, "options"):
         value = rng.choice([option[1] if isinstance(option, tuple) else option for option in part.options if option != "photo"])
@@ -539,7 +547,7 @@ def random_input(panel, rng):
 def test_an_answer_takes_less_than_half_a_second():
     """From an input to the new picture: the 95th percentile over random inputs. Judged by processor time, which a busy machine leaves
     alone; the wall clock's is printed beside it."""
-    rng, panels = random.Random(0), {"Ask": explore.ask_panel(), "Fill": explore.fill_panel(), "Shatter": explore.shatter_panel(), "Loss": explore.loss_panel()}
+    rng, panels = random.Random(0), {"Ask": ask_panel(), "Fill": fill_panel(), "Shatter": shatter_panel(), "Loss": loss_panel()}
     torch.manual_seed(0)
     for name, panel in panels.items():
         seconds = []

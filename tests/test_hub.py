@@ -21,13 +21,17 @@ from safetensors.torch import save_file
 from timm.models import _registry
 from transformers import BertConfig, BertModel
 
-from ris_nb import lavt, sag
-from ris_nb.batches import RISModel, build_vocabulary, create_model, load_model, read_vocabulary
-from ris_nb.language import TextEncoder
-from ris_nb.lavt import LAVT
-from ris_nb.magnet import MagNet, fetch_released
-from ris_nb.task import RISError
-from ris_nb.vision import Swin, ViT
+from ris_nb.contract import RISError
+from ris_nb.data.tokenizer import build_vocabulary, read_vocabulary
+from ris_nb.encoders.language import TextEncoder
+from ris_nb.encoders.vision import Swin, ViT
+from ris_nb.models.base import RISModel
+from ris_nb.models.lavt import LAVT
+from ris_nb.models.layers import BERT_BASE, SWIN_B
+from ris_nb.models.magnet import MagNet
+from ris_nb.models.released_magnet import fetch_released
+from ris_nb.models.sag import VIT_S
+from ris_nb.registry import _MODELS, create_model, load_model
 
 WORDS = build_vocabulary(["the red ring", "the blue star"], 40)
 COMMIT = "a" * 40
@@ -164,11 +168,11 @@ def test_pretrained_presets_honour_what_they_are_asked(name, hub, tmp_path, monk
     small_bert(tmp_path / "bert")
     hub.put("bert-base-uncased", tmp_path / "bert")
     for size, value in dict(bert_width=16, bert_layers=4, bert_heads=2, bert_ffn=24, bert_positions=40).items():
-        monkeypatch.setitem(lavt.BERT_BASE, size, value)
+        monkeypatch.setitem(BERT_BASE, size, value)
     for size, value in dict(width=8, depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), window=4).items():
-        monkeypatch.setitem(lavt.SWIN_B, size, value)
+        monkeypatch.setitem(SWIN_B, size, value)
     for size, value in dict(vit_width=24, vit_depth=2, vit_heads=2).items():
-        monkeypatch.setitem(sag.VIT_S, size, value)
+        monkeypatch.setitem(VIT_S, size, value)
     small_timm(monkeypatch, hub, SWIN, "timm/swin", tmp_path / "swin", **SMALL_SWIN)
     small_timm(monkeypatch, hub, VIT, "timm/vit", tmp_path / "vit", **SMALL_VIT)
     asked = {**LITTLE[name], "drop_path": 0.05, "bert_dropout": 0.2, "image_size": 64, "max_words": 9}
@@ -239,31 +243,31 @@ def test_out_of_reach(call, monkeypatch):
 
 
 def test_every_model_is_built_without_a_network(monkeypatch):
-    from ris_nb import batches
-    from ris_nb.batches import list_models
+    from ris_nb.data import tokenizer
+    from ris_nb.registry import list_models
 
     def network(*_, **__):
         raise AssertionError("asked the network")
 
-    monkeypatch.setattr(batches, "hf_hub_download", network)
+    monkeypatch.setattr(tokenizer, "hf_hub_download", network)
     for name in list_models():
         with torch.device("meta"):
             model = create_model(name)
-        ours = batches._MODELS[name].__module__.startswith("ris_nb.")  # other tests register models of their own
+        ours = _MODELS[name].__module__.startswith("ris_nb.")  # other tests register models of their own
         if ours and "tiny" not in name:
             assert len(model.vocabulary) == 30522 and model._hub_mixin_config["vocabulary"] == "bert-base-uncased"
 
 
 def test_shapes_without_weights_in_a_fresh_process():
     """Here the module is imported while "meta" is set, as by `ris-nb train --pretrained`; PyTorch 2.8 can't import its compiler so."""
-    program = "import torch; from ris_nb.batches import create_model\nwith torch.device('meta'): print(next(create_model('sag_tiny').parameters()).device.type)"
+    program = "import torch; from ris_nb.registry import create_model\nwith torch.device('meta'): print(next(create_model('sag_tiny').parameters()).device.type)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout == "meta\n", done.stderr
 
 
 @pytest.mark.parametrize("call, module", [
     (lambda: TextEncoder.from_pretrained("somebody/bert"), "transformers.AutoConfig.from_pretrained"), (lambda: Swin.from_pretrained(SWIN), "timm.create_model"),
-    (lambda: fetch_released("a/b/c.pth"), "ris_nb.magnet.hf_hub_download"), (lambda: read_vocabulary("a/b"), "ris_nb.batches.hf_hub_download")])
+    (lambda: fetch_released("a/b/c.pth"), "ris_nb.models.released_magnet.hf_hub_download"), (lambda: read_vocabulary("a/b"), "ris_nb.data.tokenizer.hf_hub_download")])
 def test_a_bug_is_no_network_problem(call, module, monkeypatch):
     def bug(*_, **__):
         raise KeyError("a bug")

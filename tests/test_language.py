@@ -3,8 +3,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from ris_nb.language import TextEncoder, additive_mask
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.encoders.language import TextEncoder, additive_mask
 
 SIZES = dict(vocab_size=97, width=48, layers=3, heads=4, ffn=96, max_positions=32)
 

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from parity import find_case, load_case, make_inputs, released_state
 from safetensors.torch import save_file
 
-from ris_nb.batches import SPECIAL, Batch, create_model, list_models, load_model
-from ris_nb.lavt import LAVT, PWAM, InstanceNorm, LanguageGate, load_released, mask_loss, read_released
-from ris_nb.task import RISError
-from ris_nb.vision import pretrained_namer
+from ris_nb.contract import Batch, RISError
+from ris_nb.data.tokenizer import SPECIAL
+from ris_nb.encoders.pretraining import pretrained_namer
+from ris_nb.models.lavt import LAVT, PWAM, InstanceNorm, LanguageGate
+from ris_nb.models.layers import mask_loss
+from ris_nb.models.released import load_released, read_released
+from ris_nb.registry import create_model, list_models, load_model
 
 VOCABULARY = [*SPECIAL, "the", "red", "ball", "left"]
 

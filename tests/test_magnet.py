@@ -11,14 +11,18 @@ from accelerate.utils import convert_to_fp32
 from parity import find_case, load_case, make_inputs, released_state
 from safetensors.torch import save_file
 
-from ris_nb import magnet
-from ris_nb.batches import SPECIAL, Batch, collate, create_model, list_models, load_model
-from ris_nb.lavt import upsample
-from ris_nb.magnet import MagNet, fetch_released, shrink_mask, supervise
-from ris_nb.mask_grounding import TINY_PREDICTOR, Grounded
-from ris_nb.task import RISError
-from ris_nb.training import TrainConfig, fit
-from ris_nb.vision import pretrained_namer
+from ris_nb.contract import Batch, RISError
+from ris_nb.data.batches import collate
+from ris_nb.data.tokenizer import SPECIAL
+from ris_nb.encoders.pretraining import pretrained_namer
+from ris_nb.models import released_magnet
+from ris_nb.models.layers import upsample
+from ris_nb.models.magnet import MagNet, shrink_mask, supervise
+from ris_nb.models.mask_grounding import TINY_PREDICTOR, Grounded
+from ris_nb.models.released_magnet import fetch_released
+from ris_nb.registry import create_model, list_models, load_model
+from ris_nb.training.config import TrainConfig
+from ris_nb.training.loop import fit
 
 VOCABULARY = [*SPECIAL, "the", "red", "ball", "left"]
 
@@ -135,12 +139,12 @@ def test_fetching_from_the_hub(state, tmp_path, monkeypatch):
         asked.append((repository, name))
         return str(tmp_path / "w.pth")
     torch.save(state, tmp_path / "w.pth")
-    monkeypatch.setattr(magnet, "hf_hub_download", download)
-    monkeypatch.setattr(magnet, "list_repo_files", lambda repository: ["README.md", "best.pth"])
+    monkeypatch.setattr(released_magnet, "hf_hub_download", download)
+    monkeypatch.setattr(released_magnet, "list_repo_files", lambda repository: ["README.md", "best.pth"])
     MagNet.from_released("owner/weights")
     MagNet.from_released("owner/weights/folder/other.pth")
     assert asked == [("owner/weights", "best.pth"), ("owner/weights", "folder/other.pth")]
-    monkeypatch.setattr(magnet, "list_repo_files", lambda repository: ["a.pth", "b.pth"])
+    monkeypatch.setattr(released_magnet, "list_repo_files", lambda repository: ["a.pth", "b.pth"])
     with pytest.raises(RISError, match=r"holds 2 files of weights \(a.pth, b.pth\); name one: owner/weights/FILE"):
         fetch_released("owner/weights")
 
@@ -148,7 +152,7 @@ def test_fetching_from_the_hub(state, tmp_path, monkeypatch):
 def test_hub_out_of_reach(monkeypatch, tmp_path):
     def fail(*arguments):
         raise OSError("no network")
-    monkeypatch.setattr(magnet, "list_repo_files", fail)
+    monkeypatch.setattr(released_magnet, "list_repo_files", fail)
     with pytest.raises(RISError, match="owner/weights: it is no such file and can't be fetched from the Hugging Face Hub"):
         MagNet.from_released("owner/weights")
     for path in ("runs/absent.pth", tmp_path / "absent.pth", "absent"):

@@ -4,9 +4,9 @@ import torch
 from parity import find_case, load_case, make_inputs, make_weight, released_state
 from plain_magnet import plain_magnet, released_shapes
 
-from ris_nb.batches import Batch
-from ris_nb.lavt import upsample
-from ris_nb.magnet import MagNet
+from ris_nb.contract import Batch
+from ris_nb.models.layers import upsample
+from ris_nb.models.magnet import MagNet
 
 # Released group norms have 32 groups; they are 8 channels wide there and, at other widths, in `PixelDecoder`.
 SMALL = dict(embed_dim=16, depths=[1, 2, 2, 1], num_heads=[1, 2, 2, 4], window=4, img=64, pwam_idx=[1, 2, 3, 4], enc_layers=1,

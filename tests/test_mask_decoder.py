@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from parity import find_case, load_case, released_state
 from torch import nn
 
-from ris_nb import mask_decoder
-from ris_nb.mask_decoder import (
-    DeformableAttention, MaskDecoder, PixelDecoder, QueryAttention, bordered, deformable_sample, grid_sampled,
-    released_mask_decoder_key, sine_positions, unbordered)
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.models import deformable, mask_decoder
+from ris_nb.models.deformable import _chunks, _plan, bordered, deformable_sample, grid_sampled, unbordered
+from ris_nb.models.mask_decoder import (DeformableAttention, MaskDecoder, PixelDecoder, QueryAttention, _centres,
+                                        released_mask_decoder_key, sine_positions)
 
 SHAPES = [(2, 3), (7, 5), (1, 1), (1, 6)]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -56,8 +56,8 @@ def test_sample_on_cell_centres_and_edges():
 @pytest.mark.parametrize("chunked", [False, True])
 def test_gradients(chunked, monkeypatch):
     if chunked:  # pieces smaller than the case, as at full size
-        whole = mask_decoder._chunks
-        monkeypatch.setattr(mask_decoder, "_chunks", lambda value, shapes, queries, size: whole(value, shapes, queries, 2))
+        whole = _chunks
+        monkeypatch.setattr(deformable, "_chunks", lambda value, shapes, queries, size: whole(value, shapes, queries, 2))
     value, shapes, places, weights = some_case(B=2, Q=3, heads=2, d=2)
     inputs = [x.requires_grad_() for x in (value, places, weights)]
     assert torch.autograd.gradcheck(lambda v, p, w: deformable_sample(v, shapes, p, w), inputs)
@@ -104,7 +104,7 @@ def test_border_round_trip():
 
 
 def test_first_use_in_inference_mode_does_not_spoil_training():
-    mask_decoder._plan.cache_clear(), mask_decoder._centres.cache_clear(), sine_positions.cache_clear()
+    _plan.cache_clear(), _centres.cache_clear(), sine_positions.cache_clear()
     torch.manual_seed(0)
     decoder, maps = PixelDecoder([8, 8], width=16, layers=1, heads=2), [torch.randn(1, 6, 4, 8), torch.randn(1, 3, 2, 8)]
     with torch.inference_mode():

@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from ris_nb.batches import SPECIAL, Batch, RISModel, create_model, load_model
-from ris_nb.lavt import LAVT, mask_loss, score_masks, upsample
-from ris_nb.mask_grounding import (IGNORE, MASK_ENCODERS, SOURCES, TINY_PREDICTOR, Grounded, WordPredictor, mask_centre,
-                                   mask_grounding_loss, mask_words, masked_word_accuracy, masked_word_guesses)
-from ris_nb.task import Output, RISError
-from ris_nb.training import LossStep, TrainConfig, fit, param_groups, seed_step
+from ris_nb.contract import Batch, Output, RISError
+from ris_nb.data.tokenizer import SPECIAL
+from ris_nb.models.base import RISModel
+from ris_nb.models.lavt import LAVT
+from ris_nb.models.layers import mask_loss, score_masks, upsample
+from ris_nb.models.mask_grounding import (IGNORE, MASK_ENCODERS, SOURCES, TINY_PREDICTOR, Grounded, WordPredictor, mask_centre,
+                                          mask_grounding_loss, mask_words, masked_word_accuracy, masked_word_guesses)
+from ris_nb.registry import create_model, load_model
+from ris_nb.training.config import TrainConfig
+from ris_nb.training.loop import LossStep, fit
+from ris_nb.training.optim import param_groups
+from ris_nb.training.sampling import seed_step
 
 VOCABULARY = [*SPECIAL, "red", "green", "blue", "ball", "box"]
 PREDICTOR = dict(width=16, layers=1, heads=2, ffn=16)

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from parity import find_case, load_case, make_weight
 
-from ris_nb.c3_loss import c3_loss
-from ris_nb.modality_fusion import RELEASED_PARTS, SCHEMES, ModalityFusion, relevance_map, released_fusion_key
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.models.c3_loss import c3_loss
+from ris_nb.models.modality_fusion import SCHEMES, ModalityFusion, relevance_map
+from ris_nb.models.released_sag import RELEASED_PARTS, released_fusion_key
 
 
 def layer(**options):

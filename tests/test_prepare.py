@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ris_nb import prepare as preparing
-from ris_nb.cli import main
-from ris_nb.prepare import Patience, Prepared, prepare, read_mirrors, unpack
-from ris_nb.refer import check_data, open_data
-from ris_nb.task import RISError
+from ris_nb.cli.main import main
+from ris_nb.contract import RISError
+from ris_nb.data import prepare as preparing
+from ris_nb.data.check import check_data
+from ris_nb.data.download import Patience, read_mirrors, unpack
+from ris_nb.data.prepare import Prepared, prepare
+from ris_nb.data.sources import open_data
 
 QUICK = Patience(timeout=0.4, pace=0, tries=3, wait=0.01, longest=0.2)
 
@@ -585,10 +587,10 @@ def test_one_at_a_time(world):
 RUN = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job that a script put in the background ignores Ctrl-C
-from ris_nb import prepare as preparing
+from ris_nb.data import prepare as preparing
 preparing.PUBLISHED = {("refcoco", "unc"): {split: tuple(c) for split, c in json.loads(sys.argv[1]).items()}}
 preparing.prepare.__defaults__ = (*preparing.prepare.__defaults__[:-1], preparing.PUBLISHED)
-from ris_nb.cli import main
+from ris_nb.cli.main import main
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -614,7 +616,7 @@ def test_a_second_call_finishes_what_a_killed_one_began(world, end, where):
 
 @pytest.fixture
 def command(world, monkeypatch, capsys):
-    monkeypatch.setattr(preparing.prepare, "__defaults__", (*preparing.prepare.__defaults__[:-2], QUICK, world.published))
+    monkeypatch.setattr(prepare, "__defaults__", (*prepare.__defaults__[:-2], QUICK, world.published))
     def run(*words):
         world.list.write_text(json.dumps(world.mirrors))
         code = main(["data", "prepare", "refcoco", "--root", str(world.root), "--mirrors", str(world.list), *map(str, words)])

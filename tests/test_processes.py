@@ -14,13 +14,17 @@ import torch
 from test_training import SERVER, in_processes
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ris_nb import training
-from ris_nb.batches import ReferralDataset, build_vocabulary, collate, create_model
-from ris_nb.mask_grounding import TINY_PREDICTOR
-from ris_nb.refer import open_data
-from ris_nb.shapes import make_refshapes
-from ris_nb.task import RISError
-from ris_nb.training import TrainConfig, fit
+from ris_nb.contract import RISError
+from ris_nb.data.batches import ReferralDataset, collate
+from ris_nb.data.sources import open_data
+from ris_nb.data.tokenizer import build_vocabulary
+from ris_nb.data.writer import make_refshapes
+from ris_nb.models.mask_grounding import TINY_PREDICTOR
+from ris_nb.registry import create_model
+from ris_nb.training import loop as training
+from ris_nb.training.config import TrainConfig
+from ris_nb.training.loop import fit
+from ris_nb.training.state import read_log
 
 STEPS, DIES_AT = 20, 13
 CONFIG = TrainConfig(steps=STEPS, batch_size=4, lr=5e-5, save_every=5, log_every=1)
@@ -105,8 +109,8 @@ def test_four_processes_train_the_weights_of_one_lose_a_rank_and_two_go_on(tmp_p
     assert all(re.fullmatch(r"step 14: another process of this training is gone, .* to resume", line) for line in told), told
     state = torch.load(four / "state.pt", weights_only=True)
     assert state["step"] == 10  # the last that was saved
-    log = training.read_log(one)
-    for line, other in zip(log, training.read_log(four)):
+    log = read_log(one)
+    for line, other in zip(log, read_log(four)):
         assert line["step"] == other["step"] and abs(line["loss"] - other["loss"]) < 1e-5
 
     in_processes(2, train, root, four)
@@ -115,7 +119,7 @@ def test_four_processes_train_the_weights_of_one_lose_a_rank_and_two_go_on(tmp_p
     largest, where = distance(*(s["model"] for s in states))
     print(f"1 process, and 4 then 2: {largest:.2g} ({where})")
     assert largest < 1e-5, where
-    resumed = training.read_log(four)
+    resumed = read_log(four)
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     assert all(abs(a[term] - b[term]) < 1e-5 for a, b in zip(log, resumed) for term in ("loss", "mask", "dice", "alignment", "grounding"))
     answers = []

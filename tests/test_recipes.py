@@ -21,22 +21,30 @@ import pytest
 import torch
 from parity import load_case, released_state
 
-from ris_nb import cli, lavt
-from ris_nb.alignment import alignment_loss
-from ris_nb.batches import build_vocabulary, load_model
-from ris_nb.evaluation import Record, make_report
-from ris_nb.language import TextEncoder
-from ris_nb.lavt import LAVT
-from ris_nb.magnet import MagNet
-from ris_nb.mask_grounding import Grounded
-from ris_nb.prepare import differences
-from ris_nb.refer import PUBLISHED, count_split, open_data
-from ris_nb.recipes import (LAVT_CODE, RECIPES, benchmark_table, check_pretrained, expectation, find_recipe, list_recipes, our_results, plan,
-                            read_published, released_model, results_figure, results_markdown)
-from ris_nb.sag import SAG_RECIPE, SaG
-from ris_nb.shapes import make_refshapes
-from ris_nb.task import RISError
-from ris_nb.training import TINY_RECIPE, TrainConfig
+from ris_nb.cli.main import main, parse
+from ris_nb.cli.train import build_model, train_flags
+from ris_nb.contract import RISError
+from ris_nb.data.check import count_split
+from ris_nb.data.prepare import differences
+from ris_nb.data.refer import PUBLISHED
+from ris_nb.data.sources import open_data
+from ris_nb.data.tokenizer import build_vocabulary
+from ris_nb.data.writer import make_refshapes
+from ris_nb.encoders.language import TextEncoder
+from ris_nb.evaluation.report import Record, make_report
+from ris_nb.models import lavt
+from ris_nb.models.alignment import alignment_loss
+from ris_nb.models.lavt import LAVT
+from ris_nb.models.magnet import MagNet
+from ris_nb.models.mask_grounding import Grounded
+from ris_nb.models.sag import SaG
+from ris_nb.recipes.expectation import expectation
+from ris_nb.recipes.published import benchmark_table, our_results, read_published, results_figure, results_markdown
+from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, check_pretrained, find_recipe, list_recipes, plan
+from ris_nb.recipes.released import released_model
+from ris_nb.registry import load_model
+from ris_nb.studies.sag import SAG_RECIPE
+from ris_nb.training.config import TINY_RECIPE, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("--steps", 2, "--batch-size", 4, "--accumulate", 1, "--warmup", 0, "--val", "none")
@@ -46,7 +54,7 @@ def ris(*words):
     """Exit code, standard output, and the lines of standard error that are no progress bars."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = cli.main([str(word) for word in words])
+        code = main([str(word) for word in words])
     return code, out.getvalue(), [line for line in re.split(r"[\r\n]+", err.getvalue()) if line.strip() and "%|" not in line]
 
 
@@ -81,11 +89,11 @@ def refcoco(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_the_default_of_every_flag(name, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    flags = cli.parse(cli.train_flags(["--recipe", name]), "train", ["--recipe", name])
+    flags = parse(train_flags(["--recipe", name]), "train", ["--recipe", name])
     values, given = RECIPES[name].values(2), {**vars(flags), **asdict(flags.training)}
     assert {key: given[key] for key in values} == values
     assert asdict(flags.training) == asdict(RECIPES[name].config(2))
-    flags = cli.parse(cli.train_flags(["--recipe", name]), "train", ["--recipe", name, "--lr", "1", "--dataset", "mine"])
+    flags = parse(train_flags(["--recipe", name]), "train", ["--recipe", name, "--lr", "1", "--dataset", "mine"])
     assert (flags.training.lr, flags.dataset, flags.model) == (1.0, "mine", values["model"])
 
 
@@ -147,7 +155,7 @@ def test_recipes_are_read_without_what_computes():
     """`ris-nb recipes` and `train --help` must not wait for packages that they have no use for."""
     heavy = ["accelerate", "scipy", "transformers", "timm", "httpx"]
     program = (f"import sys; from huggingface_hub import PyTorchModelHubMixin, list_repo_files; theirs = set(sys.modules)  # version 1 reads httpx at once\n"
-               f"import ris_nb.recipes, ris_nb.training; print(*(name for name in {heavy} if name in sys.modules.keys() - theirs))")
+               f"import ris_nb.recipes.recipes, ris_nb.training.loop; print(*(name for name in {heavy} if name in sys.modules.keys() - theirs))")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.stdout.split() == []
 
@@ -167,8 +175,8 @@ def test_what_to_expect_says_its_assumptions_and_is_silent_where_nobody_measured
 def test_tiny_recipes_are_the_commands_that_made_the_shipped_weights(notebook, model):
     line = re.search(rf"ris-nb train [^\n\"\\]*--model {model}[^\n\"\\]*", (ROOT / f"nbs/{notebook}.ipynb").read_text())[0]
     words = shlex.split(line)[2:]
-    typed = cli.parse(cli.train_flags(words), "train", words)
-    recipe = cli.parse(cli.train_flags(["--recipe", model]), "train", ["--recipe", model])
+    typed = parse(train_flags(words), "train", words)
+    recipe = parse(train_flags(["--recipe", model]), "train", ["--recipe", model])
     assert asdict(typed.training) == asdict(recipe.training) and (typed.model, typed.pretrained) == (recipe.model, recipe.pretrained)
 
 
@@ -191,8 +199,8 @@ def test_sentences_and_frozen_parts(root, tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["samples"] == sum(len(r.sentences) for r in open_data(root).referrals("train"))
     torch.manual_seed(0)
-    flags = cli.parse(cli.train_flags(), "train", [str(word) for word in words[1:]])
-    fresh = cli.build_model(flags, open_data(root).referrals("train"))
+    flags = parse(train_flags(), "train", [str(word) for word in words[1:]])
+    fresh = build_model(flags, open_data(root).referrals("train"))
     trained = load_model(tmp_path).state_dict()
     moved = {name.partition(".")[0] for name, value in fresh.state_dict().items() if not torch.equal(value, trained[name])}
     assert moved == {"encoder", "decoder"}

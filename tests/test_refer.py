@@ -12,8 +12,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from ris_nb.refer import FolderData, PhraseCutData, ReferData, Referral, Sentence, check_data, load_plain_pickle, open_data
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.data.check import check_data
+from ris_nb.data.folder import FolderData
+from ris_nb.data.phrasecut import PhraseCutData
+from ris_nb.data.pickles import load_plain_pickle
+from ris_nb.data.refer import ReferData, Referral, Sentence
+from ris_nb.data.sources import open_data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_samples = pytest.mark.skipif(not (SHARED / "mini_refcoco").is_dir(), reason="needs ../shared/data/mini_refcoco (real COCO photos, not shipped)")

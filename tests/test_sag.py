@@ -17,16 +17,22 @@ from parity import find_case, load_case, released_state
 from plain_sag import sag_inputs
 from safetensors.torch import save_file
 
-from ris_nb import cli, refer, sag
-from ris_nb.batches import SPECIAL, Batch, ReferralDataset, build_vocabulary, create_model, list_models, load_model, register_model
-from ris_nb.evaluation import evaluate
-from ris_nb.modality_fusion import SCHEMES
-from ris_nb.refer import open_data
-from ris_nb.sag import (SAG_STUDY, DotFusion, PatchEntities, SaG, floor_scores, relevance_masks, released_sag_key, sag_scores,
-                        sag_study)
-from ris_nb.shapes import make_refshapes
-from ris_nb.task import RISError
-from ris_nb.training import LossStep, TrainConfig, accumulate_gradients, fit, make_accelerator
+from ris_nb.cli.main import main
+from ris_nb.contract import Batch, RISError
+from ris_nb.data.batches import ReferralDataset
+from ris_nb.data.refer import Referral
+from ris_nb.data.sources import open_data
+from ris_nb.data.tokenizer import SPECIAL, build_vocabulary
+from ris_nb.data.writer import make_refshapes
+from ris_nb.evaluation.evaluate import evaluate
+from ris_nb.models import sag
+from ris_nb.models.modality_fusion import SCHEMES
+from ris_nb.models.released_sag import released_sag_key
+from ris_nb.models.sag import DotFusion, PatchEntities, SaG, relevance_masks
+from ris_nb.registry import create_model, list_models, load_model, register_model
+from ris_nb.studies.sag import SAG_STUDY, floor_scores, sag_scores, sag_study
+from ris_nb.training.config import TrainConfig
+from ris_nb.training.loop import LossStep, accumulate_gradients, fit, make_accelerator
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SERVER = get_context("forkserver")
@@ -285,14 +291,14 @@ def forbid(*_, **__):
 
 def test_training_reads_no_mask(scenes, tmp_path, monkeypatch):
     """Not by the data set, not by the loop, not by the loss, and not by the command, which doesn't pick weights by masks either."""
-    monkeypatch.setattr(refer.Referral, "mask", forbid)
+    monkeypatch.setattr(Referral, "mask", forbid)
     out = StringIO()
     with redirect_stdout(out), redirect_stderr(StringIO()):
-        code = cli.main(["train", "--root", str(scenes.root), "--model", "sag_speck", "--steps", "3", "--warmup", "0", "--batch-size", "4",
+        code = main(["train", "--root", str(scenes.root), "--model", "sag_speck", "--steps", "3", "--warmup", "0", "--batch-size", "4",
                          "--out", str(tmp_path)])
     assert code == 0 and "val_" not in out.getvalue() and isinstance(load_model(tmp_path), SaG)
     with pytest.raises(AssertionError, match="a mask was read"), redirect_stdout(out), redirect_stderr(StringIO()):
-        cli.main(["evaluate", "--root", str(scenes.root), "--checkpoint", str(tmp_path)])
+        main(["evaluate", "--root", str(scenes.root), "--checkpoint", str(tmp_path)])
 
 
 def test_masks_can_be_absent(scenes, tmp_path):
@@ -315,9 +321,9 @@ def speaking(referrals, **overrides):
 def test_real_photos_without_masks(tmp_path):
     out, data = StringIO(), ["--dataset", "refcoco", "--split-by", "unc"]
     with redirect_stdout(out), redirect_stderr(StringIO()):
-        codes = [cli.main(["train", "--root", str(SHARED / "mini_refcoco_text"), *data, "--model", "sag_speck", "--steps", "2",
+        codes = [main(["train", "--root", str(SHARED / "mini_refcoco_text"), *data, "--model", "sag_speck", "--steps", "2",
                            "--warmup", "0", "--batch-size", "4", "--out", str(tmp_path)]),
-                 cli.main(["evaluate", "--root", str(SHARED / "mini_refcoco"), *data, "--checkpoint", str(tmp_path)])]
+                 main(["evaluate", "--root", str(SHARED / "mini_refcoco"), *data, "--checkpoint", str(tmp_path)])]
     assert codes == [0, 0] and "mIoU" in out.getvalue()
 
 

@@ -7,9 +7,11 @@ import torch
 from parity import find_case, load_case, make_weight, released_state
 from plain_sag import plain_masks, plain_sag, released_shapes, sag_inputs, sizes
 
-from ris_nb.batches import Batch
-from ris_nb.entity_slots import RandomSlots, SlotDecoder, reconstruct
-from ris_nb.sag import SaG, released_sag_key
+from ris_nb.contract import Batch
+from ris_nb.models.entity_slots import RandomSlots, SlotDecoder
+from ris_nb.models.released_sag import released_sag_key
+from ris_nb.models.repainting import reconstruct
+from ris_nb.models.sag import SaG
 
 CASES = "sag_tiny", "sag_tiny_nointer", "sag_tiny_query", "sag_tiny_random", "sag_tiny_transformer"  # bench_sag.py computes the full size
 SMALL = dict(num_layers=2, vit_width=32, vit_heads=2, patch=8, vit_table=5, decoder_table=8, crop_size=32, embed_dim=24, img_num_embeds=6,

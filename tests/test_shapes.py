@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ris_nb import shapes
-from ris_nb.shapes import (COLOURS, FLAVOURS, HELD_OUT, KINDS, ROUND, SHAPES, SPLITS, denote, is_minimal, make_refshapes, make_scene,
-                           refer, referent, say, shorter)
-from ris_nb.task import RISError
+from ris_nb.contract import RISError
+from ris_nb.data import writer
+from ris_nb.data.shapes import (COLOURS, FLAVOURS, HELD_OUT, ROUND, SHAPES, SIZES, SPLITS, Thing, beats, denote, is_minimal, make_scene,
+                                referent, say, shorter, stencil)
+from ris_nb.data.speaker import KINDS, refer
+from ris_nb.data.writer import make_refshapes
 
 # If one of these changes, every score on RefShapes refers to other data: raise _VERSION and say so in the changelog.
 FINGERPRINTS = {("train", 64): "f13985963e07bc58", ("testC", 64): "00101290778b1b31", ("val", 100): "60635f59cd41f593"}
@@ -125,17 +127,17 @@ def test_everything_is_visible_and_inside_the_frame():
     for index in range(200):
         scene = make_scene(4, index=index)
         for thing, mask in zip(scene.things, scene.masks):
-            assert mask.sum() >= 0.6 * shapes.stencil(thing.shape, thing.radius).sum()
+            assert mask.sum() >= 0.6 * stencil(thing.shape, thing.radius).sum()
             assert thing.radius < min(thing.x, thing.y) and max(thing.x, thing.y) + thing.radius < 63
         assert 4 <= len(scene.things) <= 8
 
 
 def test_nothing_is_large_to_some_and_small_to_others():
-    radii = {size: range(least, greatest + 1) for size, (least, greatest) in shapes.SIZES.items()}
-    things = [shapes.Thing("star", "red", size, 32, 32, r, (0, 0, 0)) for size in radii for r in radii[size]]
+    radii = {size: range(least, greatest + 1) for size, (least, greatest) in SIZES.items()}
+    things = [Thing("star", "red", size, 32, 32, r, (0, 0, 0)) for size in radii for r in radii[size]]
     for a in things:
         for b in things:
-            assert shapes.beats("large", a, b) == ((a.size, b.size) == ("large", "small")) == shapes.beats("small", b, a)
+            assert beats("large", a, b) == ((a.size, b.size) == ("large", "small")) == beats("small", b, a)
     drawn = {(t.size, t.radius) for index in range(100) for t in make_scene(6, index=index).things}
     assert drawn == {(size, r) for size in radii for r in radii[size]}
 
@@ -181,7 +183,7 @@ def test_an_interrupted_set_is_no_set_and_is_made_anew(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make_scene(seed, size, split, index)
 
-    monkeypatch.setattr(shapes, "make_scene", stop_at_five)
+    monkeypatch.setattr(writer, "make_scene", stop_at_five)
     with pytest.raises(KeyboardInterrupt):
         make_refshapes(root, counts=counts)
     assert not (root / "refshapes" / "refs(generated).p").exists()

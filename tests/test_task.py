@@ -8,7 +8,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pycocotools import mask as coco_mask
 
-from ris_nb.task import RISError, SegmentationMetrics, draw_mask, intersection_union, iou, overlay, show_referral
+from ris_nb.contract import RISError
+from ris_nb.metrics import SegmentationMetrics, intersection_union, iou
+from ris_nb.show import draw_mask, overlay, show_referral
 
 
 def random_masks(n: int, size=(13, 9), seed: int = 0):

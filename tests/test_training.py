@@ -20,12 +20,17 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import nn
 
-from ris_nb import training
-from ris_nb.batches import SPECIAL, Batch, RISModel, create_model, load_model
-from ris_nb.mask_grounding import TINY_PREDICTOR
-from ris_nb.task import Output, RISError
-from ris_nb.training import (GlobalBatches, SyncBatchNorm2d, TrainConfig, accumulate_gradients, fit, make_accelerator,
-                             LossStep, read_log, sync_batchnorm, training_loader)
+from ris_nb.contract import Batch, Output, RISError
+from ris_nb.data.tokenizer import SPECIAL
+from ris_nb.distributed import SyncBatchNorm2d, sync_batchnorm
+from ris_nb.models.base import RISModel
+from ris_nb.models.mask_grounding import TINY_PREDICTOR
+from ris_nb.registry import create_model, load_model
+from ris_nb.training import loop as training
+from ris_nb.training.config import TrainConfig
+from ris_nb.training.loop import LossStep, accumulate_gradients, check_launch, check_reached, fit, make_accelerator
+from ris_nb.training.sampling import GlobalBatches, training_loader
+from ris_nb.training.state import read_log
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit for bit is a promise for the CPU
 SERVER = multiprocessing.get_context("forkserver")
@@ -311,7 +316,7 @@ def test_a_step_reaches_every_parameter_that_learns(name, settings):
     ids = torch.tensor([[SPECIAL.index("[CLS]"), len(SPECIAL), len(SPECIAL) + 1, SPECIAL.index("[SEP]")]] * 3)
     batch = Batch(image=torch.randn(3, 3, 64, 64), ids=ids, words=torch.ones_like(ids, dtype=torch.bool), mask=torch.rand(3, 64, 64) > 0.5, image_id=[0, 1, 2])
     sum(LossStep(model)(batch).values()).backward()
-    training.check_reached(model)
+    check_reached(model)
 
 
 # What accelerate may ask for
@@ -335,9 +340,9 @@ def test_what_accelerate_asks_for_by_default_and_what_the_run_does_anyway_is_tak
     for name, value in {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "USE_FSDP": "false", "GRADIENT_ACCUMULATION_STEPS": "1"}.items():
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     for precision in ("no", "bf16"):
-        training.check_launch(precision)
+        check_launch(precision)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    training.check_launch("bf16")
+    check_launch("bf16")
 
 
 def launched(count, folder):

@@ -10,21 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from ris_nb.task import RISError
-from ris_nb.vision import (
-    Swin,
-    SwinBlock,
-    ViT,
-    from_windows,
-    pretrained_timm,
-    released_swin,
-    released_swin_key,
-    resize_positions,
-    shift_mask,
-    to_windows,
-    window_attention,
-    window_order,
-)
+from ris_nb.contract import RISError
+from ris_nb.encoders.vision import (Swin, SwinBlock, ViT, from_windows, pretrained_timm, released_swin, released_swin_key,
+                                    resize_positions, shift_mask, to_windows, window_attention, window_order)
 
 HERE = Path(__file__).resolve().parent
 

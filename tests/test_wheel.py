@@ -34,11 +34,11 @@ class Absent:  # finds what is on the path, but for those modules and for all di
 sys.meta_path[sys.meta_path.index(PathFinder)] = Absent()
 sys.path.append(site)
 import ris_nb
-for module in pkgutil.iter_modules(ris_nb.__path__):
-    if not module.name.startswith("_") and module.name != "explore":  # whose widgets come with an extra
-        importlib.import_module(f"ris_nb.{module.name}")
-ris_nb.vision.pretrained_namer()  # its weights came along,
-ris_nb.batches.load_model(ris_nb.batches.shipped_checkpoint("magnet_tiny"))  # and the trained model's
+for module in pkgutil.walk_packages(ris_nb.__path__, "ris_nb."):
+    if "._" not in module.name and not module.name.startswith("ris_nb.explore"):  # whose widgets come with an extra
+        importlib.import_module(module.name)
+ris_nb.encoders.pretraining.pretrained_namer()  # its weights came along,
+ris_nb.registry.load_model("magnet_tiny")  # and the trained model's
 print(ris_nb.__file__)
 """
 
