@@ -719,7 +719,7 @@ def test_a_broken_pipe_is_quiet():
 
 def test_a_machine_without_enough_memory_is_told_in_one_line(monkeypatch):
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
-        monkeypatch.setitem(COMMANDS, "models", (lambda words: Models, mock.Mock(side_effect=error)))
+        monkeypatch.setattr("ris_nb.cli.models.run_models", mock.Mock(side_effect=error))
         refused(["models"], "not enough memory")
 
 

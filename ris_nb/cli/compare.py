@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .evaluate import Answering, answering_model
-from .main import COMMANDS, not_empty
+from .main import not_empty
 from .predict import ask
 from .train import machine
 
@@ -77,6 +77,3 @@ def run_compare(flags: Compare) -> int:
         figure.savefig(part, dpi=120, format="png")
     print(f"written {path}")
     return 0
-
-
-COMMANDS["compare"] = (lambda words: Compare, run_compare)

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from .main import COMMANDS, SEEDS, UsageError, within
+from .main import SEEDS, UsageError, within
 
 # %% auto #0
 __all__ = ['Shapes', 'run_shapes', 'Check', 'table', 'beside_published', 'run_check', 'Prepare', 'run_prepare']
@@ -55,9 +55,6 @@ def run_shapes(flags: Shapes) -> int:
     found = ", ".join(f"{split} {len(data.referrals(split))}" for split in data.splits)
     print(f"{flags.root}: {flags.flavour} with referrals {found}")
     return 0
-
-
-COMMANDS["data shapes"] = (lambda words: Shapes, run_shapes)
 
 # %% ../../nbs/workshop/cli_data.ipynb #043
 @dataclass
@@ -110,9 +107,6 @@ def run_check(flags: Check) -> int:
                 print(f"{row['dataset']} {row['split_by']} {row['split']}: {problem}", file=sys.stderr)
     return int(any(row["problems"] for row in rows))
 
-
-COMMANDS["data check"] = (lambda words: Check, run_check)
-
 # %% ../../nbs/workshop/cli_data.ipynb #056
 @dataclass
 class Prepare:
@@ -148,6 +142,3 @@ def run_prepare(flags: Prepare) -> int:
     for line in done.differences:
         print(f"{done.dataset} {line}", file=sys.stderr)
     return int(bool(done.differences))
-
-
-COMMANDS["data prepare"] = (lambda words: Prepare, run_prepare)

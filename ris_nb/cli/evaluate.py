@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from .main import COMMANDS, MAX_BATCH, MAX_WORKERS, SEEDS, UsageError, within
+from .main import MAX_BATCH, MAX_WORKERS, SEEDS, UsageError, within
 from .train import Data, machine
 
 # %% auto #0
@@ -104,6 +104,3 @@ def write_report(out: Path, report, model, dataset) -> None:
         part.write_text(report.markdown(), encoding="utf-8")
     if report.shuffled is None:  # shuffled expressions have no right answers to show
         plt.close(show_cases(model, dataset, report, path=out / "cases.png"))
-
-
-COMMANDS["evaluate"] = (lambda words: Evaluate, run_evaluate)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .compare import Several, answering_models
-from .main import COMMANDS, UsageError, not_empty, within
+from .main import UsageError, not_empty, within
 
 # %% auto #0
 __all__ = ['Explore', 'write_page', 'run_explore']
@@ -70,6 +70,3 @@ def run_explore(flags: Explore) -> int:
         except KeyboardInterrupt:
             server.terminate()
     return 0
-
-
-COMMANDS["explore"] = (lambda words: Explore, run_explore)

@@ -11,7 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .data import table
-from .main import COMMANDS, parse
+from .main import parse
 from .train import settings_of, train_flags
 
 # %% auto #0
@@ -28,9 +28,6 @@ def run_models(flags: Models) -> int:
     from ris_nb.registry import list_models
     print("\n".join(list_models()))
     return 0
-
-
-COMMANDS["models"] = (lambda words: Models, run_models)
 
 
 @dataclass
@@ -56,6 +53,3 @@ def run_recipes(flags: Recipes) -> int:
         words = ["--recipe", flags.name]
         print(settings_of(parse(train_flags(words), "train", words)))
     return 0
-
-
-COMMANDS["recipes"] = (lambda words: Recipes, run_recipes)

@@ -13,7 +13,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .evaluate import Answering, answering_model
-from .main import COMMANDS, UsageError
+from .main import UsageError
 from .train import machine
 
 # %% auto #0
@@ -81,6 +81,3 @@ def run_predict(flags: Predict) -> int:
             Image.fromarray(picture).save(part, format="PNG")
     print(f"{mask.mean():.1%} of the photo; written {' and '.join(map(str, paths))}")
     return 0
-
-
-COMMANDS["predict"] = (lambda words: Predict, run_predict)

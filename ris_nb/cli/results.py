@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from .main import COMMANDS, UsageError
+from .main import UsageError
 
 # %% auto #0
 __all__ = ['PICTURES', 'Results', 'run_results']
@@ -59,4 +59,3 @@ def run_results(flags: Results) -> int:
 
 
 PICTURES = ("png", "pdf", "svg", "jpg", "jpeg")  # what matplotlib writes everywhere
-COMMANDS["results"] = (lambda words: Results, run_results)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from .main import COMMANDS, SEEDS, UsageError, not_empty, within
+from .main import SEEDS, UsageError, not_empty, within
 
 # %% auto #0
 __all__ = ['Study', 'run_the_study']
@@ -62,6 +62,3 @@ def run_the_study(flags: Study) -> int:
     rows = run_study(chosen, flags.seeds, flags.folder / flags.name, flags.out or flags.folder / f"{flags.name}.json")
     print(study_table(rows, ["refshapes oIoU", *(f"{flavour} mIoU" for flavour in flavours)]))
     return 0
-
-
-COMMANDS["study"] = (lambda words: Study, run_the_study)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from .main import COMMANDS, MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, UsageError, number, within
+from .main import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, UsageError, number, within
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'RUN_FILES', 'Data', 'Train', 'peek', 'train_flags', 'processes', 'machine', 'build_model',
@@ -332,6 +332,3 @@ def ending(out: Path, last: dict, flags: Train, split: str) -> str:
     words = ["ris-nb", "evaluate", "--checkpoint", str(out), *sum(given, ()), "--split", split]
     return (f"{out}: {last['step']} steps, " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
             + f"\nnext: {shlex.join(words)}")
-
-
-COMMANDS["train"] = (train_flags, run_train)
