@@ -36,7 +36,7 @@ test: .venv/installed-dev
 test-quick: .venv/installed-dev
 	$(PYTEST) -m "not slow"
 
-# Chapter 19 is tested in a browser as well, where there is one: Debian's package, which root alone can install.
+# Chapter 25 is tested in a browser as well, where there is one: Debian's package, which root alone can install.
 chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || { test "$$(id -u)" = 0 && timeout 120 apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \

@@ -1,1 +1,68 @@
+"""Referring image segmentation, notebook by notebook: the public names, each imported when it is first asked for."""
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_ROOMS = {  # module -> what of it is public
+    "contract": "Batch Output RISError",
+    "registry": "create_model list_models load_model register_model shipped_checkpoint",
+    "checkpoint": "Checkpointed replacing",
+    "metrics": "SegmentationMetrics intersection_union iou",
+    "show": "draw_mask overlay show_referral",
+    "data.shapes": "Scene Thing make_scene",
+    "data.speaker": "Expression refer show_scene",
+    "data.writer": "make_refshapes",
+    "data.pickles": "load_plain_pickle",
+    "data.refer": "PUBLISHED ReferData Referral Referrals Sentence read_mask",
+    "data.phrasecut": "PhraseCutData",
+    "data.folder": "FolderData",
+    "data.sources": "open_data",
+    "data.check": "check_data count_split published_counts",
+    "data.prepare": "prepare",
+    "data.tokenizer": "Tokenizer build_vocabulary read_vocabulary",
+    "data.batches": "ReferralDataset Transform collate encode_item make_batch make_loader read_image",
+    "encoders.language": "TextEncoder",
+    "encoders.vision": "Swin ViT",
+    "encoders.pretraining": "pretrained_namer pretrained_tagger",
+    "models.base": "RISModel evaluating",
+    "models.layers": "dice_loss mask_loss score_masks upsample",
+    "models.lavt": "LAVT LanguageGate LanguageSwin PWAM SimpleDecoder",
+    "models.mask_grounding": "Grounded WordPredictor mask_grounding_loss mask_words masked_word_accuracy",
+    "models.alignment": "ImageAlignment LanguageAlignment alignment_loss",
+    "models.deformable": "deformable_sample",
+    "models.mask_decoder": "DeformableAttention MaskDecoder PixelDecoder",
+    "models.magnet": "LockStep MagNet",
+    "models.entity_slots": "EntityDiscovery EntitySlots QuerySlots RandomSlots SlotDecoder reconstruction_loss",
+    "models.modality_fusion": "ModalityFusion relevance_map",
+    "models.c3_loss": "c3_loss c3_similarity",
+    "models.sag": "SaG relevance_masks",
+    "training.config": "TINY_RECIPE TrainConfig",
+    "training.optim": "param_groups schedule_factor",
+    "training.state": "read_log",
+    "training.loop": "fit make_accelerator",
+    "distributed": "sync_batchnorm",
+    "evaluation.report": "Record Report bootstrap make_report score",
+    "evaluation.evaluate": "evaluate shuffle_expressions",
+    "evaluation.floors": "Floor",
+    "evaluation.cases": "show_answers show_cases",
+    "studies.runner": "run_study seed_interval show_study study_table",
+    "studies.magnet": "magnet_study",
+    "studies.sag": "sag_study",
+    "recipes.recipes": "RECIPES Recipe find_recipe list_recipes",
+    "recipes.expectation": "expectation",
+    "recipes.published": "read_published results_markdown",
+    "recipes.released": "released_model",
+}
+_HOME = {name: module for module, names in _ROOMS.items() for name in names.split()}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -65,15 +65,15 @@ def start(tmp_path, *command):
 def lab(tmp_path_factory, page):
     """The chapter, open in JupyterLab, all of its cells run."""
     folder = tmp_path_factory.mktemp("lab")
-    notebook = json.loads((ROOT / "nbs" / "19_explore.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads((ROOT / "nbs" / "25_explore.ipynb").read_text(encoding="utf-8"))
     notebook["cells"] = [cell for cell in notebook["cells"] if not "".join(cell["source"]).startswith("#| slow")]
-    (folder / "19_explore.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    (folder / "25_explore.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
     settings = folder / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "notebook-extension"
     settings.mkdir(parents=True)
     (settings / "tracker.jupyterlab-settings").write_text('{"windowingMode": "none"}')  # keep what is out of sight in the page, too
     server, address = start(folder, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port={port}", "--ServerApp.ip=127.0.0.1",
                             "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None")
-    page.goto(f"{address}/lab/tree/19_explore.ipynb")
+    page.goto(f"{address}/lab/tree/25_explore.ipynb")
     page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
     assert page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")

@@ -35,7 +35,6 @@ from safetensors.torch import load_file
 from ris_nb.cli.evaluate import Answering, answering_model
 from ris_nb.cli.explore import Explore, write_page
 from ris_nb.cli.main import COMMANDS, HELP, main, parse
-from ris_nb.cli.models import Models
 from ris_nb.cli.train import RUN_FILES
 from ris_nb.data.shapes import make_scene
 from ris_nb.data.sources import open_data
@@ -235,7 +234,7 @@ def test_help(monkeypatch):
 
 
 def test_help_and_typos_do_not_wait_for_torch():
-    code = "import sys; from ris_nb.cli import main; print(main(['data', 'check', '--help']), main(['predict', 'x']), 'torch' in sys.modules)"
+    code = "import sys; from ris_nb.cli.main import main; print(main(['data', 'check', '--help']), main(['predict', 'x']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "0 2 False", done.stderr
 
@@ -726,7 +725,7 @@ def test_a_machine_without_enough_memory_is_told_in_one_line(monkeypatch):
 def test_what_computes_nothing_imports_nothing_heavy(tmp_path):
     code = """if True:
         import sys
-        from ris_nb.cli import main
+        from ris_nb.cli.main import main
         for line in (["--help"], ["models"], ["recipes"], ["recipes", "magnet_refcoco"], ["results"], ["train", "--help"], ["train", "--dry-run"]):
             assert main(line) == 0
         print([name for name in ("transformers", "timm", "accelerate", "matplotlib.pyplot", "scipy.stats") if name in sys.modules])"""

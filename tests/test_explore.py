@@ -1,4 +1,4 @@
-"""Every widget of chapter 19 driven without a browser: what the panels show, what they refuse, and how long an answer takes."""
+"""Every widget of chapter 25 driven without a browser: what the panels show, what they refuse, and how long an answer takes."""
 from __future__ import annotations
 
 import asyncio

@@ -247,8 +247,8 @@ def test_half_loaded_encoders_are_refused():
 # Many processes
 
 def launch_script():
-    """The file for sbatch, as chapter 18 prints it."""
-    cells = json.loads((ROOT / "nbs/18_full_scale.ipynb").read_text())["cells"]
+    """The file for sbatch, as chapter 24 prints it."""
+    cells = json.loads((ROOT / "nbs/24_full_scale.ipynb").read_text())["cells"]
     text = next("".join(cell["source"]) for cell in cells if "#SBATCH" in "".join(cell["source"]) and cell["cell_type"] == "markdown")
     return re.search(r"```bash\n(.*?)```", text, re.S)[1]
 

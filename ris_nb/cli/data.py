@@ -127,7 +127,7 @@ class Prepare:
     coco: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """A folder that has COCO's photos (train2014 or train2017): they are linked instead of fetched."""
     mirrors: Annotated[Path | None, arg(metavar="FILE")] = None
-    """A list of mirrors of your own, written as ris_nb/mirrors.json is."""
+    """A list of mirrors of your own, written as ris_nb/data/mirrors.json is."""
     parallel: int = 8
     """Photos to fetch at a time, 64 at most."""
 

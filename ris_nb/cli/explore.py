@@ -22,7 +22,7 @@ __all__ = ['Explore', 'write_page', 'run_explore']
 # %% ../../nbs/workshop/cli_explore.ipynb #135
 @dataclass
 class Explore(Several):
-    """Open the panels of notebook 19 in a browser: ask models about drawn scenes or a photo of yours. Ctrl-C ends it.
+    """Open the panels of notebook 25 in a browser: ask models about drawn scenes or a photo of yours. Ctrl-C ends it.
 
     Everything stays on this machine. Where no model is named, those that come with the library answer.
     Needs the extra: pip install "ris_nb[explore]"
@@ -41,14 +41,14 @@ class Explore(Several):
 def write_page(folder: Path, flags: Explore) -> Path:
     """The notebook that the page is made of: the library's own, or a copy in `folder` that asks for the models of the flags."""
     import ris_nb
-    page = Path(ris_nb.__path__[0]) / "explore.ipynb"
+    page = Path(ris_nb.__path__[0]) / "explore" / "explore.ipynb"
     if not (flags.models or flags.released):
         return page
     models = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in flags.models or ())
     released = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in flags.released)
     vocabulary = str(Path(flags.vocabulary).resolve()) if Path(flags.vocabulary).exists() else flags.vocabulary
     notebook = json.loads(page.read_text(encoding="utf-8"))
-    notebook["cells"][0]["source"] = ("from ris_nb.cli import Several, answering_models\nfrom ris_nb.explore import explore\n"
+    notebook["cells"][0]["source"] = ("from ris_nb.cli.compare import Several, answering_models\nfrom ris_nb.explore.page import explore\n"
                                       f"explore(answering_models(Several({models=}, {released=}, {vocabulary=})))")
     (folder / page.name).write_text(json.dumps(notebook), encoding="utf-8")
     return folder / page.name

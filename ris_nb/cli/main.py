@@ -125,7 +125,7 @@ def one_line(error: Exception) -> str:
     """The message of an error; of one that a loader's worker sent with its traceback, the last line."""
     if isinstance(error, OSError) and error.strerror:
         return (f"{error.filename}: " if error.filename else "") + error.strerror
-    return str(error).strip().splitlines()[-1].removeprefix("ris_nb.task.RISError: ")
+    return str(error).strip().splitlines()[-1].removeprefix("ris_nb.contract.RISError: ")
 
 
 def out_of_memory(error: Exception) -> bool:

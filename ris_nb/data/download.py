@@ -49,7 +49,7 @@ def read_mirrors(path: str | Path | None = None) -> dict[str, dict]:
         mirrors = json.loads(path.read_text(encoding="utf-8"))
         for entry in mirrors.values(): check_mirrors(**entry)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RISError(f"{path} is no list of mirrors ({type(error).__name__}: {error}); take ris_nb/mirrors.json as a pattern") from None
+        raise RISError(f"{path} is no list of mirrors ({type(error).__name__}: {error}); take ris_nb/data/mirrors.json as a pattern") from None
     return mirrors
 
 # %% ../../nbs/workshop/download.ipynb #015

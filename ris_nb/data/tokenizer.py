@@ -57,7 +57,7 @@ BERT_UNCASED = "bert-base-uncased"
 @cache
 def _bert_pieces() -> tuple[str, ...]:
     """The vocabulary of bert-base-uncased (Apache 2.0, see NOTICE), which comes with the library."""
-    return tuple((Path(ris_nb.__path__[0]) / f"{BERT_UNCASED}-vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"))
+    return tuple((Path(ris_nb.__path__[0]) / "data" / f"{BERT_UNCASED}-vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n"))
 
 
 def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:

@@ -31,7 +31,7 @@ __all__ = ['PIXELS', 'pairs_at_once', 'cut', 'score_batch', 'device_of', 'machin
            'shuffle_expressions', 'loader_speed']
 
 # %% ../../nbs/09_evaluation.ipynb #016
-PIXELS = 16 * 480**2  # one image for each expression of a forward pass: leaves full-size models room on a GPU of 24 GB (chapter 18)
+PIXELS = 16 * 480**2  # one image for each expression of a forward pass: leaves full-size models room on a GPU of 24 GB (chapter 24)
 
 
 def pairs_at_once(model: nn.Module, size: int) -> int:

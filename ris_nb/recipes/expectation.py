@@ -45,7 +45,7 @@ def expectation(model: str, config: TrainConfig, processes: int = 1, device: str
     in the batch that was measured. device: a name as of `device_name` (default: this one). folder: of the measurements (default:
     data/results/bench of the repository; an installed package has none).
     """
-    device, folder = device or device_name(), Path(folder or Path(__file__).parents[1] / "data/results/bench")
+    device, folder = device or device_name(), Path(folder or Path(__file__).parents[2] / "data/results/bench")
     found = [report for path in sorted(folder.glob("*.json")) if isinstance(report := _read(path), dict) and report.get("device") == device]
     rows = [(row, entry) for report in found for entry in [report["models"].get(model, {"rows": []})] for row in entry["rows"]
             if row["part"] == "training step" and row["variant"] in ("as in fit", "+ fused adamw")]
