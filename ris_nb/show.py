@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 import textwrap
-from pathlib import Path
+from matplotlib.path import Path
 
 import numpy as np
 from contourpy import contour_generator
