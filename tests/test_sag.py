@@ -32,7 +32,8 @@ from ris_nb.models.sag import DotFusion, PatchEntities, SaG, relevance_masks
 from ris_nb.registry import create_model, list_models, load_model, register_model
 from ris_nb.studies.sag import SAG_STUDY, floor_scores, sag_scores, sag_study
 from ris_nb.training.config import TrainConfig
-from ris_nb.training.loop import LossStep, accumulate_gradients, fit, make_accelerator
+from ris_nb.training.launch import make_accelerator
+from ris_nb.training.loop import LossStep, accumulate_gradients, fit
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SERVER = get_context("forkserver")

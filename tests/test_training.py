@@ -28,7 +28,8 @@ from ris_nb.models.mask_grounding import TINY_PREDICTOR
 from ris_nb.registry import create_model, load_model
 from ris_nb.training import loop as training
 from ris_nb.training.config import TrainConfig
-from ris_nb.training.loop import LossStep, accumulate_gradients, check_launch, check_reached, fit, make_accelerator
+from ris_nb.training.launch import check_launch, check_reached, make_accelerator
+from ris_nb.training.loop import LossStep, accumulate_gradients, fit
 from ris_nb.training.sampling import GlobalBatches, training_loader
 from ris_nb.training.state import read_log
 

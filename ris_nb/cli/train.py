@@ -131,7 +131,7 @@ def machine(precision: str = "no"):
 
     `UsageError` where the environment names other processes and not where to meet them.
     """
-    from ris_nb.training.loop import make_accelerator
+    from ris_nb.training.launch import make_accelerator
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if processes()[1] > 1 and missing:
         raise UsageError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")

@@ -6,17 +6,14 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..checkpoint import replacing
@@ -24,17 +21,19 @@ from ..contract import RISError
 from ..distributed import sync_batchnorm
 from ..models.base import evaluating
 from .config import TrainConfig
+from .launch import check_reached, make_accelerator, together
+from .meter import Clocked, Meter, check_finite
 from .optim import loss_factor, optimizer_step, param_groups
 from .sampling import seed_step, training_loader
 from .state import append_log, load_state, open_run, read_log, save_state
+from .trackers import open_tensorboard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
-__all__ = ['LossStep', 'check_launch', 'make_accelerator', 'accumulate_gradients', 'Meter', 'check_finite', 'Run', 'save_run',
-           'start_run', 'open_tensorboard', 'clocked', 'measure', 'report', 'score_run', 'finish_step', 'together',
-           'check_reached', 'prepare', 'fit']
+__all__ = ['LossStep', 'accumulate_gradients', 'Run', 'save_run', 'start_run', 'measure', 'report', 'score_run', 'finish_step',
+           'prepare', 'fit']
 
 # %% ../../nbs/08_training.ipynb #043
 class LossStep(nn.Module):
@@ -54,43 +53,6 @@ class LossStep(nn.Module):
         return self.model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
 
 # %% ../../nbs/08_training.ipynb #046
-def check_launch(precision: str | None = None) -> None:
-    """`RISError` where `accelerate launch`, or the file of `accelerate config`, asks for what a run here doesn't do or does by its own flags.
-
-    precision: what the run computes in, of `TrainConfig`; None where that is not settled yet, but can only be "no" or "bf16".
-    """
-    def asked(name: str, usual: str = "no") -> str:
-        return os.environ.get(f"ACCELERATE_{name}", usual).lower()
-
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "a parallelism config")):
-        if asked(f"USE_{name}") in ("true", "1"):
-            raise RISError(f"accelerate launch asks for {what}, but each process here holds the whole model: launch without it; "
-                           "where memory is short, raise --accumulate")
-    mixed, pieces, compiler = asked("MIXED_PRECISION"), asked("GRADIENT_ACCUMULATION_STEPS", "1"), asked("DYNAMO_BACKEND")
-    if mixed not in (("no", "bf16") if precision is None else ("no", precision)):
-        raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision {precision or 'no or bf16'}: "
-                       "launch without --mixed_precision; training has a flag of its own, --precision bf16")
-    if pieces not in ("1", "auto"):
-        raise RISError(f"accelerate launch asks for {pieces} gradient accumulation steps: launch without them and give --accumulate {pieces}")
-    if compiler not in ("no", ""):
-        raise RISError(f"accelerate launch asks for the compiler {compiler}, and models here are not compiled: launch without --dynamo_backend")
-    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not any(rank in os.environ for rank in ranks):
-        raise RISError("accelerate launch was to start several processes and started one, as it does where it sees no several GPUs: "
-                       "start them with torchrun --nproc-per-node N -m ris_nb.cli ... (or, if one is meant, unset MASTER_ADDR)")
-
-
-def make_accelerator(precision: str | None = None) -> Accelerator:
-    """accelerate's view of the machine: one process or many (`accelerate launch`, `torchrun`), on a GPU if there is one.
-
-    precision: see `check_launch`, which is asked first.
-    """
-    from accelerate import Accelerator
-    check_launch(precision)
-    # without a GPU it is cpu=True that makes accelerate join the other processes, through gloo; autocasting is `LossStep`'s
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-
-
 def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches, accumulate: int = 1,
                          factor: float = 1.0) -> dict[str, torch.Tensor]:
     """Adds to `.grad` the gradient of the mean loss of the next `accumulate` micro-batches, averaged over processes.
@@ -109,44 +71,6 @@ def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches
             means[name] = means.get(name, 0) + value.detach().float() / accumulate
     return means
 
-# %% ../../nbs/08_training.ipynb #076
-class Meter:
-    """Adds up the numbers of the steps on their device, to be read once in a while."""
-
-    def __init__(self, names=(), sums: torch.Tensor | None = None, count: int = 0):
-        self.names, self.sums, self.count, self.watch = list(names), sums, count, None
-
-    def add(self, step: int, values: dict[str, torch.Tensor]) -> None:
-        """Takes the scalars of step `step` (counted from 1). The names must be the same at every step."""
-        self.names = list(values)
-        now = torch.stack([value.float() for value in values.values()])
-        self.sums = now if self.sums is None else self.sums.to(now.device) + now
-        self.count += 1
-        line = torch.cat([now.new_tensor([step]), now])
-        # the latest line; the first that is not finite stays
-        self.watch = line if self.watch is None else torch.where(self.watch.isfinite().all(), line, self.watch)
-
-    def state(self, accelerator: Accelerator) -> dict:
-        """What was added up since the last `read`, as plain containers; the sums are averaged over the processes."""
-        if self.sums is not None:
-            self.sums = accelerator.reduce(self.sums, "mean")
-        return {"names": self.names, "sums": self.sums, "count": self.count}
-
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means since the last reading, over all processes."""
-        means = (accelerator.reduce(self.sums, "mean") / self.count).tolist()
-        self.sums, self.count = None, 0
-        return dict(zip(self.names, means))
-
-# %% ../../nbs/08_training.ipynb #077
-def check_finite(meter: Meter, accelerator: Accelerator, saved: bool = True) -> None:
-    """RISError when a number was not finite, in any process: names the first such step and its terms, and whether anything is `saved`."""
-    lines = accelerator.gather(meter.watch[None])  # (processes, 1 + names)
-    for step, *numbers in lines[~lines.isfinite().all(1)].tolist():
-        terms = ", ".join(f"{name} {number:.4g}" for name, number in zip(meter.names, numbers))
-        raise RISError(f"step {int(step)} is not finite ({terms}): {'what was saved before is good' if saved else 'nothing was saved yet'}; "
-                       "train again with a lower lr, a warmup or a clip")
-
 # %% ../../nbs/08_training.ipynb #092
 @dataclass
 class Run:
@@ -163,7 +87,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     writer: object = None  # TensorBoard's, where asked for
     began: tuple[float, int] = (0.0, 0)  # the time and the step at which this process began
-    waited: float = 0.0  # seconds since then in which there was nothing to compute, for want of a batch
+    batches: Clocked | None = None  # the loader's, and how long the loop waited for them
 
 # %% ../../nbs/08_training.ipynb #094
 def save_run(run: Run) -> None:
@@ -191,34 +115,13 @@ def start_run(run: Run) -> None:
         if run.config.tensorboard:
             run.writer = open_tensorboard(run.folder, run.step)
 
-# %% ../../nbs/08_training.ipynb #098
-def open_tensorboard(run_dir: Path, step: int):
-    """A TensorBoard writer that drops what a killed run wrote after `step`. RISError without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RISError("tensorboard=True needs a package that is missing: pip install tensorboard") from error
-    return SummaryWriter(run_dir, purge_step=step + 1)
-
-# %% ../../nbs/08_training.ipynb #101
-def clocked(run: Run, loader):
-    """The batches of `loader`; the seconds in which their reader waits for one are added to `run.waited`."""
-    batches = iter(loader)
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        run.waited += time.perf_counter() - start
-        if batch is None:
-            return
-        yield batch
-
 # %% ../../nbs/08_training.ipynb #104
 def measure(run: Run) -> dict[str, float]:
     """The means since the last measurement and the learning rate of this step; since the start, the samples a second and
     "waiting", the share of the time in which the first process had no batch to work on."""
     seconds, steps = time.perf_counter() - run.began[0], run.step - run.began[1]
     return {**run.meter.read(run.accelerator), "lr": run.optimizer.param_groups[0]["lr"],
-            "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"), "waiting": round(run.waited / seconds, 3)}
+            "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"), "waiting": round(run.batches.waited / seconds, 3)}
 
 
 def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
@@ -262,29 +165,9 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
     if saves or validates:
         save_run(run)
 
-# %% ../../nbs/08_training.ipynb #110
-@contextmanager
-def together(run: Run):
-    """What runs inside ends with a `RISError` in one line when another process of the training is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if run.accelerator.num_processes == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise RISError(f"step {run.step + 1}: another process of this training is gone, killed or stopped by an error of its own; "
-                       "what was saved before is good: start all processes again to resume") from error
-
 # %% ../../nbs/08_training.ipynb #113
-def check_reached(model: nn.Module) -> None:
-    """`RISError` that names parameters without a gradient after a backward pass, for which other processes would wait."""
-    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
-    if idle:
-        raise RISError(f"no loss reaches {len(idle)} of the model's parameters, the first is {idle[0]}, and several processes exchange a gradient "
-                       "for each: freeze them (requires_grad_(False), or --freeze and the part), or train in one process")
-
-
-def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module, DataLoader]:
-    """All that `fit` needs, checked and brought to where the run stands: the run, the loss module and the loader."""
+def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module]:
+    """All that `fit` needs, checked and brought to where the run stands: the run and the loss module."""
     accelerator = make_accelerator(config.precision)
     open_run(folder, config, resume)
     loader = training_loader(dataset, config, rank=accelerator.process_index, world=accelerator.num_processes)
@@ -295,7 +178,8 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> 
     run = Run(folder, config, accelerator, model, optimizer, len(dataset))
     start_run(run)
     loader.batch_sampler.start = run.step
-    return run, loss_step, loader
+    run.batches = Clocked(loader)
+    return run, loss_step
 
 # %% ../../nbs/08_training.ipynb #114
 def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=False, progress=True) -> list[dict]:
@@ -306,8 +190,8 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
     Resuming a finished run returns its history; resuming an empty folder starts from the beginning.
     RISError: a folder in use, another config, model or data, numbers that are not finite, a full disk, another process lost.
     """
-    run, loss_step, loader = prepare(model, dataset, config, Path(run_dir), resume)
-    rank, batches = run.accelerator.process_index, clocked(run, loader)
+    run, loss_step = prepare(model, dataset, config, Path(run_dir), resume)
+    rank, batches = run.accelerator.process_index, iter(run.batches)
     model.train()
     hidden = not progress or rank > 0
     with together(run), tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=hidden) as bar:
