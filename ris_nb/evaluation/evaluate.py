@@ -28,7 +28,7 @@ from ..models.base import RISModel, evaluating
 
 # %% auto #0
 __all__ = ['PIXELS', 'pairs_at_once', 'cut', 'score_batch', 'device_of', 'machine_facts', 'run_share', 'evaluate',
-           'shuffle_expressions', 'loader_speed']
+           'shuffle_expressions']
 
 # %% ../../nbs/09_evaluation.ipynb #016
 PIXELS = 16 * 480**2  # one image for each expression of a forward pass: leaves full-size models room on a GPU of 24 GB (chapter 24)
@@ -140,21 +140,3 @@ def shuffle_expressions(referrals: Sequence[Referral], seed: int) -> list[Referr
     for i in order:
         result[i] = replace(referrals[i], sentences=tuple(next(moved) for _ in referrals[i].sentences))
     return result
-
-# %% ../../nbs/09_evaluation.ipynb #080
-def loader_speed(loader: DataLoader, seconds: float = 3.0) -> float:
-    """Samples (expressions) a second that `loader` gives to a reader who does nothing with them.
-
-    The first batch, which pays for starting the workers, is not counted. Stops after `seconds` or at the loader's end.
-    RISError when the loader has a single batch.
-    """
-    batches, samples = iter(loader), 0
-    next(batches, None)
-    start = time.perf_counter()
-    for batch in batches:
-        samples += len(batch)
-        if time.perf_counter() - start > seconds:
-            break
-    if not samples:
-        raise RISError("the loader has fewer than two batches, too few to time: use more data or a smaller batch size")
-    return samples / (time.perf_counter() - start)

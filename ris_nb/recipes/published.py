@@ -5,11 +5,11 @@
 # %% ../../nbs/workshop/published.ipynb #imp-e
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..contract import RISError
 from ..evaluation.report import Report, _table
