@@ -6,10 +6,10 @@ from parity import find_case, load_case, released_state
 from plain_sag import sag_inputs
 
 from ris_nb.contract import RISError
-from ris_nb.models.entity_slots import (SLOT_KINDS, Aggregation, EntityDiscovery, EntitySlots, SlotDecoder, compete, reconstruction_loss,
+from ris_nb.models.entity_slots import (SLOT_KINDS, Aggregation, EntityDiscovery, EntitySlots, compete, reconstruction_loss,
                                         start_as_kmeans)
 from ris_nb.models.released_sag import released_decoder_key, released_slots_key
-from ris_nb.models.repainting import reconstruct
+from ris_nb.models.repainting import SlotDecoder, reconstruct
 
 CASES = ("sag_tiny", "sag_tiny_random", "sag_tiny_query", "sag_tiny_nointer", "sag_tiny_transformer")
 SMALL = dict(gaussians=3, per_gaussian=2, iterations=3, heads=4, head_width=8, self_head_width=8, ffn=64)

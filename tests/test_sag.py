@@ -95,12 +95,13 @@ def test_released_numbers(name):
     model.vision.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     output = model(batch, eps)
     losses, extra = model.losses(output, batch), output.extra
-    similarity = torch.einsum("bd,nbd->bn", extra["text"], extra["z"])
+    z, (_, V_hat, alpha) = model.compare(output, batch)[0], model.repaint(output)
+    similarity = torch.einsum("bd,nbd->bn", extra["text"], z)
     found = {"txt_emb": extra["text"][:, None], "slots_init": model.entities.slots(len(image), eps), "slots": extra["slots"],
-             "A_slot": extra["A_slot"], "A_fuse": extra["A_fuse"], "cm_feat": extra["z"], "c3_sim": similarity, "c3": losses["c3"],
-             "recon_loss": losses["reconstruction"], "alpha": extra["alpha"], "maps": output.score.flatten(1),
+             "A_slot": extra["A_slot"], "A_fuse": extra["A_fuse"], "cm_feat": z, "c3_sim": similarity, "c3": losses["c3"],
+             "recon_loss": losses["reconstruction"], "alpha": alpha, "maps": output.score.flatten(1),
              "vit_tokens": tokens[0][:, ::16] if name == "sag_full" else tokens[0],
-             "recon": extra["V_hat"][:, ::16] if name == "sag_full" else extra["V_hat"]}
+             "recon": V_hat[:, ::16] if name == "sag_full" else V_hat}
     stored = set(case.arrays) - {"token_ids", "lengths", "image", "eps", "I_U"}
     assert stored <= set(found)
     for key in stored:
@@ -119,17 +120,40 @@ def test_released_numbers(name):
 
 
 def test_matching_pairs_are_those_of_all_pairs():
-    """Evaluation asks each sentence's own image alone, and gets what training gets for it among all pairs."""
+    """A mask asks each sentence's own image alone, and gets what the loss gets for it among all pairs."""
     model, noise = small(), some_noise(small(), 2)
     batch = some_batch(3, [1, 0, 1])
     with torch.no_grad():
-        asked = model(batch, noise)
-    every = model(batch, noise)
-    close(asked.score, every.score.detach(), 1e-6)
-    close(asked.extra["A_fuse"], every.extra["A_fuse"].detach(), 1e-6)
-    assert "z" not in asked.extra and "V_hat" not in asked.extra
-    with pytest.raises(RISError, match="no_grad"):
-        model.losses(asked, batch)
+        output = model(batch, noise)
+        _, A_fuse = model.fusion.all_pairs(output.extra["text"], *model.fusion.project(output.extra["slots"]))
+    close(output.extra["A_fuse"], A_fuse[batch.which, torch.arange(3)], 1e-6)
+    assert set(output.extra) == {"V", "slots", "A_slot", "A_fuse", "text", "autocast"}
+
+
+@pytest.mark.parametrize("changes", [{}, dict(fusion=False), dict(false_negatives="drop"), dict(discovery=False, reconstruction=0.0)])
+def test_losses_without_gradients(changes):
+    """`forward` answers the same and `losses` gives the same values where no gradient is recorded."""
+    model, batch = small(**changes), some_batch(3, [1, 0, 1])
+    noise = some_noise(model, 2)
+    recorded = model(batch, noise)
+    expected = model.losses(recorded, batch)
+    with torch.no_grad():
+        output = model(batch, noise)
+        losses = model.losses(output, batch)
+    assert set(losses) == set(expected) and not any(value.requires_grad for value in losses.values())
+    assert torch.equal(output.score, recorded.score)
+    for name, value in losses.items():
+        close(value, expected[name].detach(), 1e-6)
+
+
+def test_inference_computes_nothing_for_the_loss(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("part of the loss was computed")
+    model, batch = small(), some_batch()
+    for part, name in ((model.fusion, "all_pairs"), (model.fusion, "read"), (model.fusion.value, "forward"), (model.decoder, "forward")):
+        monkeypatch.setattr(part, name, fail)
+    monkeypatch.setattr(sag, "reconstruct", fail)
+    assert len(model.masks(model(batch), [(9, 7)] * 3)) == 3
 
 
 def test_sizes_are_read_off_the_weights(tmp_path):
@@ -168,14 +192,15 @@ def test_other_weights_are_refused(change, message):
 
 def asked(model, batch, noise):
     output = model(batch, noise)
-    return output.score.detach(), output.extra["V_hat"].detach(), model.losses(output, batch)["c3"].detach()
+    return output.score.detach(), model.repaint(output)[1].detach(), model.losses(output, batch)["c3"].detach()
 
 
 def test_sums_are_one():
     model, batch = small(), some_batch()
-    extra = model(batch, some_noise(model)).extra
-    for name, dim in (("A_slot", 1), ("A_fuse", 1), ("alpha", 1)):
-        close(extra[name].sum(dim).detach(), torch.ones_like(extra[name].sum(dim)), 1e-6)
+    output = model(batch, some_noise(model))
+    extra = output.extra
+    for shares in (extra["A_slot"], extra["A_fuse"], model.repaint(output)[2]):
+        close(shares.sum(1).detach(), torch.ones_like(shares.sum(1)), 1e-6)
     close(extra["A_slot"].mean(1).detach(), torch.full((3, 16), 1 / 6), 1e-6)
 
 
@@ -349,7 +374,7 @@ def test_false_negatives_can_be_dropped():
     for name, model in (("keep", keep), ("drop", drop)):
         output = model(batch, noise)
         losses[name] = model.losses(output, batch)["c3"].item()
-    s = torch.einsum("bd,nbd->bn", output.extra["text"], output.extra["z"]) / drop.temperature
+    s = torch.einsum("bd,nbd->bn", output.extra["text"], drop.compare(output, batch)[0]) / drop.temperature
     s[0, 3] = s[3, 0] = -math.inf
     assert losses["drop"] == pytest.approx(torch.nn.functional.cross_entropy(s, torch.arange(4)).item(), abs=1e-6)
     assert losses["drop"] < losses["keep"]
@@ -363,7 +388,7 @@ def test_weights_of_the_losses():
     assert other["c3"].item() == pytest.approx(0.5 * one["c3"].item()) and other["reconstruction"].item() == pytest.approx(3 * one["reconstruction"].item())
     alone = small(reconstruction=0.0)
     output = alone(batch, noise)
-    assert list(alone.losses(output, batch)) == ["c3"] and "V_hat" not in output.extra
+    assert list(alone.losses(output, batch)) == ["c3"]
     assert not any(p.requires_grad for p in alone.decoder.parameters())
 
 

@@ -8,9 +8,9 @@ from parity import find_case, load_case, make_weight, released_state
 from plain_sag import plain_masks, plain_sag, released_shapes, sag_inputs, sizes
 
 from ris_nb.contract import Batch
-from ris_nb.models.entity_slots import RandomSlots, SlotDecoder
+from ris_nb.models.entity_slots import RandomSlots
 from ris_nb.models.released_sag import released_sag_key
-from ris_nb.models.repainting import reconstruct
+from ris_nb.models.repainting import SlotDecoder, reconstruct
 from ris_nb.models.sag import SaG
 
 CASES = "sag_tiny", "sag_tiny_nointer", "sag_tiny_query", "sag_tiny_random", "sag_tiny_transformer"  # bench_sag.py computes the full size
@@ -64,10 +64,11 @@ def computed(model, image, ids, eps, which=None):
     for hook in hooks:
         hook.remove()
     extra, losses = output.extra, model.losses(output, batch)
+    z, (_, V_hat, alpha) = model.compare(output, batch)[0], model.repaint(output)
     return caught | {
         "slots": extra["slots"], "A_slot": extra["A_slot"], "A_fuse": extra["A_fuse"], "txt_emb": extra["text"][:, None],
-        "cm_feat": extra["z"], "recon": extra["V_hat"], "alpha": extra["alpha"], "maps": output.score.flatten(1), "c3": losses["c3"],
-        "c3_sim": torch.einsum("jd,ijd->ji", extra["text"], extra["z"]).detach(), "recon_loss": losses["reconstruction"]}
+        "cm_feat": z, "recon": V_hat, "alpha": alpha, "maps": output.score.flatten(1), "c3": losses["c3"],
+        "c3_sim": torch.einsum("jd,ijd->ji", extra["text"], z).detach(), "recon_loss": losses["reconstruction"]}
 
 
 def inputs(spec):

@@ -5,20 +5,18 @@
 # %% ../../nbs/14_entity_slots.ipynb #003
 from __future__ import annotations
 
-from functools import partial
 from math import log
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..contract import RISError
 from .mask_decoder import sine_positions
 
 # %% auto #0
 __all__ = ['SLOT_KINDS', 'compete', 'EntitySlots', 'RandomSlots', 'QuerySlots', 'split_heads', 'merge_heads', 'FeedForward',
-           'Aggregation', 'Interaction', 'EntityDiscovery', 'reconstruction_loss', 'SlotDecoder', 'start_as_kmeans']
+           'Aggregation', 'Interaction', 'EntityDiscovery', 'reconstruction_loss', 'start_as_kmeans']
 
 # %% ../../nbs/14_entity_slots.ipynb #012
 def compete(scores: Tensor, competition: str = "slots") -> tuple[Tensor, Tensor]:
@@ -209,47 +207,6 @@ def reconstruction_loss(V_hat: Tensor, V: Tensor) -> Tensor:
     """Mean squared error of V_hat (N, P, d) from the features V, which get no gradient: a scalar, the mean over the images."""
     exact = torch.promote_types(V_hat.dtype, torch.float32)
     return (V_hat.to(exact) - V.detach().to(exact)).square().flatten(1).mean(1).mean()
-
-# %% ../../nbs/14_entity_slots.ipynb #071
-class SlotDecoder(nn.Module):
-    """SaG's slot decoder (ICCV 2023): each slot paints all patches, and alpha mixes the paintings patch by patch.
-
-    An MLP of four layers (`hidden` ReLUs) reads slot + position (learned, for grids of up to `table` rows and columns) and says d
-    features and one logit; alpha is the logits' softmax over the slots. Patches are computed in chunks of about `chunk` numbers
-    a layer, and once more for the gradient, so that little is kept. To train, see `reconstruct`.
-    """
-
-    def __init__(self, width: int, feature_width: int, hidden: int = 512, table: int = 50, chunk: int = 2**20):
-        super().__init__()
-        self.rows, self.columns = (nn.Embedding.from_pretrained(torch.rand(table, width // 2), freeze=False) for _ in range(2))
-        widths, self.chunk = (width, hidden, hidden, hidden, feature_width + 1), chunk
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths, widths[1:]))
-
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """(h, w) -> (h * w, width): columns in the first half, rows in the second. `RISError` for a grid beyond the table."""
-        h, w = grid
-        if max(grid) > (table := len(self.rows.weight)):
-            raise RISError(f"a grid of {h} x {w} patches is beyond the slot decoder's {table} positions: use a smaller image")
-        columns, rows = self.columns.weight[:w].expand(h, -1, -1), self.rows.weight[:h, None].expand(-1, w, -1)
-        return torch.cat([columns, rows], -1).flatten(0, 1)
-
-    def mix(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """First layer of slots a (N, K, H) and of p positions b (p, H) -> mixed third layer (N, p, H), alpha (N, p, K)."""
-        h = F.relu(a[:, None] + b[:, None], inplace=True)  # (N, p, K, H)
-        for layer in self.layers[1:3]:
-            h = F.relu(layer(h), inplace=True)
-        logits = F.linear(h, self.layers[3].weight[-1:])[..., 0]  # the bias is the same for all slots
-        alpha = logits.softmax(-1, dtype=torch.promote_types(h.dtype, torch.float32))
-        return (alpha.to(h.dtype)[:, :, None] @ h)[:, :, 0], alpha
-
-    def forward(self, slots: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """slots (N, K, D), grid (h, w) -> V_hat (N, P, d), alpha (N, K, P) of sum one over the slots."""
-        first, last = self.layers[0], self.layers[3]
-        mix = partial(checkpoint, self.mix, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else self.mix
-        a = F.linear(slots, first.weight)  # W (s + p) + b = W s + (W p + b)
-        b = F.linear(self.positions(grid), first.weight, first.bias)
-        h, alpha = (torch.cat(parts, 1) for parts in zip(*(mix(a, part) for part in b.split(max(1, self.chunk // a.numel())))))
-        return F.linear(h, last.weight[:-1], last.bias[:-1]), alpha.mT
 
 # %% ../../nbs/14_entity_slots.ipynb #096
 @torch.no_grad()

@@ -15,6 +15,13 @@ from .entity_slots import FeedForward, merge_heads, split_heads
 # %% auto #0
 __all__ = ['SCHEMES', 'ModalityFusion', 'relevance_map']
 
+# %% ../../nbs/15_modality_fusion.ipynb #016a
+def _own(x: Tensor, text: Tensor, which: Tensor | None) -> Tensor:
+    """Of a table x (N, ...) of images, the row of each sentence's own image (B, ...)."""
+    if which is None and len(text) != len(x):
+        raise RISError(f"{len(text)} sentences cannot be matched with {len(x)} images one by one: give `which`")
+    return x if which is None else x[which]
+
 # %% ../../nbs/15_modality_fusion.ipynb #017
 class ModalityFusion(nn.Module):
     """The modality fusion of SaG (ICCV 2023), "gather": a sentence reads slots, in one pre-norm decoder layer.
@@ -36,12 +43,15 @@ class ModalityFusion(nn.Module):
         slots = self.slot_norm(slots)
         return split_heads(self.key(slots), self.heads), split_heads(self.value(slots), self.heads)
 
-    def read(self, text: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """text (N or 1, b, D): b sentences for each image, or the same b for all -> z (N, b, D), A_fuse (N, b, K)."""
-        exact = torch.promote_types(text.dtype, torch.float32)
+    def attend(self, text: Tensor, k: Tensor) -> Tensor:
+        """text (N or 1, b, D): b sentences for each image, or the same b for all -> attention (N, heads, b, K), rows summing to 1."""
         q = split_heads(self.query(self.text_norm(text)), self.heads) * k.shape[-1] ** -0.5  # (N or 1, heads, b, head_width)
-        A = (q @ k.mT).softmax(-1, dtype=exact)  # (N, heads, b, K): each sentence divides its attention
-        c = text.to(exact) + self.dropout(self.out(merge_heads(A.to(v.dtype) @ v)))  # images differ in its third digit
+        return (q @ k.mT).softmax(-1, dtype=torch.promote_types(text.dtype, torch.float32))
+
+    def read(self, text: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """text (N or 1, b, D), as in `attend` -> z (N, b, D), A_fuse (N, b, K)."""
+        A = self.attend(text, k)
+        c = text.to(A.dtype) + self.dropout(self.out(merge_heads(A.to(v.dtype) @ v)))  # in float32: images differ in its third digit
         c = c + self.feed_forward(c)
         return F.normalize(c, dim=-1), A.mean(1)
 
@@ -50,12 +60,13 @@ class ModalityFusion(nn.Module):
 
         k and v (N, heads, K, head_width) come from `project`. RISError: without `which`, B must be N.
         """
-        if which is not None:
-            k, v = k[which], v[which]
-        elif len(text) != len(k):
-            raise RISError(f"{len(text)} sentences cannot be matched with {len(k)} images one by one: give `which`")
-        z, A_fuse = self.read(text[:, None], k, v)
+        z, A_fuse = self.read(text[:, None], *(_own(x, text, which) for x in (k, v)))
         return z[:, 0], A_fuse[:, 0]
+
+    def attention(self, text: Tensor, slots: Tensor, which: Tensor | None = None) -> Tensor:
+        """`A_fuse` (B, K) of `forward` for text (B, D) and slots (N, K, D), without `z`: all that a mask needs."""
+        k = split_heads(self.key(self.slot_norm(slots)), self.heads)
+        return self.attend(text[:, None], _own(k, text, which)).mean(1)[:, 0]
 
     def all_pairs(self, text: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Every sentence reads every image: text (B, D) -> z (N, B, D) of length one, A_fuse (N, B, K), image first."""

@@ -10,24 +10,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Batch, Output, RISError
 from ..data.tokenizer import SPECIAL
+from ..distributed import processes
 from ..encoders.language import TextEncoder
 from ..encoders.pretraining import TINY_VIT, pretrained_tagger
 from ..encoders.vision import ViT
 from .base import RISModel
 from .c3_loss import c3_loss, gather_images, image_codes, same_image
-from .entity_slots import EntityDiscovery, SlotDecoder, start_as_kmeans
+from .entity_slots import EntityDiscovery, start_as_kmeans
 from .lavt import LAVT
 from .layers import BERT_BASE, keep_sizes, start_pretrained, word_rows
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map
 from .released import load_released
 from .released_sag import UNUSED, released_sag, released_sag_key, released_sag_sizes
-from .repainting import reconstruct
+from .repainting import SlotDecoder, reconstruct
 from ..registry import register_model
 
 # %% auto #0
@@ -118,47 +118,50 @@ class SaG(RISModel):
 
     def forward(self, batch: Batch, noise: Tensor | None = None) -> Output:
         """`score` (B, h, w): relevance of each patch; `word_features` (B, L', E) up to the batch's longest sentence. `noise`
-        (N, K, D): see `sample`.
-
-        `extra`: `V` (N, P, d), `slots` (N, K, D), `A_slot` (N, K, P), `A_fuse` (B, K), `text` (B, D); and, where gradients
-        are recorded, what the losses need: see `compare` and `error`, `V_hat` (N, P, d), `alpha` (N, K, P) of `reconstruct`.
+        (N, K, D): see `sample`. `extra`: `V` (N, P, d), `slots` (N, K, D), `A_slot` (N, K, P), `A_fuse` (B, K), `text` (B, D);
+        and `autocast`, the dtype of mixed precision, or None, for the networks that only the losses need.
         """
-        grid = tuple(side // self.vision.patch for side in batch.image.shape[-2:])
+        device, grid = batch.image.device.type, tuple(side // self.vision.patch for side in batch.image.shape[-2:])
         V = self.vision(batch.image)[:, 1:]  # (N, P, d), without [CLS]
         slots, A_slot = self.entities(V, grid, self.sample(len(V), noise))
         longest = int(batch.words.any(0).nonzero().max()) + 1
         l = self.text(batch.ids[:, :longest], batch.words[:, :longest])  # (B, L', E): BERT needn't read padding
-        extra = {"V": V, "slots": slots, "A_slot": A_slot, "text": self.sentence(l[:, 0])}
-        if torch.is_grad_enabled():
-            extra |= self.compare(extra["text"], slots, batch)
-            if self.reconstruction:
-                extra["error"], extra["V_hat"], extra["alpha"] = reconstruct(self.decoder, slots, grid, V)
-        else:
-            extra["A_fuse"] = self.fusion(extra["text"], *self.fusion.project(slots), batch.which)[1]
-        M = relevance_map(extra["A_fuse"], A_slot if batch.which is None else A_slot[batch.which], self.scheme)
-        return Output(M.unflatten(1, grid), l, extra=extra)
+        text = self.sentence(l[:, 0])
+        A_fuse = self.fusion.attention(text, slots, batch.which)
+        M = relevance_map(A_fuse, A_slot if batch.which is None else A_slot[batch.which], self.scheme)
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return Output(M.unflatten(1, grid), l, extra={"V": V, "slots": slots, "A_slot": A_slot, "A_fuse": A_fuse, "text": text, "autocast": autocast})
 
-    def compare(self, text: Tensor, slots: Tensor, batch: Batch) -> dict[str, Tensor | None]:
-        """Every sentence of this process asks every image of all processes: `z` (images, B, D); `own` (B,), where its own
-        image stands among them; `A_fuse` (B, K), what it reads there; `same` (B, images), see `c3_loss`."""
-        sentences = torch.arange(len(text), device=text.device)
-        which = sentences if batch.which is None else batch.which
-        own = which + len(slots) * (dist.get_rank() if dist.is_available() and dist.is_initialized() else 0)
-        z, A = self.fusion.all_pairs(text, *self.fusion.project(gather_images(slots)))
+    def compare(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Every sentence of this process reads every image of all processes -> z (images, B, D); own (B,), where a sentence's own
+        image stands among them; same (B, images), see `c3_loss`, or None."""
+        text, slots = output.extra["text"], output.extra["slots"]
+        which = torch.arange(len(text), device=text.device) if batch.which is None else batch.which
+        with self._as_in_forward(output):
+            z, _ = self.fusion.all_pairs(text, *self.fusion.project(gather_images(slots)))
         same = None
         if self.drop_same:
             codes = image_codes(batch.image_id, text.device)
             same = same_image(codes[which], gather_images(codes))
-        return {"z": z, "own": own, "A_fuse": A[own, sentences], "same": same}
+        return z, which + len(slots) * processes()[0], same
+
+    def repaint(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
+        """The reconstruction error, V_hat (N, P, d) and alpha (N, K, P) of `reconstruct`."""
+        with self._as_in_forward(output):
+            return reconstruct(self.decoder, output.extra["slots"], tuple(output.score.shape[-2:]), output.extra["V"])
+
+    @staticmethod
+    def _as_in_forward(output: Output) -> torch.autocast:
+        """The mixed precision in which `forward` ran, whatever surrounds the losses."""
+        dtype = output.extra["autocast"]
+        return torch.autocast(output.score.device.type, dtype, enabled=dtype is not None)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """{"c3": `c3_loss`, "reconstruction": the error of `reconstruct`}, weighted; no mask is looked at."""
-        extra = output.extra
-        if "z" not in extra:
-            raise RISError("SaG's losses compare all pairs of a batch, which forward leaves out under torch.no_grad()")
-        losses = {"c3": self.c3 * c3_loss(extra["text"], extra["z"], extra["own"], self.temperature, extra["same"], self.detach)}
+        """{"c3": `c3_loss` of all pairs, "reconstruction": the error of `reconstruct`}, weighted; no mask is looked at."""
+        z, own, same = self.compare(output, batch)
+        losses = {"c3": self.c3 * c3_loss(output.extra["text"], z, own, self.temperature, same, self.detach)}
         if self.reconstruction:
-            losses["reconstruction"] = self.reconstruction * extra["error"]
+            losses["reconstruction"] = self.reconstruction * self.repaint(output)[0]
         return losses
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -257,15 +260,17 @@ class DotFusion(nn.Module):
     with the text says.
     """
 
+    def relevance(self, text: Tensor, slots: Tensor) -> Tensor:
+        """text (B, D), slots (N, K, D) -> (N, B, K) of sum one: of all pairs, which cost next to nothing without a network."""
+        return (torch.einsum("bd,nkd->nbk", text, slots) * slots.shape[-1] ** -0.5).float().softmax(-1)
+
     def project(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         return slots, slots
 
-    def forward(self, text: Tensor, k: Tensor, v: Tensor, which: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z, A = self.all_pairs(text, k, v)  # (N, B, D), (N, B, K): without a network all pairs cost next to nothing
+    def attention(self, text: Tensor, slots: Tensor, which: Tensor | None = None) -> Tensor:
         b = torch.arange(len(text), device=text.device)
-        return (z[b, b], A[b, b]) if which is None else (z[which, b], A[which, b])
+        return self.relevance(text, slots)[b if which is None else which, b]
 
     def all_pairs(self, text: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         z = F.normalize(v.float().mean(1), dim=-1)[:, None].expand(-1, len(text), -1)
-        relevance = torch.einsum("bd,nkd->nbk", text, k) * k.shape[-1] ** -0.5
-        return z, relevance.float().softmax(-1)
+        return z, self.relevance(text, k)
