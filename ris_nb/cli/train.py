@@ -12,7 +12,7 @@ import shlex
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_type_hints
 
 from tyro.conf import arg
 
@@ -109,7 +109,8 @@ def train_flags(words: list[str] = ()) -> type[Train]:
     config = recipe.config(world) if recipe else TrainConfig(**TINY_RECIPE)
     if said["from"] is not None:  # what the trained model settles
         values = {name: value for name, value in values.items() if name not in ("model", "pretrained", "image_size", "freeze")}
-    changed = [(f.name, f.type, field(default=values[f.name])) for f in fields(Train) if f.name in values]
+    types = get_type_hints(Train, include_extras=True)  # a type and not its text: the new class knows no names of this module
+    changed = [(f.name, types[f.name], field(default=values[f.name])) for f in fields(Train) if f.name in values]
     if number(said["steps"]):  # a warmup that is not given is shorter than the run
         steps = number(said["steps"])
         config = replace(config, steps=steps, warmup=config.warmup if config.warmup < steps else steps // 10)
