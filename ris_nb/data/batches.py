@@ -36,20 +36,26 @@ def _open_image(source) -> Image.Image:
         return image
 
 
-def _reason(source, error: Exception) -> str:
+def _complaint(source, error: Exception) -> str:
+    """What is wrong with an image that PIL can't open, and the way out."""
+    known = {FileNotFoundError: "no such image; check the path", IsADirectoryError: "is a folder, not an image; name a file in it"}
+    if type(error) in known:
+        return known[type(error)]
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        return f"over {Image.MAX_IMAGE_PIXELS:,} pixels, perhaps a decompression bomb; scale it down"
+    reason = "the data ends early" if "truncated" in str(error).lower() else f"corrupt data, {type(error).__name__}"
     if isinstance(source, np.ndarray):
-        return "an array must be uint8 of shape (H, W) or (H, W, 3)"
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "no image format that PIL knows"
-    return "the data ends early" if "truncated" in str(error).lower() else f"corrupt data, {type(error).__name__}"
+        reason = "an array must be uint8 of shape (H, W) or (H, W, 3)"
+    elif isinstance(error, Image.UnidentifiedImageError):
+        reason = "no image format that PIL knows"
+    return f"can't be read as an image ({reason}); replace it or leave it out"
 
 # %% ../../nbs/04_batches.ipynb #011
 def read_image(source: str | Path | Image.Image | np.ndarray, upright: bool = False) -> Image.Image:
     """The RGB image of a file, a PIL image, or a uint8 array (H, W) or (H, W, 3).
 
     Pixels stay as they are stored, because annotations refer to stored pixels. `upright=True` turns a photo as its EXIF
-    orientation asks, for photos that only a person has looked at.
-    Raises `RISError` for a missing, truncated or corrupt file, one that is no image, one of more than
+    orientation asks. Raises `RISError` for a missing, truncated or corrupt file, one that is no image, one of more than
     `PIL.Image.MAX_IMAGE_PIXELS` pixels, and more than 8 bits a channel.
     """
     name = source if isinstance(source, (str, Path)) else "the image"
@@ -57,25 +63,23 @@ def read_image(source: str | Path | Image.Image | np.ndarray, upright: bool = Fa
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = _open_image(source)
-    except FileNotFoundError:
-        raise RISError(f"{name}: no such image; check the path") from None
-    except IsADirectoryError:
-        raise RISError(f"{name}: is a folder, not an image; name a file in it") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise RISError(f"{name}: over {Image.MAX_IMAGE_PIXELS:,} pixels, perhaps a decompression bomb; scale it down") from None
     except Exception as error:  # on broken data PIL's decoders raise almost anything
-        raise RISError(f"{name}: can't be read as an image ({_reason(source, error)}); replace it or leave it out") from error
+        raise RISError(f"{name}: {_complaint(source, error)}") from (None if isinstance(error, FileNotFoundError) else error)
     if image.mode.startswith(("I", "F")):
         raise RISError(f"{name}: has more than 8 bits a channel (mode {image.mode}); save it as 8-bit RGB")
     if upright:
         image = ImageOps.exif_transpose(image)
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies, even to the same mode
 
-# %% ../../nbs/04_batches.ipynb #020
+# %% ../../nbs/04_batches.ipynb #n01
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def _squash(image: Image.Image, size: int, method: Image.Resampling) -> np.ndarray:
+    return np.array(image if image.size == (size, size) else image.resize((size, size), method))
+
+# %% ../../nbs/04_batches.ipynb #020
 class Transform:
     """Squash to `size` x `size` pixels and normalise: bilinear for images, nearest for masks, nothing random.
 
@@ -88,19 +92,15 @@ class Transform:
         self._shift = 255 * torch.tensor(self.mean).view(3, 1, 1)
         self._scale = 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
 
-    def _squash(self, image: Image.Image, method: Image.Resampling) -> np.ndarray:
-        square = (self.size, self.size)
-        return np.array(image if image.size == square else image.resize(square, method))
-
     def image(self, image: Image.Image) -> Tensor:
         """RGB image of any size -> (3, S, S) float32."""
-        pixels = torch.from_numpy(self._squash(image, Image.Resampling.BILINEAR))  # (S, S, 3) uint8
-        return pixels.permute(2, 0, 1).contiguous().float().sub_(self._shift).mul_(self._scale)
+        pixels = torch.from_numpy(_squash(image, self.size, Image.Resampling.BILINEAR))  # (S, S, 3) uint8
+        return pixels.permute(2, 0, 1).contiguous().float().sub_(self._shift).mul_(self._scale)  # bytes move faster than floats
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """Bool array (H, W) -> bool tensor (S, S)."""
         pixels = Image.fromarray(np.asarray(mask, dtype=bool).view(np.uint8))
-        return torch.from_numpy(self._squash(pixels, Image.Resampling.NEAREST)).bool()
+        return torch.from_numpy(_squash(pixels, self.size, Image.Resampling.NEAREST)).bool()
 
 # %% ../../nbs/04_batches.ipynb #045
 def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer, transform: Transform,
@@ -119,25 +119,33 @@ def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer
         size=[tuple(referral.size) for referral, _ in pairs],
         truth=[whole[id(referral)] for referral, _ in pairs] if masks and truth else None)
 
+# %% ../../nbs/04_batches.ipynb #n06
+def _checked(referrals: Iterable[Referral], masks: bool) -> list[Referral]:
+    """The referrals as a list; `RISError` where there is none, or one lacks an expression or a needed mask."""
+    referrals = list(referrals)
+    if not referrals:
+        raise RISError("no referrals to read: choose another split; `ris-nb data check` shows what a data root holds")
+    for referral in referrals:
+        name = f"referral {referral.ref_id} of {referral.image_path.name}"
+        if not referral.sentences or not all(sentence.text.strip() for sentence in referral.sentences):
+            raise RISError(f"{name}: has no expression, or an empty one; mend it or drop it")
+        if masks and not referral.has_mask:
+            raise RISError(f"{name}: has no mask; use data with masks, or a model that trains without them")
+    return referrals
+
 # %% ../../nbs/04_batches.ipynb #050
 class ReferralDataset(Dataset):
-    """Referrals as items, each a `Batch` of one image.
+    """Referrals as items, each a `Batch` of one image. With `masks=False` no mask is ever read.
 
     Training (`every=False`): one item an object. The index is `(i, draw)`: object i, sentence number `draw` modulo its
     sentences; a plain `i` is `(i, 0)`. Evaluation (`every=True`): one item an image, with every sentence about each of
-    its objects, in the order in which images first appear. With `masks=False` no mask is ever read.
-    Raises `RISError` for a split without referrals and for a referral without a sentence or without a needed mask.
+    its objects, in the order in which images first appear. Raises `RISError` for referrals that can't be used.
     """
 
-    def __init__(self, referrals: Iterable[Referral], tokenizer: Tokenizer, transform: Transform,
-                 every: bool = False, masks: bool = True):
-        self.referrals, self.every, self.masks = list(referrals), every, masks
-        self.tokenizer, self.transform = tokenizer, transform
-        if not self.referrals:
-            raise RISError("no referrals to read: choose another split; `ris-nb data check` shows what a data root holds")
-        self.images: dict[Path, list[Referral]] = {}  # in evaluation item i is the i-th of these
+    def __init__(self, referrals: Iterable[Referral], tokenizer: Tokenizer, transform: Transform, every: bool = False, masks: bool = True):
+        self.referrals, self.tokenizer, self.transform = _checked(referrals, masks), tokenizer, transform
+        self.every, self.masks, self.images = every, masks, {}  # images: path -> referrals; in evaluation item i is the i-th
         for referral in self.referrals:
-            _check_referral(referral, masks)
             self.images.setdefault(referral.image_path, []).append(referral)
         self._groups = list(self.images.values())
 
@@ -145,21 +153,10 @@ class ReferralDataset(Dataset):
         return len(self._groups) if self.every else len(self.referrals)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
-        if self.every:
-            pairs = [(referral, sentence) for referral in self._groups[index] for sentence in referral.sentences]
-        else:
-            i, draw = index if isinstance(index, tuple) else (index, 0)
-            sentences = self.referrals[i].sentences
-            pairs = [(self.referrals[i], sentences[draw % len(sentences)])]
-        return encode_item(pairs, self.tokenizer, self.transform, self.masks, truth=self.every)
-
-
-def _check_referral(referral: Referral, masks: bool) -> None:
-    name = f"referral {referral.ref_id} of {referral.image_path.name}"
-    if not referral.sentences or not all(sentence.text.strip() for sentence in referral.sentences):
-        raise RISError(f"{name}: has no expression, or an empty one; mend it or drop it")
-    if masks and not referral.has_mask:
-        raise RISError(f"{name}: has no mask; use data with masks, or a model that trains without them")
+        i, draw = index if isinstance(index, tuple) else (index, 0)
+        group = self._groups[i] if self.every else [self.referrals[i]]
+        pairs = [(referral, sentence) for referral in group for sentence in referral.sentences]
+        return encode_item(pairs if self.every else [pairs[draw % len(pairs)]], self.tokenizer, self.transform, self.masks, truth=self.every)
 
 # %% ../../nbs/04_batches.ipynb #055
 def collate(items: Sequence[Batch]) -> Batch:
@@ -192,7 +189,7 @@ class DrawSampler(Sampler):
         order, draws = random.permutation(self.n), random.integers(2**31, size=self.n)
         return zip(order.tolist(), draws.tolist())
 
-
+# %% ../../nbs/04_batches.ipynb #n07
 def make_loader(dataset: ReferralDataset, batch_size: int, seed: int = 0, workers: int = 0) -> DataLoader:
     """Batches of `batch_size` items: whole ones in random order for training, all of them in order for evaluation.
 
