@@ -94,6 +94,12 @@ class Checkpointed(nn.Module, PyTorchModelHubMixin):
     The arguments of a subclass must be JSON values: they are the config.
     """
 
+    _beside: dict[str, str] = {}  # argument -> the name of the file beside config.json that may hold it
+
+    def _files(self) -> dict[str, str]:
+        """Texts to keep beside config.json, by the names of their files."""
+        return {}
+
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **options):
         """Write config.json and model.safetensors into a folder. `RISError` where that fails; old files stay then.
 
@@ -101,6 +107,9 @@ class Checkpointed(nn.Module, PyTorchModelHubMixin):
         """
         folder = Path(save_directory)
         config = {"class": type(self).__name__, **self._hub_mixin_config}
+        for name, text in self._files().items():
+            with replacing(folder / name) as file:
+                file.write_text(text, encoding="utf-8")
         with replacing(folder / "config.json") as settings:  # nested: both are written before either takes its place
             settings.write_text(json.dumps(config, indent=1), encoding="utf-8")
             with replacing(folder / "model.safetensors") as weights:
@@ -125,17 +134,21 @@ class Checkpointed(nn.Module, PyTorchModelHubMixin):
         """The mixin's `from_pretrained` ends here, with what config.json holds and the caller's own settings."""
         if (config or {}).get("class") != cls.__name__:
             raise RISError(f"{model_id}: holds {_kind(config)}, but {cls.__name__} was asked for; load_model takes either")
+
+        def file(name: str) -> Path:
+            if Path(model_id).is_dir():
+                return Path(model_id) / name
+            return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
+                                        force_download=force_download, local_files_only=local_files_only))
+
         arguments = {**config, **settings}
         del arguments["class"]
+        arguments |= {key: file(name) for key, name in cls._beside.items() if arguments.get(key) == name}
         try:
             model = cls(**arguments)
         except TypeError as error:
             raise RISError(f"{model_id}: config.json doesn't fit {cls.__name__} ({error})") from error
-        file = Path(model_id) / "model.safetensors"
-        if not Path(model_id).is_dir():
-            file = hf_hub_download(model_id, file.name, revision=revision, cache_dir=cache_dir, token=token,
-                                   force_download=force_download, local_files_only=local_files_only)
-        _load_strictly(model, Path(file))
+        _load_strictly(model, file("model.safetensors"))
         return model.eval()
 
 

@@ -42,11 +42,12 @@ class RISError(ValueError):
 # %% ../nbs/workshop/contract.ipynb #042
 @dataclass
 class Batch:
-    """N images and the B expressions that speak of them.
+    """N images and the B expressions that refer to them.
 
-    `which` (B,) names the image of each expression; None says that expression i speaks of image i. `mask` is the truth
+    `which` (B,) names the image of each expression; None says that expression i refers to image i. `mask` is the truth
     at the model's size, `truth` the truth at the original size (in evaluation alone); None where masks aren't read.
-    `size` is the original (height, width) of the image that each expression speaks of. Images are normalised.
+    `size` is the original (height, width) of the image that each expression refers to. Images are normalised. `encoded` is
+    what the model's own `encode_image` made of these images, where that was done before; a model then reads no pixel.
     """
 
     image: Tensor                           # (N, 3, H, W) float32
@@ -59,6 +60,7 @@ class Batch:
     kind: list[str] | None = None           # B
     size: list[tuple[int, int]] | None = None  # B
     truth: list[np.ndarray] | None = None   # B of (h, w) bool
+    encoded: Any = None                     # whatever the model's encode_image returns
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
 from pathlib import Path
+from traceback import extract_tb, walk_tb
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,10 +32,11 @@ if TYPE_CHECKING:
     from ris_nb.models.base import RISModel
 
 # %% auto #0
-__all__ = ['register_model', 'list_models', 'create_model', 'load_model', 'shipped_checkpoint']
+__all__ = ['ENTRY_POINTS', 'register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint', 'load_model']
 
 # %% ../nbs/workshop/registry.ipynb #083
 _CLASSES: dict[str, type[RISModel]] = {}
+_MODELS: dict[str, Callable[..., RISModel]] = {}
 
 
 def _enter(table: dict, thing) -> None:
@@ -43,19 +49,18 @@ def _enter(table: dict, thing) -> None:
         raise RISError(f"{thing.__module__}.{thing.__qualname__}: the name belongs to {known.__module__}.{known.__qualname__} already; choose another")
     table[thing.__name__] = thing
 
-# %% ../nbs/workshop/registry.ipynb #085
-_MODELS: dict[str, Callable[..., RISModel]] = {}
-
 
 def register_model(function: Callable[..., RISModel]) -> Callable[..., RISModel]:
     """Decorator: the function, called with `pretrained=False, **overrides`, makes the model of its own name.
 
     Raises `RISError` where another function has the name already.
     """
+    if function.__module__ not in ("__main__", _written(_FUNCTION).get(function.__name__)):
+        _look_up(function.__name__, _MODELS, _FUNCTION)  # the library's own comes first, imported or not
     _enter(_MODELS, function)
     return function
 
-
+# %% ../nbs/workshop/registry.ipynb #n03
 @cache
 def _written(pattern: str) -> dict[str, str]:
     """Which module of the library defines which name, by a pattern with one group for the name. It is read off the text of
@@ -78,17 +83,71 @@ def _naming_packages(name: str):
             raise
         raise RISError(f"{name} needs the package {package}, which is not installed: pip install {package}") from error
 
+# %% ../nbs/workshop/registry.ipynb #n04
+ENTRY_POINTS = "ris_nb.models"  # the group under which an installed package names modules with models
+_loaded_entry_points: set[str] = set()
 
-def _look_up(name: str, table: dict, pattern: str):
-    """What `table` holds under a name, after importing the module of the library that enters it; None where nobody does."""
+
+def _load_entry_points() -> None:
+    """Import what installed packages offer, each once. `RISError` names one that can't be imported."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.value not in _loaded_entry_points:
+            try:
+                entry.load()
+            except RISError:
+                raise
+            except Exception as error:  # somebody else's code may raise anything
+                raise RISError(f"the entry point {entry.name} = {entry.value} can't be imported ({type(error).__name__}: "
+                               f"{_first_line(error)}); mend or uninstall its package") from error
+            _loaded_entry_points.add(entry.value)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:150]
+
+
+def _look_up(name: str, table: dict, pattern: str, elsewhere: bool = False):
+    """What `table` holds under a name, after importing the module of the library that enters it; `elsewhere`: installed packages,
+    too. None where nobody does."""
     if name not in table and name in _written(pattern):
         with torch.device("cpu"), _naming_packages(name):  # a module is read the same, whichever device the caller has set
             import_module(_written(pattern)[name])
+    if name not in table and elsewhere:
+        _load_entry_points()
     return table.get(name)
 
+# %% ../nbs/workshop/registry.ipynb #n06
+def import_file(path: str | Path) -> None:
+    """Import a Python file, so that the models that it registers and the classes that it defines are known. Twice is once.
 
+    Its folder is on `sys.path` while it is read, so it may import its neighbours. Raises `RISError` where there is no such
+    file, or running it fails.
+    """
+    file = Path(path).resolve()
+    if not file.is_file() or file.suffix != ".py":
+        raise RISError(f"{path}: {'is no Python file' if file.exists() else 'no such file'}; give the path of a .py file")
+    name = f"ris_nb_import_{re.sub(r'[^0-9a-zA-Z_]', '_', file.stem)}_{sha256(str(file).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return
+    spec = spec_from_file_location(name, file)
+    sys.modules[name] = module = module_from_spec(spec)
+    sys.path.insert(0, str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, RISError) or not isinstance(error, Exception):
+            raise
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
+        raise RISError(f"{path}, line {line}: {type(error).__name__}: {_first_line(error)}; mend the file") from error
+    finally:
+        sys.path.remove(str(file.parent))
+
+# %% ../nbs/workshop/registry.ipynb #085
 def list_models() -> list[str]:
-    """The names that `create_model` knows."""
+    """The names that `create_model` knows, those of installed packages too."""
+    _load_entry_points()
     return sorted({*_MODELS, *_written(_FUNCTION)})
 
 
@@ -97,7 +156,7 @@ def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
 
     Raises `RISError` for a name or an argument that there isn't.
     """
-    make = _look_up(name, _MODELS, _FUNCTION)
+    make = _look_up(name, _MODELS, _FUNCTION, elsewhere=True)
     if make is None:
         raise RISError(f"no model is called {name!r}; there are {', '.join(list_models())}")
     try:
@@ -105,12 +164,45 @@ def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
             return make(pretrained=pretrained, **overrides)
     except TypeError as error:
         found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-        if not found or found[2] not in overrides or found[1] not in _CLASSES:
+        kind = next((type(frame.f_locals["self"]) for frame, _ in walk_tb(error.__traceback__) if "self" in frame.f_locals), object)
+        if not found or found[2] not in overrides or found[1] not in [base.__name__ for base in kind.__mro__]:
             raise
-        known = [argument for argument in signature(_CLASSES[found[1]]).parameters if argument != "shared"]
+        known = _arguments(kind)
         raise RISError(f"{name} has no argument {found[2]!r}; it takes {', '.join(get_close_matches(found[2], known) or known)}") from None
 
 
+def _arguments(kind: type) -> list[str]:
+    """The names of the arguments that a class takes; where it hands on `**shared`, those of its bases, too."""
+    known = {}
+    for base in (base for base in kind.__mro__ if "__init__" in vars(base)):
+        parameters = signature(base.__init__).parameters.values()
+        known |= {p.name: None for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return list(known)
+
+# %% ../nbs/workshop/registry.ipynb #n09
+def _shipped() -> list[str]:
+    return sorted(path.parent.name for path in (Path(ris_nb.__path__[0]) / "checkpoints").glob("*/config.json"))
+
+
+def shipped_checkpoint(name: str) -> Path:
+    """The folder of the trained model of that name that comes with the library. `RISError` names those that do."""
+    if name not in _shipped():
+        raise RISError(f"no trained {name!r} comes with the library, only {', '.join(_shipped())}: train one, or choose another")
+    return Path(ris_nb.__path__[0]) / "checkpoints" / name
+
+
+def _fetch_config(name: str) -> Path:
+    here = f"{name}: no folder here, no trained model that comes with the library ({', '.join(_shipped())})"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise RISError(f"{here}, and no repository's name, owner/name; check the path, or train one")
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except HUB_ERRORS as error:
+        raise out_of_reach(f"{here}; and it", error, "check the path, or train one") from error
+
+# %% ../nbs/workshop/registry.ipynb #n10
 def load_model(source: str | Path) -> RISModel:
     """A saved model, in evaluation mode on the CPU. `source`: a folder that `save_pretrained` wrote, the name of a trained
     model that comes with the library, or a repository on the Hugging Face Hub, "owner/name"; looked for in this order.
@@ -127,29 +219,9 @@ def load_model(source: str | Path) -> RISModel:
         raise RISError(f"{source}: no checkpoint here (it has no config.json); check the path, or train one") from None
     except (OSError, ValueError, TypeError) as error:
         raise RISError(f"{file}: can't be read as a model's settings ({type(error).__name__}); copy it again") from error
-    kind = _look_up(str(config.get("class")), _CLASSES, _CLASS)
+    kind = _look_up(str(config.get("class")), _CLASSES, _CLASS, elsewhere="class" in config)
     if kind is None:
         known = {name for name, module in _written(r"^class (\w+)\(RISModel\)").items()} | _CLASSES.keys()
-        raise RISError(f"{source}: holds {_kind(config)}; a checkpoint can be one of {', '.join(sorted(known))}")
+        raise RISError(f"{source}: holds {_kind(config)}; a checkpoint can be one of {', '.join(sorted(known))}, or of a class in a file "
+                       "that is imported first (import_file, --import)")
     return kind.from_pretrained(place if place.exists() else name)
-
-
-def _fetch_config(name: str) -> Path:
-    here = f"{name}: no folder here, no trained model that comes with the library ({', '.join(_shipped())})"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise RISError(f"{here}, and no repository's name, owner/name; check the path, or train one")
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except HUB_ERRORS as error:
-        raise out_of_reach(f"{here}; and it", error, "check the path, or train one") from error
-
-
-def _shipped() -> list[str]:
-    return sorted(path.parent.name for path in (Path(ris_nb.__path__[0]) / "checkpoints").glob("*/config.json"))
-
-
-def shipped_checkpoint(name: str) -> Path:
-    """The folder of the trained model of that name that comes with the library. `RISError` names those that do."""
-    if name not in _shipped():
-        raise RISError(f"no trained {name!r} comes with the library, only {', '.join(_shipped())}: train one, or choose another")
-    return Path(ris_nb.__path__[0]) / "checkpoints" / name

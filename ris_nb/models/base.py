@@ -9,19 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import Checkpointed
-from ..contract import RISError
+from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD, Transform, make_batch
-from ..data.tokenizer import BERT_UNCASED, Tokenizer, _bert_pieces, read_vocabulary
+from ..data.tokenizer import BERT_UNCASED, Tokenizer, TokenizerPieces, _bert_pieces, read_vocabulary
 from ..registry import _CLASSES, _enter
 
 # %% auto #0
-__all__ = ['evaluating', 'RISModel']
+__all__ = ['evaluating', 'Contract', 'RISModel']
 
 # %% ../../nbs/workshop/model.ipynb #072
 @contextmanager
@@ -35,23 +36,47 @@ def evaluating(model: nn.Module):
         for part, training in modes:
             part.training = training
 
-# %% ../../nbs/workshop/model.ipynb #083x
-class RISModel(Checkpointed):
-    """Base of all models. `forward(batch) -> Output`, `losses(output, batch) -> dict` of weighted terms and
-    `masks(output, sizes) -> list` of bool tensors, one an expression, are each model's own; the rest is here.
-
-    image_size: side of the square that the model sees. vocabulary: as for `read_vocabulary`; its pieces go into the
-    config. max_words: ids an expression. mean, std: those of the image encoder's pretraining. resolution: where the
-    model's paper measures masks, on the "model"'s square or on the "original" image. freeze: names of submodules that don't
-    train. lr_factors: what the learning rate is multiplied by in the submodules named; of nested ones the inner counts.
-    A subclass's own arguments must be JSON values, for `save_pretrained` writes them to config.json.
-    """
+# %% ../../nbs/workshop/model.ipynb #n04
+class Contract(Checkpointed):
+    """What every model must write, `forward`, `losses` and `masks`, and what it may write, for pictures and for speed."""
 
     needs_masks = True  # does training look at masks? Data sets for a model that doesn't are built with masks=False
 
+    def _must(self, method: str) -> RISError:
+        return RISError(f"{type(self).__name__} has no {method}: a model must define forward(batch), losses(output, batch) and masks(output, sizes)")
+
+    def forward(self, batch: Batch) -> Output:
+        """A score map for each expression, and what the other methods need. `batch.encoded`: see `encode_image`."""
+        raise self._must("forward")
+
+    def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """The terms of the loss, scalars, already weighted; the loop sums them. A term without a gradient is only watched."""
+        raise self._must("losses")
+
+    def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
+        """A bool mask (H, W) for each expression, of the sizes given, by the paper's own rule; with a `threshold` between 0
+        and 1 where a person moves one (0.5: in the middle)."""
+        raise self._must("masks")
+
+    def encode_image(self, image: Tensor) -> Any:
+        """All that depends on the images (N, 3, H, W) alone, for `Batch.encoded`; None where a model shares nothing."""
+        return None
+
+    def word_attention(self, batch: Batch) -> tuple[Output, list[Tensor]] | None:
+        """The output, and where pixels attend to words their attention A (B, L, h, w), of sum one over L, in each stage,
+        finest first; None where no pixel does."""
+        return None
+
+    def slot_maps(self, output: Output) -> Tensor | None:
+        """How much of each patch belongs to each slot, (N, K, h, w); None where there are no slots."""
+        return None
+
+# %% ../../nbs/workshop/model.ipynb #n05
+class _Freezing(Contract):
+    """Parts that don't train, and parts that learn at their own rate, by their names; both are settings of the model."""
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        _enter(_CLASSES, cls)
         build = cls.__init__
 
         @wraps(build)
@@ -61,22 +86,6 @@ class RISModel(Checkpointed):
                 self._check_parts(self.lr_factors, "for a learning rate of its own")
                 self.freeze(self.frozen)
         cls.__init__ = __init__
-
-    def __init__(self, image_size: int, vocabulary: Sequence[str] | str | Path, max_words: int = 20,
-                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, resolution: str = "model",
-                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
-        super().__init__()
-        if isinstance(freeze, str) or not all(isinstance(factor, (int, float)) and factor > 0 for factor in lr_factors.values()):
-            raise RISError(f"freeze is a list of names and lr_factors a table of factors above 0, not {freeze!r} and {lr_factors!r}")
-        if resolution not in ("model", "original"):
-            raise RISError(f"resolution {resolution!r}: must be 'model' or 'original'")
-        self.image_size, self.max_words, self.resolution = image_size, max_words, resolution
-        self.vocabulary, self.mean, self.std = read_vocabulary(vocabulary), tuple(mean), tuple(std)
-        self.frozen, self.lr_factors = tuple(freeze), dict(lr_factors)
-        self._hub_mixin_config = dict(self._hub_mixin_config or {})
-        if self._takes("vocabulary"):
-            known = len(self.vocabulary) == len(_bert_pieces()) and tuple(self.vocabulary) == _bert_pieces()
-            self._hub_mixin_config["vocabulary"] = BERT_UNCASED if known else self.vocabulary
 
     @classmethod
     def _takes(cls, argument: str) -> bool:
@@ -105,6 +114,45 @@ class RISModel(Checkpointed):
         self.frozen = tuple(dict.fromkeys((*self.frozen, *names)))
         if self._takes("freeze"):
             self._hub_mixin_config["freeze"] = list(self.frozen)
+
+# %% ../../nbs/workshop/model.ipynb #083x
+class RISModel(_Freezing):
+    """Base of all models. `forward(batch) -> Output`, `losses(output, batch) -> dict` of weighted terms and
+    `masks(output, sizes) -> list` of bool tensors, one an expression, are each model's own (see `Contract`); the rest is here.
+
+    image_size: side of the square that the model sees. vocabulary: as for `read_vocabulary`; its pieces go into the
+    config. max_words: ids an expression. mean, std: those of the image encoder's pretraining. resolution: where the
+    model's paper measures masks, on the "model"'s square or on the "original" image. freeze: names of submodules that don't
+    train. lr_factors: what the learning rate is multiplied by in the submodules named; of nested ones the inner counts.
+    A subclass's own arguments must be JSON values, for `save_pretrained` writes them to config.json.
+    """
+
+    _beside = {"vocabulary": "tokenizer.json"}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _enter(_CLASSES, cls)
+
+    def __init__(self, image_size: int, vocabulary: Sequence[str] | str | Path, max_words: int = 20,
+                 mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, resolution: str = "model",
+                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+        super().__init__()
+        if isinstance(freeze, str) or not all(isinstance(factor, (int, float)) and factor > 0 for factor in lr_factors.values()):
+            raise RISError(f"freeze is a list of names and lr_factors a table of factors above 0, not {freeze!r} and {lr_factors!r}")
+        if resolution not in ("model", "original"):
+            raise RISError(f"resolution {resolution!r}: must be 'model' or 'original'")
+        self.image_size, self.max_words, self.resolution = image_size, max_words, resolution
+        self.vocabulary, self.mean, self.std = read_vocabulary(vocabulary), tuple(mean), tuple(std)
+        self.frozen, self.lr_factors = tuple(freeze), dict(lr_factors)
+        self._hub_mixin_config = dict(self._hub_mixin_config or {})
+        if self._takes("vocabulary"):
+            known = len(self.vocabulary) == len(_bert_pieces()) and tuple(self.vocabulary) == _bert_pieces()
+            kept = self._beside["vocabulary"] if self._files() else self.vocabulary
+            self._hub_mixin_config["vocabulary"] = BERT_UNCASED if known else kept
+
+    def _files(self) -> dict[str, str]:
+        """A tokenizer that is no list of WordPiece pieces is kept beside config.json."""
+        return {self._beside["vocabulary"]: self.vocabulary.json} if isinstance(self.vocabulary, TokenizerPieces) else {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
