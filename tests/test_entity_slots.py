@@ -245,6 +245,7 @@ def test_start_as_kmeans_groups_what_is_alike():
     (lambda: EntityDiscovery(20, 18, 3, 2), "that 4 divides"),
     (lambda: Aggregation(16, competition="pixel"), "slots"),
     (lambda: SlotDecoder(16, 20, table=4).positions((4, 5)), "smaller image"),
+    (lambda: start_as_kmeans(EntityDiscovery(48, 32, gaussians=3, per_gaussian=2)), "features of width 48, slots of 32 and heads of 1024 together"),
 ])
 def test_bad_sizes_are_named(make, words):
     with pytest.raises(RISError, match=words) as caught:
