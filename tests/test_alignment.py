@@ -10,9 +10,10 @@ from torch import nn
 from ris_nb.contract import RISError
 from ris_nb.encoders.language import TextEncoder
 from ris_nb.encoders.vision import Swin, released_swin
-from ris_nb.models.alignment import (ImageAlignment, LanguageAlignment, alignment_loss, alignment_terms, enlarge_grids, enlarging_matrix,
-                                     pool_grids, pooling_matrix, released_image_alignment_key, released_language_alignment_key,
-                                     sample_pixels)
+from ris_nb.models.alignment import ImageAlignment, LanguageAlignment, _sample_pixels, alignment_loss, alignment_terms
+from ris_nb.models.fast_maps import enlarge_grids, enlarging_matrix, pool_grids, pooling_matrix
+from ris_nb.models.released_alignment import ReleasedLanguageAlignment
+from ris_nb.models.released_magnet import released_image_alignment_key, released_language_alignment_key
 
 WORDS = torch.arange(20) < torch.tensor([[6], [20]])
 
@@ -50,7 +51,7 @@ def test_released_parity():
     names = {key: key.removeprefix("image_model.") for key in state if key.startswith("image_model.")}
     swin.load_state_dict(released_swin({name: state[key] for key, name in names.items() if not ours.match(name)}))
     sides = [ImageAlignment(width, 768).eval() for width in swin.widths]
-    others = nn.ModuleList(LanguageAlignment(768, width, released=True) for width in swin.widths).eval()
+    others = nn.ModuleList(ReleasedLanguageAlignment(768, width) for width in swin.widths).eval()
     for k, side in enumerate(sides):
         side.load_state_dict(part(state, f"image_model.layers.{k}.", released_image_alignment_key))
     others.load_state_dict(part(state, "language_model.", released_language_alignment_key))
@@ -69,7 +70,7 @@ def test_released_parity():
 @pytest.mark.parametrize("size", [(5, 7), (2, 3), (1, 1), (3, 40)])
 def test_released_arithmetic_written_out(size):
     x, l = data(size)
-    m = opened(LanguageAlignment(24, 16, released=True))
+    m = opened(ReleasedLanguageAlignment(24, 16))
     with torch.no_grad():
         pixels = x.flatten(1, 2)
         K, V = (F.instance_norm(layer(pixels).mT, eps=1e-5).mT if pixels.shape[1] > 1 else torch.zeros(2, 1, 24)
@@ -84,7 +85,7 @@ def test_released_arithmetic_written_out(size):
 
 def test_released_language_side_is_inert():
     x, l = data()
-    m = LanguageAlignment(24, 16, released=True)
+    m = ReleasedLanguageAlignment(24, 16)
     assert torch.equal(m(l, WORDS, x), l)
     m(l, WORDS, x).square().sum().backward()
     trained = [p for p in m.parameters() if p.requires_grad]
@@ -97,6 +98,15 @@ def test_every_parameter_gets_a_gradient():  # as distributed training demands, 
     s, onward = image(x, l, WORDS)
     (s.sum() + onward.sum() + language(l, WORDS, x).sum()).backward()
     assert all(p.grad is not None for module in (image, language) for p in module.parameters())
+
+
+def test_what_each_output_of_the_image_side_teaches():
+    x, l = data()
+    image = ImageAlignment(16, 24)
+    for k, parts in enumerate(({"fusion", "regions", "mixer"}, {"fusion", "gate"})):  # the decoder's map, the next stage's
+        image.zero_grad()
+        image(x, l, WORDS)[k].sum().backward()
+        assert {name.split(".")[0] for name, p in image.named_parameters() if p.grad is not None} == parts
 
 
 def test_gradients_of_the_short_way():
@@ -146,7 +156,7 @@ def test_grids_other_than_the_papers():
 @pytest.mark.parametrize("released", [True, False])
 def test_bfloat16(released):
     x, l = data((12, 12))
-    image, language = ImageAlignment(16, 24), opened(LanguageAlignment(24, 16, released))
+    image, language = ImageAlignment(16, 24), opened((ReleasedLanguageAlignment if released else LanguageAlignment)(24, 16))
     with torch.autocast("cpu", torch.bfloat16):
         s, onward = image(x, l, WORDS)
         heard = language(l, WORDS, x)
@@ -191,11 +201,22 @@ def test_an_empty_or_full_mask_counts_zero(fill):
     assert loss == 0 and (pixels.grad == 0).all()
 
 
+def test_a_dead_pixel_sends_no_exploding_gradient():
+    torch.manual_seed(0)
+    pixels, sentence, mask = torch.randn(4, 8, 5, 6), torch.randn(4, 8), torch.rand(4, 5, 6) > 0.7
+    mask[1], mask[2] = False, True
+    pixels[3, :, 0, 0] = 0  # no direction
+    terms = alignment_terms(pixels.requires_grad_(), sentence, mask)
+    assert (terms[1:3] == 0).all() and (terms[[0, 3]] > 0).all()
+    terms.sum().backward()
+    assert (pixels.grad[1:3] == 0).all() and pixels.grad.isfinite().all() and pixels.grad.abs().max() < 1000
+
+
 def test_sampling():
     torch.manual_seed(0)
     e, inside = torch.randn(3, 400, 2), torch.zeros(3, 400, dtype=torch.bool)
     inside[0, :7], inside[1, :300] = True, True
-    picked, real = sample_pixels(e, inside, 50)
+    picked, real = _sample_pixels(e, inside, 50)
     assert picked.shape == (3, 50, 2) and real.sum(1).tolist() == [7, 50, 0]
     assert all((e[0, :7] == p).all(1).any() for p in picked[0, :7])
     pixels, sentence = torch.randn(2, 4, 20, 20), torch.randn(2, 4)

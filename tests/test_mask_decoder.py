@@ -7,9 +7,10 @@ from torch import nn
 
 from ris_nb.contract import RISError
 from ris_nb.models import deformable, mask_decoder
-from ris_nb.models.deformable import _chunks, _plan, bordered, deformable_sample, grid_sampled, unbordered
-from ris_nb.models.mask_decoder import (DeformableAttention, MaskDecoder, PixelDecoder, QueryAttention, _centres,
-                                        released_mask_decoder_key, sine_positions)
+from ris_nb.models.deformable import _bordered, _chunks, _plan, _unbordered
+from ris_nb.models.mask_decoder import (DeformableAttention, MaskDecoder, PixelDecoder, QueryAttention, _centres, deformable_sample,
+                                        grid_sampled, sine_positions)
+from ris_nb.models.released_magnet import released_mask_decoder_key
 
 SHAPES = [(2, 3), (7, 5), (1, 1), (1, 6)]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
@@ -99,8 +100,8 @@ def test_not_a_number_does_not_crash():
 
 def test_border_round_trip():
     value = torch.randn(3, sum(h * w for h, w in SHAPES), 5)
-    table = bordered(value, SHAPES)
-    assert torch.equal(unbordered(table, SHAPES), value) and (table != 0).sum() == value.numel()
+    table = _bordered(value, SHAPES)
+    assert torch.equal(_unbordered(table, SHAPES), value) and (table != 0).sum() == value.numel()
 
 
 def test_first_use_in_inference_mode_does_not_spoil_training():
@@ -257,6 +258,6 @@ def test_torch_compile_leaves_out_nothing_but_the_sampling_on_a_cpu(monkeypatch)
     maps = [torch.randn(2, 8, 8, 8), torch.randn(2, 4, 4, 16), torch.randn(2, 2, 2, 32)]
     torch.testing.assert_close(torch.compile(decoder, backend="eager")(maps), decoder(maps))
     reasons = [found.reason for found in torch._dynamo.explain(decoder)(maps).break_reasons]
-    assert reasons and all("function _sample" in reason for reason in reasons)
+    assert reasons and all("function gathered_sample" in reason for reason in reasons)
     monkeypatch.setattr(mask_decoder, "deformable_sample", grid_sampled)  # as on a GPU
     assert torch._dynamo.explain(decoder)(maps).graph_break_count == 0

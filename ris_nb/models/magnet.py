@@ -27,6 +27,7 @@ from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_siz
 from .mask_decoder import MaskDecoder, PixelDecoder
 from .mask_grounding import TINY_PREDICTOR, Grounded
 from .released import load_released
+from .released_alignment import ReleasedLanguageAlignment
 from .released_magnet import released_magnet, released_magnet_key, released_magnet_sizes
 from ..registry import register_model
 
@@ -38,7 +39,7 @@ class LockStep(nn.Module):
     """Swin and BERT side by side: after each stage of Swin and each group of BERT's layers, both read each other.
 
     As in MagNet (CVPR 2024). BERT's layers are shared out evenly over Swin's stages. `grids`: of `ImageAlignment`;
-    `released`: of `LanguageAlignment`. The last image gate has no stage to feed; it is kept, frozen, as released
+    `released`: the language side as `ReleasedLanguageAlignment`. The last image gate has no stage to feed; it is kept, frozen, as released
     checkpoints have it.
     """
 
@@ -48,8 +49,9 @@ class LockStep(nn.Module):
         if text.depth % stages:
             raise RISError(f"{text.depth} layers of BERT can't be shared out evenly over {stages} stages of Swin: take a multiple")
         self.vision, self.text, self.group, self.checkpointing = vision, text, text.depth // stages, False
+        language = ReleasedLanguageAlignment if released else LanguageAlignment
         self.image_alignments = nn.ModuleList(ImageAlignment(width, text.width, grids) for width in vision.widths)
-        self.language_alignments = nn.ModuleList(LanguageAlignment(text.width, width, released) for width in vision.widths)
+        self.language_alignments = nn.ModuleList(language(text.width, width) for width in vision.widths)
         self.image_alignments[-1].gate.requires_grad_(False)
 
     def forward(self, image: Tensor, ids: Tensor, words: Tensor, which: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
@@ -91,7 +93,7 @@ class MagNet(RISModel):
 
     width, depths, heads, window, patch, drop_path: of `Swin`. bert_*: of `TextEncoder`, its layers a multiple of Swin's
     stages. vocab_size: rows of the word table (default: the vocabulary's size). released: compute what the authors'
-    network computes, see `LanguageAlignment`. grids: of `ImageAlignment`. decoder: "mask", MagNet's own, or "simple",
+    network computes, see `ReleasedLanguageAlignment`. grids: of `ImageAlignment`. decoder: "mask", MagNet's own, or "simple",
     LAVT's. decoder_width, decoder_heads, points, encoder_layers and encoder_ffn make the `PixelDecoder`; the first two,
     decoder_layers and decoder_ffn the `MaskDecoder`; of the simple decoder only the width counts. bce, dice: weights of the
     mask losses. alignment: weight of each of the three terms of `alignment_loss`, which compares at most alignment_pixels

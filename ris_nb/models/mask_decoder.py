@@ -5,7 +5,6 @@
 # %% ../../nbs/12_mask_decoder.ipynb #003
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from math import pi
@@ -16,11 +15,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..contract import RISError
-from .deformable import deformable_sample
+from .deformable import gathered_sample
 
 # %% auto #0
-__all__ = ['RELEASED_PARTS', 'sine_positions', 'DeformableAttention', 'DeformableLayer', 'PixelDecoder', 'QueryAttention',
-           'QueryLayer', 'MaskDecoder', 'released_mask_decoder_key']
+__all__ = ['grid_sampled', 'deformable_sample', 'sine_positions', 'DeformableAttention', 'DeformableLayer', 'PixelDecoder',
+           'QueryAttention', 'QueryLayer', 'MaskDecoder']
+
+# %% ../../nbs/12_mask_decoder.ipynb #016
+def grid_sampled(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """`deformable_sample` by torch's `grid_sample`, a map at a time."""
+    B, Q, heads, _, points = weights.shape
+    out = 0
+    for level, ((h, w), part) in enumerate(zip(shapes, value.split([h * w for h, w in shapes], 1))):
+        image = part.permute(0, 2, 3, 1).reshape(B * heads, -1, h, w)
+        grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1  # (B * heads, Q, points, 2)
+        read = F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # (B * heads, d, Q, points)
+        out = out + (read * weights[:, :, :, level].transpose(1, 2).reshape(B * heads, 1, Q, points)).sum(-1)
+    return out.view(B, -1, Q).mT
+
+# %% ../../nbs/12_mask_decoder.ipynb #018a
+def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of values read between the cells of several maps: the core of deformable attention.
+
+    value (B, T, heads, d): the cells of all maps, row by row, one map after the other; shapes: the (h, w) of each map;
+    locations (B, Q, heads, levels, points, 2): x and y, 0 to 1 over the map from edge to edge; weights (B, Q, heads, levels,
+    points). Returns (B, Q, heads * d). Values are read bilinearly, with zeros outside (Deformable DETR, ICLR 2021, section 4.1).
+    """
+    if value.device.type == "cpu":
+        return gathered_sample(value, tuple(map(tuple, shapes)), locations, weights)
+    return grid_sampled(value, shapes, locations, weights)
 
 # %% ../../nbs/12_mask_decoder.ipynb #045
 @lru_cache(maxsize=32)
@@ -250,36 +273,3 @@ class MaskDecoder(nn.Module):
         queries = self.norm(torch.stack(queries, 1))  # (B, layers + 1, width)
         masks = self.mask_embed(queries) @ mask_features.flatten(2)  # (B, layers + 1, H * W)
         return masks.unflatten(-1, mask_features.shape[2:]).transpose(0, 1), self.class_embed(queries).transpose(0, 1)
-
-# %% ../../nbs/12_mask_decoder.ipynb #088
-RELEASED_PARTS = {
-    r"pixel_decoder\.input_proj\.(\d+)\.([01])": r"pixel_decoder.projections.\1.\2",
-    r"pixel_decoder\.transformer\.level_embed": r"pixel_decoder.level_embed",
-    r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.(sampling_offsets|attention_weights|value_proj|output_proj)":
-        r"pixel_decoder.layers.\1.attention.\2",
-    r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.(norm[12])": r"pixel_decoder.layers.\1.\2",
-    r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear1": r"pixel_decoder.layers.\1.ffn.0",
-    r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.linear2": r"pixel_decoder.layers.\1.ffn.2",
-    r"pixel_decoder\.mask_features": r"pixel_decoder.mask_features",
-    r"predictor\.transformer_cross_attention_layers\.(\d+)\.multihead_attn\.": r"mask_decoder.layers.\1.cross.",
-    r"predictor\.transformer_cross_attention_layers\.(\d+)\.norm": r"mask_decoder.layers.\1.cross_norm",
-    r"predictor\.transformer_self_attention_layers\.(\d+)\.self_attn\.": r"mask_decoder.layers.\1.self.",
-    r"predictor\.transformer_self_attention_layers\.(\d+)\.norm": r"mask_decoder.layers.\1.self_norm",
-    r"predictor\.transformer_ffn_layers\.(\d+)\.linear1": r"mask_decoder.layers.\1.ffn.0",
-    r"predictor\.transformer_ffn_layers\.(\d+)\.linear2": r"mask_decoder.layers.\1.ffn.2",
-    r"predictor\.transformer_ffn_layers\.(\d+)\.norm": r"mask_decoder.layers.\1.ffn_norm",
-    r"predictor\.decoder_norm": r"mask_decoder.norm",
-    r"predictor\.(query_feat|query_embed|level_embed)\.weight": r"mask_decoder.\1",
-    r"predictor\.class_embed": r"mask_decoder.class_embed",
-    r"predictor\.mask_embed\.layers\.0": r"mask_decoder.mask_embed.0",
-    r"predictor\.mask_embed\.layers\.1": r"mask_decoder.mask_embed.2",
-    r"predictor\.mask_embed\.layers\.2": r"mask_decoder.mask_embed.4",
-}
-
-# %% ../../nbs/12_mask_decoder.ipynb #089
-def released_mask_decoder_key(key: str) -> str | None:
-    """Our name for an entry `classifier.pixel_decoder...` or `classifier.predictor...` of a released MagNet, or None."""
-    for pattern, name in RELEASED_PARTS.items():
-        if match := re.match(r"classifier\." + pattern, key):
-            return match.expand(name) + key[match.end():]
-    return None
