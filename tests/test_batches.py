@@ -378,7 +378,6 @@ def test_unknown_names_and_chapters():
 
 
 def find_in_a_chapter():
-    torch.set_num_threads(1)  # a forked process can't start more
     for name in [name for name in sys.modules if name.split(".")[0] == "ris_nb"]:
         del sys.modules[name]
     from ris_nb.registry import create_model
@@ -391,6 +390,7 @@ def in_child(function) -> int:
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # a forked process can't start more: with two, it would wait for one that isn't there
             function()
             os._exit(0)
         except BaseException:

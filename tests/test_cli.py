@@ -484,8 +484,17 @@ def test_a_run_that_never_began_binds_nobody(root, tmp_path):
     assert ris("train", "--root", root, "--out", tmp_path, "--steps", 1, *TRAIN)[0] == 0
 
 
+@pytest.fixture
+def one_thread():
+    """As many threads as `child` has: another number adds in another order, and the last bits differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("signum, code", [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_stopped_and_resumed(root, tmp_path, signum, code):
+def test_stopped_and_resumed(root, tmp_path, one_thread, signum, code):
     words = ["train", "--root", root, "--steps", 12, *TRAIN, "--save-every", 2, "--log-every", 3]
     folder = tmp_path / "stopped"
     process = start([*words, "--out", folder], tmp_path / "first", Slow())
