@@ -1,6 +1,6 @@
 """How fast SaG makes one training step and how much it keeps for it, against the released arithmetic written out plainly. Run by hand:
 
-    python tests/bench_sag.py [--threads 2] [--repeats 3] [--batch 4] [--double] [--out data/results/bench/sag_step.json]
+    python tests/bench/bench_sag.py [--threads 2] [--repeats 3] [--batch 4] [--double] [--out data/results/bench/sag_step.json]
 
 A step is the forward pass, both losses and the backward pass at the released size (384 pixels, ViT-S/16, BERT-base, 12 x 3 slots),
 without dropout, so that both sides compute the same numbers, and without an optimizer, which would be the same. Both sides have the

@@ -1,8 +1,8 @@
 """How fast each model reads, trains and answers on this machine, and with how much memory. `make bench` runs it:
 
-    python tests/bench.py [--models lavt magnet sag] [--sizes tiny full] [--device cpu|cuda] [--batch N] [--threads N] [--workers N]
+    python tests/bench/bench.py [--models lavt magnet sag] [--sizes tiny full] [--device cpu|cuda] [--batch N] [--threads N] [--workers N]
                           [--repeats N] [--ladder] [--root DATA --dataset refcoco] [--out data/results/bench/DEVICE.json]
-    python tests/bench.py --table data/results/bench/DEVICE.json      # the figures as a Markdown table
+    python tests/bench/bench.py --table data/results/bench/DEVICE.json      # the figures as a Markdown table
 
 Each model is measured in a process of its own. The parts: the data path, in the training process and in `--workers` others;
 forward; a training step, as `fit` makes it, and switch by switch on a GPU (or with --ladder); evaluation; and a short training

@@ -1,6 +1,6 @@
 """How fast MagNet reads one 480-pixel image, against the released arithmetic written out plainly. Run by hand:
 
-    python tests/bench_magnet.py [--threads 2] [--repeats 5] [--out data/results/bench/magnet_forward.json]
+    python tests/bench/bench_magnet.py [--threads 2] [--repeats 5] [--out data/results/bench/magnet_forward.json]
 
 Both sides have the paper's sizes and the same weights, and take turns within one run, since other work on the machine changes
 from minute to minute; every output is compared. The matrix floor is what the matrix products alone would take at the rate

@@ -4,6 +4,7 @@ import ctypes
 import json
 import platform
 import re
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "results" / "bench"
+TESTS = Path(__file__).resolve().parents[1]
+RESULTS = TESTS.parent / "data" / "results" / "bench"
+sys.path += [str(TESTS), str(TESTS / "reference")]  # what some benchmarks compare the library with; import `benching` first
 
 
 def processor():

@@ -1,6 +1,6 @@
 """What one training step of MagNet costs at full size, and what Mask Grounding and activation checkpointing change. Run by hand:
 
-    python tests/bench_magnet_step.py [--threads 2] [--repeats 3] [--batch 1] [--out data/results/bench/magnet_step.json]
+    python tests/bench/bench_magnet_step.py [--threads 2] [--repeats 3] [--batch 1] [--out data/results/bench/magnet_step.json]
 
 A step is forward, losses, backward and AdamW, on noise at 480 pixels. The variants share one network and take turns within one
 run. "cpu" is the seconds of all threads together; "kept" is what autograd keeps for the way back, weights not counted; "peak" is

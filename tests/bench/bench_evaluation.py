@@ -1,6 +1,6 @@
 """How much memory an answer takes at full size, beside the weights: one image at the model's own size with 1 and with 3 sentences.
 
-    python tests/bench_evaluation.py [--out data/results/bench/evaluation_memory.json]
+    python tests/bench/bench_evaluation.py [--out data/results/bench/evaluation_memory.json]
 
 Each measurement has a process of its own, whose resident memory is looked at every 5 ms. The weights are random.
 """
