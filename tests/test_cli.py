@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 from ris_nb.cli.evaluate import Answering, answering_model
 from ris_nb.cli.explore import Explore, write_page
-from ris_nb.cli.main import COMMANDS, HELP, main, parse
+from ris_nb.cli.main import COMMANDS, first_page, main, parse
 from ris_nb.cli.train import RUN_FILES
 from ris_nb.data.shapes import make_scene
 from ris_nb.data.sources import open_data
@@ -218,9 +218,9 @@ def test_real_photos(tmp_path):
 
 def test_help(monkeypatch):
     for words in ([], ["--help"], ["-h"], ["data"], ["data", "--help"]):
-        assert ris(*words) == (0, HELP + "\n", "")
+        assert ris(*words) == (0, first_page() + "\n", "")
     assert ris("--version")[1].strip() == version("ris_nb")
-    commands = re.findall(r"^  ((?:data )?[a-z]+)  +[a-z]", HELP, re.M)
+    commands = re.findall(r"^  ((?:data )?[a-z]+)  +[a-z]", first_page(), re.M)
     assert sorted(commands) == sorted(COMMANDS)
     monkeypatch.setenv("COLUMNS", "100")
     for command in commands:
@@ -667,7 +667,7 @@ def test_a_dollar_sign_is_a_dollar_sign(run, photo, tmp_path):
 
 
 def test_the_first_round_asks_for_something_that_is_there():
-    name, question = re.search(r"ris-nb predict \S+/(val_\d+)\.png \"(.+?)\"", HELP).groups()
+    name, question = re.search(r"ris-nb predict \S+/(val_\d+)\.png \"(.+?)\"", first_page()).groups()
     scene = make_scene(0, split="val", index=int(name[4:]))
     assert question in {expression.text for expression in refer(scene, "refshapes")}
 

@@ -11,15 +11,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from .errors import not_empty
 from .evaluate import Answering, answering_model
-from .main import not_empty
 from .predict import ask
 from .train import machine
 
 # %% auto #0
 __all__ = ['Several', 'answering_models', 'Compare', 'run_compare']
 
-# %% ../../nbs/workshop/cli_compare.ipynb #132
+# %% ../../nbs/workshop/cli_compare.ipynb #132a
 @dataclass(kw_only=True)
 class Several:
     """Which models answer."""
@@ -37,7 +37,7 @@ def answering_models(flags: Several) -> dict:
     asked += [Answering(released=name, vocabulary=flags.vocabulary) for name in flags.released]
     return {one.checkpoint or one.released: answering_model(one) for one in asked}
 
-
+# %% ../../nbs/workshop/cli_compare.ipynb #132b
 @dataclass
 class Compare(Several):
     """Put one expression to several models and draw their answers, a row each: slots where a model has some, score and mask.
@@ -57,7 +57,7 @@ class Compare(Several):
     out: Annotated[Path, arg(metavar="FOLDER")] = Path(".")
     """Folder for the picture."""
 
-
+# %% ../../nbs/workshop/cli_compare.ipynb #132
 def run_compare(flags: Compare) -> int:
     """Write the picture."""
     not_empty(flags, models="model")

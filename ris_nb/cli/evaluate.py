@@ -11,11 +11,11 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from .main import MAX_BATCH, MAX_WORKERS, SEEDS, UsageError, within
+from .errors import MAX_BATCH, MAX_WORKERS, SEEDS, UsageError, within
 from .train import Data, machine
 
 # %% auto #0
-__all__ = ['Answering', 'answering_model', 'Evaluate', 'home_of', 'run_evaluate', 'write_report']
+__all__ = ['Answering', 'answering_model', 'Evaluate', 'write_report', 'home_of', 'run_evaluate']
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #096
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ def answering_model(flags: Answering):
     from ris_nb.registry import load_model
     return load_model(flags.checkpoint)
 
-
+# %% ../../nbs/workshop/cli_evaluate.ipynb #096a
 @dataclass
 class Evaluate(Data, Answering):
     """Score a model on every expression of a split.
@@ -63,14 +63,26 @@ class Evaluate(Data, Answering):
     shuffle_seed: int | None = None
     """Ask each image the expressions of other images. A model that listens scores much lower then."""
 
-# %% ../../nbs/workshop/cli_evaluate.ipynb #098
+# %% ../../nbs/workshop/cli_evaluate.ipynb #099
+def write_report(out: Path, report, model, dataset) -> None:
+    """Write report.json, records.jsonl and table.md into the folder `out`; and cases.png, unless expressions were shuffled."""
+    import matplotlib.pyplot as plt
+    from ris_nb.checkpoint import replacing
+    from ris_nb.evaluation.cases import show_cases
+    report.save(out / "report.json", records=out / "records.jsonl")
+    with replacing(out / "table.md") as part:
+        part.write_text(report.markdown(), encoding="utf-8")
+    if report.shuffled is None:  # shuffled expressions have no right answers to show
+        plt.close(show_cases(model, dataset, report, path=out / "cases.png"))
+
+# %% ../../nbs/workshop/cli_evaluate.ipynb #098a
 def home_of(flags: Answering) -> Path:
     """The folder in which reports about a model are kept: the run's own, or one under runs/ for a model from elsewhere."""
     if flags.released is not None:
         return Path("runs/released") / Path(flags.released).stem
     return Path(flags.checkpoint) if Path(flags.checkpoint).is_dir() else Path("runs/scored") / Path(flags.checkpoint).name
 
-
+# %% ../../nbs/workshop/cli_evaluate.ipynb #098
 def run_evaluate(flags: Evaluate) -> int:
     """Score, print and write."""
     within(flags, batch_size=(1, MAX_BATCH), workers=(0, MAX_WORKERS), shuffle_seed=SEEDS)
@@ -92,15 +104,3 @@ def run_evaluate(flags: Evaluate) -> int:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
-
-# %% ../../nbs/workshop/cli_evaluate.ipynb #099
-def write_report(out: Path, report, model, dataset) -> None:
-    """Write report.json, records.jsonl and table.md into the folder `out`; and cases.png, unless expressions were shuffled."""
-    import matplotlib.pyplot as plt
-    from ris_nb.checkpoint import replacing
-    from ris_nb.evaluation.cases import show_cases
-    report.save(out / "report.json", records=out / "records.jsonl")
-    with replacing(out / "table.md") as part:
-        part.write_text(report.markdown(), encoding="utf-8")
-    if report.shuffled is None:  # shuffled expressions have no right answers to show
-        plt.close(show_cases(model, dataset, report, path=out / "cases.png"))

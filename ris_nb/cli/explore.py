@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .compare import Several, answering_models
-from .main import UsageError, not_empty, within
+from .errors import UsageError, not_empty, within
 
 # %% auto #0
 __all__ = ['Explore', 'write_page', 'run_explore']
 
-# %% ../../nbs/workshop/cli_explore.ipynb #135
+# %% ../../nbs/workshop/cli_explore.ipynb #135a
 @dataclass
 class Explore(Several):
     """Open the panels of notebook 25 in a browser: ask models about drawn scenes or a photo of yours. Ctrl-C ends it.
@@ -37,7 +37,7 @@ class Explore(Several):
     browser: bool = True
     """Open the page in a browser. With --no-browser, the address is printed."""
 
-
+# %% ../../nbs/workshop/cli_explore.ipynb #135b
 def write_page(folder: Path, flags: Explore) -> Path:
     """The notebook that the page is made of: the library's own, or a copy in `folder` that asks for the models of the flags."""
     import ris_nb
@@ -53,7 +53,7 @@ def write_page(folder: Path, flags: Explore) -> Path:
     (folder / page.name).write_text(json.dumps(notebook), encoding="utf-8")
     return folder / page.name
 
-
+# %% ../../nbs/workshop/cli_explore.ipynb #135
 def run_explore(flags: Explore) -> int:
     """Serve the page until Ctrl-C."""
     within(flags, port=(1, 65_535))

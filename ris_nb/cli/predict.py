@@ -12,8 +12,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from .errors import UsageError
 from .evaluate import Answering, answering_model
-from .main import UsageError
 from .train import machine
 
 # %% auto #0

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from .main import SEEDS, UsageError, not_empty, within
+from .errors import SEEDS, UsageError, not_empty, within
 
 # %% auto #0
 __all__ = ['Study', 'run_the_study']

@@ -8,20 +8,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from .main import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, UsageError, number, within
+from .errors import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, UsageError, within
 
 # %% auto #0
-__all__ = ['DEFAULT_MODEL', 'RUN_FILES', 'Data', 'Train', 'peek', 'train_flags', 'processes', 'machine', 'build_model',
-           'validation', 'claim_folder', 'leave_folder', 'check_command', 'check_train', 'check_start', 'run_train',
-           'settings_of', 'follow', 'ending']
+__all__ = ['DEFAULT_MODEL', 'RUN_FILES', 'Data', 'Train', 'train_flags', 'processes', 'machine', 'build_model', 'validation',
+           'check_command', 'claim_folder', 'leave_folder', 'check_train', 'check_start', 'settings_of', 'follow',
+           'ending', 'run_train']
 
 # %% ../../nbs/workshop/cli_train.ipynb #061
 @dataclass
@@ -85,7 +86,7 @@ class Train(Data):
 DEFAULT_MODEL = "lavt_tiny"
 
 
-def peek(words: list[str], *flags: str) -> dict[str, str | None]:
+def _peek(words: list[str], *flags: str) -> dict[str, str | None]:
     """What some flags are given among the words of a command line, before they are parsed; None for those that are not."""
     look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in flags:
@@ -93,6 +94,11 @@ def peek(words: list[str], *flags: str) -> dict[str, str | None]:
     return vars(look.parse_known_args(list(words))[0])
 
 
+def _number(word: str | None) -> int | None:
+    """A word as a whole number above 0 that a flag may take; None where it is none, which the parser will say."""
+    return int(word) or None if re.fullmatch(r"\d{1,9}", word or "") else None
+
+# %% ../../nbs/workshop/cli_train.ipynb #064a
 def train_flags(words: list[str] = ()) -> type[Train]:
     """`Train` and the flags of `TrainConfig`, with the defaults of the recipe that the words name, and defaults that fit the words.
 
@@ -100,25 +106,22 @@ def train_flags(words: list[str] = ()) -> type[Train]:
     """
     from ris_nb.recipes.recipes import COUNTED_FROM, find_recipe
     from ris_nb.training.config import TINY_RECIPE, TrainConfig
-    said, world = peek(words, "recipe", "from", "steps", "data", *COUNTED_FROM), processes()[1]
+    said, world = _peek(words, "recipe", "from", "steps", "data", *COUNTED_FROM), processes()[1]
     given = {name: said[name] for name in COUNTED_FROM}
-    given |= {"dataset": said["dataset"] or said["data"], "batch_size": number(said["batch_size"]),
+    given |= {"dataset": said["dataset"] or said["data"], "batch_size": _number(said["batch_size"]),
               "each": said["each"] if said["each"] in ("object", "sentence") else None}  # what makes no sense is left to the parser
     recipe = find_recipe(said["recipe"], **given) if said["recipe"] else None
-    values = recipe.values(world) if recipe else {}
-    config = recipe.config(world) if recipe else TrainConfig(**TINY_RECIPE)
+    values, config = (recipe.values(world), recipe.config(world)) if recipe else ({}, TrainConfig(**TINY_RECIPE))
     if said["from"] is not None:  # what the trained model settles
         values = {name: value for name, value in values.items() if name not in ("model", "pretrained", "image_size", "freeze")}
-    types = get_type_hints(Train, include_extras=True)  # a type and not its text: the new class knows no names of this module
-    changed = [(f.name, types[f.name], field(default=values[f.name])) for f in fields(Train) if f.name in values]
-    if number(said["steps"]):  # a warmup that is not given is shorter than the run
-        steps = number(said["steps"])
+    changed = [(f.name, f.type, field(default=values[f.name])) for f in fields(Train) if f.name in values]
+    if steps := _number(said["steps"]):  # a warmup that is not given is shorter than the run
         config = replace(config, steps=steps, warmup=config.warmup if config.warmup < steps else steps // 10)
     kind = make_dataclass("TrainFlags", [*changed, ("training", TrainConfig, field(default_factory=lambda: config))], bases=(Train,))
-    kind.__doc__ = Train.__doc__
+    kind.__doc__, kind.__module__ = Train.__doc__, Train.__module__  # where the types of its fields can be looked up
     return kind
 
-
+# %% ../../nbs/workshop/cli_train.ipynb #064b
 def processes() -> tuple[int, int]:
     """This process's number and how many there are, as `torchrun` and `accelerate launch` say."""
     rank, world = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -132,7 +135,7 @@ def machine(precision: str = "no"):
 
     `UsageError` where the environment names other processes and not where to meet them.
     """
-    from ris_nb.training.launch import make_accelerator
+    from ris_nb.training.loop import make_accelerator
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if processes()[1] > 1 and missing:
         raise UsageError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")
@@ -156,7 +159,7 @@ def build_model(flags: Train, referrals: list, **network):
     torch.manual_seed(flags.training.seed)
     return create_model(name, flags.pretrained, **network, **{name: value for name, value in asked.items() if value is not None})
 
-
+# %% ../../nbs/workshop/cli_train.ipynb #070a
 def validation(flags: Train, data, model):
     """The function that scores a model during training, or None where there is nothing to score it on.
 
@@ -177,6 +180,19 @@ def validation(flags: Train, data, model):
     config = flags.training
     images = max(1, config.batch_size // config.accumulate // processes()[1])  # at a time: as many as pairs in training
     return lambda model: evaluate(model, dataset, images, config.workers, progress=False).scores()
+
+# %% ../../nbs/workshop/cli_train.ipynb #074
+def check_command(path: Path, command: dict) -> None:
+    """`RISError` where the run in the folder of `path`, its command.json, was started otherwise; names what differs."""
+    from ris_nb.contract import RISError
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise RISError(f"{path}: can't be read as the settings of a run; delete it if the flags are the run's own") from error
+    changed = [f"--{name.replace('_', '-')} was {before.get(name)} and is now {command[name]}"
+               for name in command if before.get(name) != command[name]]
+    if changed:
+        raise RISError(f"{path.parent}: was started otherwise ({', '.join(changed)}); resume with the old values or choose another --out")
 
 # %% ../../nbs/workshop/cli_train.ipynb #073
 RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*")
@@ -208,19 +224,6 @@ def leave_folder(folder: Path) -> None:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
-# %% ../../nbs/workshop/cli_train.ipynb #074
-def check_command(path: Path, command: dict) -> None:
-    """`RISError` where the run in the folder of `path`, its command.json, was started otherwise; names what differs."""
-    from ris_nb.contract import RISError
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise RISError(f"{path}: can't be read as the settings of a run; delete it if the flags are the run's own") from error
-    changed = [f"--{name.replace('_', '-')} was {before.get(name)} and is now {command[name]}"
-               for name in command if before.get(name) != command[name]]
-    if changed:
-        raise RISError(f"{path.parent}: was started otherwise ({', '.join(changed)}); resume with the old values or choose another --out")
-
 # %% ../../nbs/workshop/cli_train.ipynb #077
 def check_train(flags: Train) -> None:
     """`UsageError` for flags of `train` that contradict each other or are out of range."""
@@ -244,7 +247,75 @@ def check_start(model, dataset, config, world: int) -> None:
         raise RISError("every part of the model is frozen, so there is nothing to train; leave a part out of --freeze")
     next(iter(training_loader(dataset, replace(config, workers=0), world=world)))
 
+# %% ../../nbs/workshop/cli_train.ipynb #078
+def settings_of(flags: Train) -> str:
+    """The settings of a run, a line each: of a recipe with their sources and what to expect, else what the flags and defaults give."""
+    from ris_nb.recipes.expectation import expectation
+    from ris_nb.recipes.recipes import COUNTED_FROM, find_recipe, plan
+    from ris_nb.training.config import TINY_RECIPE, TrainConfig
+    apart = {"root", "recipe", "out", "resume", "force", "dry_run"}
+    usual = {f.name: f.default for f in fields(Train) if f.name not in apart} | {"model": DEFAULT_MODEL}
+    model = flags.model or flags.from_ or DEFAULT_MODEL
+    given = {name.rstrip("_"): value for name, value in {**vars(flags), **asdict(flags.training), "model": model}.items()}
+    if flags.recipe:
+        usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig())).items()}
+        lines = [plan(find_recipe(flags.recipe, **{name: given[name] for name in COUNTED_FROM}), given, usual, processes()[1])]
+    else:
+        usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig(**TINY_RECIPE))).items()}
+        lines = ["settings:", *(f"  {name:14}  {given[name]}{'' if given[name] == value else f'  (default: {value})'}" for name, value in usual.items())]
+    return "\n".join([*lines, expectation(model, flags.training, processes()[1])])
 
+
+def follow(flags: Train, data, referrals: list):
+    """The model of the flags' recipe, once its values are printed, its data are complete and its pretrained weights are in."""
+    from ris_nb.recipes.recipes import check_complete, check_pretrained, find_recipe
+    recipe = find_recipe(flags.recipe)
+    if processes()[0] == 0:
+        print(settings_of(flags), flush=True)
+    check_complete(data, {flags.split, *(name for name in (flags.val,) if name in data.splits)})
+    own = flags.model == recipe.settings["model"].value
+    model = build_model(flags, referrals, **{name: setting.value for name, setting in recipe.network.items() if own})
+    if flags.from_ is not None:
+        return model
+    absent = [part for part in recipe.pretrained if part not in dict(model.named_modules())]
+    if absent:
+        raise UsageError(f"--model {flags.model} has no part {absent[0]}, and --recipe {flags.recipe} is about {recipe.settings['model'].value}; "
+                         "leave one of the two out")
+    if flags.pretrained:
+        check_pretrained(model, recipe.pretrained)
+    return model
+
+# %% ../../nbs/workshop/cli_train.ipynb #078a
+def follow(flags: Train, data, referrals: list):
+    """The model of the flags' recipe, once its values are printed, its data are complete and its pretrained weights are in."""
+    from ris_nb.recipes.recipes import check_complete, check_pretrained, find_recipe
+    recipe = find_recipe(flags.recipe)
+    if processes()[0] == 0:
+        print(settings_of(flags), flush=True)
+    check_complete(data, {flags.split, *(name for name in (flags.val,) if name in data.splits)})
+    own = flags.model == recipe.settings["model"].value
+    model = build_model(flags, referrals, **{name: setting.value for name, setting in recipe.network.items() if own})
+    if flags.from_ is not None:
+        return model
+    absent = [part for part in recipe.pretrained if part not in dict(model.named_modules())]
+    if absent:
+        raise UsageError(f"--model {flags.model} has no part {absent[0]}, and --recipe {flags.recipe} is about {recipe.settings['model'].value}; "
+                         "leave one of the two out")
+    if flags.pretrained:
+        check_pretrained(model, recipe.pretrained)
+    return model
+
+# %% ../../nbs/workshop/cli_train.ipynb #079
+def ending(out: Path, last: dict, flags: Train, split: str) -> str:
+    """Two lines: how a run ended, and the command that looks closer. `last` is the last line of its log."""
+    scores = {name: last[name] for name in ("loss", "val_oIoU", "val_mIoU") if name in last}
+    given = [(f"--{name.replace('_', '-')}", str(getattr(flags, name))) for name in ("root", "dataset", "split_by")
+             if getattr(flags, name)]
+    words = ["ris-nb", "evaluate", "--checkpoint", str(out), *sum(given, ()), "--split", split]
+    return (f"{out}: {last['step']} steps, " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            + f"\nnext: {shlex.join(words)}")
+
+# %% ../../nbs/workshop/cli_train.ipynb #077a
 def run_train(flags: Train) -> int:
     """Train, then say how it ended and what to type next."""
     check_train(flags)
@@ -285,51 +356,3 @@ def run_train(flags: Train) -> int:
         print(ending(out, history[-1], flags, "val" if "val" in data.splits else flags.split))
     accelerator.end_training()
     return 0
-
-# %% ../../nbs/workshop/cli_train.ipynb #078
-def settings_of(flags: Train) -> str:
-    """The settings of a run, a line each: of a recipe with their sources and what to expect, else what the flags and defaults give."""
-    from ris_nb.recipes.expectation import expectation
-    from ris_nb.recipes.recipes import COUNTED_FROM, find_recipe, plan
-    from ris_nb.training.config import TINY_RECIPE, TrainConfig
-    apart = {"root", "recipe", "out", "resume", "force", "dry_run"}
-    usual = {f.name: f.default for f in fields(Train) if f.name not in apart} | {"model": DEFAULT_MODEL}
-    model = flags.model or flags.from_ or DEFAULT_MODEL
-    given = {name.rstrip("_"): value for name, value in {**vars(flags), **asdict(flags.training), "model": model}.items()}
-    if flags.recipe:
-        usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig())).items()}
-        lines = [plan(find_recipe(flags.recipe, **{name: given[name] for name in COUNTED_FROM}), given, usual, processes()[1])]
-    else:
-        usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig(**TINY_RECIPE))).items()}
-        lines = ["settings:", *(f"  {name:14}  {given[name]}{'' if given[name] == value else f'  (default: {value})'}" for name, value in usual.items())]
-    return "\n".join([*lines, expectation(model, flags.training, processes()[1])])
-
-
-def follow(flags: Train, data, referrals: list):
-    """The model of the flags' recipe, once its values are printed, its data are complete and its pretrained weights are in."""
-    from ris_nb.recipes.recipes import check_complete, check_pretrained, find_recipe
-    recipe = find_recipe(flags.recipe)
-    if processes()[0] == 0:
-        print(settings_of(flags), flush=True)
-    check_complete(data, {flags.split, *(name for name in (flags.val,) if name in data.splits)})
-    own = flags.model == recipe.settings["model"].value
-    model = build_model(flags, referrals, **{name: setting.value for name, setting in recipe.network.items() if own})
-    if flags.from_ is not None:
-        return model
-    absent = [part for part in recipe.pretrained if part not in dict(model.named_modules())]
-    if absent:
-        raise UsageError(f"--model {flags.model} has no part {absent[0]}, and --recipe {flags.recipe} is about {recipe.settings['model'].value}; "
-                         "leave one of the two out")
-    if flags.pretrained:
-        check_pretrained(model, recipe.pretrained)
-    return model
-
-# %% ../../nbs/workshop/cli_train.ipynb #079
-def ending(out: Path, last: dict, flags: Train, split: str) -> str:
-    """Two lines: how a run ended, and the command that looks closer. `last` is the last line of its log."""
-    scores = {name: last[name] for name in ("loss", "val_oIoU", "val_mIoU") if name in last}
-    given = [(f"--{name.replace('_', '-')}", str(getattr(flags, name))) for name in ("root", "dataset", "split_by")
-             if getattr(flags, name)]
-    words = ["ris-nb", "evaluate", "--checkpoint", str(out), *sum(given, ()), "--split", split]
-    return (f"{out}: {last['step']} steps, " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-            + f"\nnext: {shlex.join(words)}")
