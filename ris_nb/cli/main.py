@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from importlib import import_module
 from importlib.metadata import version
 
@@ -128,11 +128,11 @@ def main(argv: list[str] | None = None) -> int:
 
 # %% ../../nbs/26_cli.ipynb #028
 def run_line(line: str, show: bool = True) -> int:
-    """Run a command line such as "ris-nb models", print it with what it prints, without progress bars, and return its exit code."""
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
+    """Run a command line such as "ris-nb models" in a notebook: print it with what it prints, without progress bars; return its exit code."""
+    from IPython.utils.capture import capture_output  # in a notebook progress bars are widgets
+    with capture_output() as said:
         code = main(shlex.split(line)[1:])
-    complaints = [text for text in re.split(r"[\r\n]+", err.getvalue()) if text.strip() and "%|" not in text]
+    complaints = [text for text in re.split(r"[\r\n]+", said.stderr) if text.strip() and "%|" not in text]
     if show:
-        print(*filter(None, (f"$ {line}", out.getvalue().rstrip("\n"), *complaints)), f"[exit code {code}]", sep="\n")
+        print(*filter(None, (f"$ {line}", said.stdout.rstrip("\n"), *complaints)), f"[exit code {code}]", sep="\n")
     return code
