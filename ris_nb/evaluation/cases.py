@@ -86,8 +86,8 @@ def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.
         batch = make_batch([photo], [expression], model.tokenizer, model.transform).to(next(model.parameters()).device)
         with torch.no_grad(), evaluating(model):
             output = model(batch)
-        slots, mask = output.extra.get("A_slot"), model.masks(output, batch.size)[0].cpu().numpy()
-        winner = None if slots is None else slots[0].argmax(0).view(output.score.shape[1:]).cpu()
+        slots, mask = model.slot_maps(output), model.masks(output, batch.size)[0].cpu().numpy()
+        winner = None if slots is None else slots[0].argmax(0).cpu()
         for ax, picture in zip(line, (photo, winner, output.score[0].cpu(), overlay(np.asarray(photo), mask))):
             ax.set(xticks=[], yticks=[], box_aspect=photo.height / photo.width)
             if picture is None:

@@ -20,7 +20,7 @@ from ..encoders.language import TextEncoder
 from ..encoders.pretraining import TINY_SWIN, pretrained_namer
 from ..encoders.vision import Swin, init_weights
 from .base import RISModel
-from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_sizes, mask_loss, score_masks,
+from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_sizes, mask_loss, read_attention, score_masks,
                                   start_pretrained, upsample, word_rows)
 from .released import load_released, released_lavt, released_lavt_key, released_lavt_sizes
 from ..registry import register_model
@@ -109,9 +109,16 @@ class LanguageSwin(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in vision.widths)
         self.gates[-1].requires_grad_(False)
 
-    def forward(self, image: Tensor, l: Tensor, words: Tensor, which: Tensor | None = None) -> list[Tensor]:
-        """image (N, 3, H, W), l (B, L, E), words (B, L) bool, which (B,) -> a map (B, H_k, W_k, widths[k]) of each stage."""
-        x = self.vision.stages[0](self.vision.embed(image))  # (N, H_0, W_0, C_0): no word has been read yet
+    def start(self, image: Tensor) -> Tensor:
+        """The first stage, (N, 3, H, W) -> (N, H_0, W_0, C_0): no word has been read yet."""
+        return self.vision.stages[0](self.vision.embed(image))
+
+    def forward(self, image: Tensor, l: Tensor, words: Tensor, which: Tensor | None = None, x: Tensor | None = None) -> list[Tensor]:
+        """image (N, 3, H, W), l (B, L, E), words (B, L) bool, which (B,) -> a map (B, H_k, W_k, widths[k]) of each stage.
+
+        `x`: what `start` made of the image, where that is known.
+        """
+        x = self.start(image) if x is None else x  # (N, H_0, W_0, C_0)
         if which is not None:
             x = x[which]  # (B, H_0, W_0, C_0)
         maps = []
@@ -187,7 +194,7 @@ class LAVT(RISModel):
     def forward(self, batch: Batch) -> Output:
         """`score` (B, h, w) at the patch stride; `extra`: `logits` (B, 2, h, w) and `input_size` (H, W)."""
         l = self.text(batch.ids, batch.words)  # (B, L, E)
-        y, logits = self.decoder(self.encoder(batch.image, l, batch.words, batch.which))
+        y, logits = self.decoder(self.encoder(batch.image, l, batch.words, batch.which, batch.encoded))
         return Output(logits[:, 1] - logits[:, 0], l, y, {"logits": logits, "input_size": tuple(batch.image.shape[-2:])})
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
@@ -198,9 +205,17 @@ class LAVT(RISModel):
         losses = {"mask": mask_loss(score, batch.mask)}
         return {**losses, "dice": self.dice * dice_loss(score, batch.mask)} if self.dice else losses
 
-    def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
         """Bool masks (H, W) of the asked sizes, where foreground beats background: see `score_masks`."""
-        return score_masks(output.score, output.extra["input_size"], sizes)
+        return score_masks(output.score, output.extra["input_size"], sizes, threshold)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Swin's first stage, which reads no word."""
+        return self.encoder.start(image)
+
+    def word_attention(self, batch: Batch) -> tuple[Output, list[Tensor]]:
+        """Of the pixels, after each stage of Swin."""
+        return read_attention(self, batch, self.encoder.fusions)
 
     @classmethod
     def from_released(cls, state: Mapping | str | Path, **overrides) -> LAVT:

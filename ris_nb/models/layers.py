@@ -5,20 +5,21 @@
 # %% ../../nbs/workshop/layers.ipynb #imp-e
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import RISError
+from ..contract import Batch, Output, RISError
 from ..data.tokenizer import BERT_UNCASED, read_vocabulary
 from ..encoders.language import TextEncoder
 from ..encoders.vision import Swin
 
 # %% auto #0
-__all__ = ['SWIN_B', 'BERT_BASE', 'upsample', 'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'keep_sizes',
-           'start_pretrained', 'fetch_swin_and_bert']
+__all__ = ['SWIN_B', 'BERT_BASE', 'upsample', 'score_masks', 'read_attention', 'mask_loss', 'dice_loss', 'word_rows',
+           'keep_sizes', 'start_pretrained', 'fetch_swin_and_bert']
 
 # %% ../../nbs/workshop/layers.ipynb #047
 def upsample(score: Tensor, size: tuple[int, int]) -> Tensor:
@@ -26,16 +27,39 @@ def upsample(score: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(score[:, None], size=tuple(size), mode="bilinear", align_corners=True)[:, 0]
 
 
-def score_masks(score: Tensor, input_size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def score_masks(score: Tensor, input_size: tuple[int, int], sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
     """Bool masks of the asked `sizes`, one per sentence, true where score (B, h, w) > 0.
 
     The score goes up to the model's input by `upsample`, as in training, and from there to `sizes` by the way the image
-    came (pixel areas aligned, not corners), so that it lies on the photo without a shift.
+    came (pixel areas aligned, not corners), so that it lies on the photo without a shift. `threshold`: cut where the
+    probability, the score's sigmoid, is above this instead of 0.5.
     """
+    if threshold is not None:
+        score = score - math.log(threshold / (1 - threshold))
     score = upsample(score, input_size)[:, None]  # (B, 1, H, W)
     return [s[0] > 0 if tuple(size) == tuple(input_size) else
             F.interpolate(s[None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0] > 0
             for s, size in zip(score, sizes, strict=True)]
+
+# %% ../../nbs/workshop/layers.ipynb #att-e
+@torch.no_grad()
+def read_attention(model: nn.Module, batch: Batch, readers: Iterable[nn.Module]) -> tuple[Output, list[Tensor]]:
+    """The model's output, and what each of the `readers` attended to meanwhile: A (B, L, h, w), of sum one over the words.
+
+    A reader is called with x (B, h, w, D), l, words, and has `attend(x (B, P, D), l, words) -> (B, P, L)`, as `PWAM` does.
+    """
+    found = []
+
+    def keep(module: nn.Module, arguments: tuple) -> None:
+        x, l, words = arguments
+        found.append(module.attend(x.flatten(1, 2), l, words).mT.unflatten(2, x.shape[1:3]))
+
+    hooks = [reader.register_forward_pre_hook(keep) for reader in readers]
+    try:
+        return model(batch), found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/workshop/layers.ipynb #050
 def mask_loss(score: Tensor, mask: Tensor, weights: tuple[float, float] = (0.9, 1.1)) -> Tensor:

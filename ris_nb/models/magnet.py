@@ -22,7 +22,7 @@ from ..encoders.vision import Swin
 from .alignment import ImageAlignment, LanguageAlignment, alignment_loss, sentence_vector
 from .base import RISModel
 from .lavt import LAVT, SimpleDecoder
-from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_sizes, mask_loss, score_masks,
+from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_sizes, mask_loss, read_attention, score_masks,
                                   start_pretrained, upsample, word_rows)
 from .mask_decoder import MaskDecoder, PixelDecoder
 from .mask_grounding import TINY_PREDICTOR, Grounded
@@ -54,16 +54,27 @@ class LockStep(nn.Module):
         self.language_alignments = nn.ModuleList(language(text.width, width) for width in vision.widths)
         self.image_alignments[-1].gate.requires_grad_(False)
 
-    def forward(self, image: Tensor, ids: Tensor, words: Tensor, which: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    def _stage(self, x: Tensor, k: int) -> Tensor:
+        for block in self.vision.stages[k]:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return x
+
+    def start(self, image: Tensor) -> Tensor:
+        """Swin's first stage, (N, 3, H, W) -> (N, H_0, W_0, C_0)."""
+        return self._stage(self.vision.embed(image), 0)
+
+    def forward(self, image: Tensor, ids: Tensor, words: Tensor, which: Tensor | None = None,
+                x: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """image (N, 3, H, W), ids and words (B, L), which (B,) -> for each stage its map s (B, H_k, W_k, widths[k]) for the
-        decoder, and the words (B, L, E) after they have read it."""
-        x, l, maps, texts = self.vision.embed(image), self.text.embed(ids), [], []
+        decoder, and the words (B, L, E) after they have read it. `x`: what `start` made of the image, where that is known."""
+        l, maps, texts = self.text.embed(ids), [], []
+        x = self.start(image) if x is None else x  # (N, H_0, W_0, C_0): no word has been read so far
         for k, (see, read) in enumerate(zip(self.image_alignments, self.language_alignments)):
             last = k + 1 == len(self.image_alignments)
-            for block in self.vision.stages[k]:
-                x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
-            if k == 0 and which is not None:
-                x = x[which]  # (B, H_0, W_0, C_0): no word has been read so far
+            if k > 0:
+                x = self._stage(x, k)
+            elif which is not None:
+                x = x[which]  # (B, H_0, W_0, C_0)
             l = self.text.run(l, words, k * self.group, (k + 1) * self.group)
             (s, onward), l = see(x, l, words, onward=not last), read(l, words, x)  # both read what the other was before
             maps.append(s)
@@ -139,7 +150,7 @@ class MagNet(RISModel):
         `extra`: `input_size` (H, W); `aux_masks` (decoder_layers, B, h, w), the answers before the last layer of the mask
         decoder (none with the simple one); the mask decoder's `class_logits`.
         """
-        maps, texts = self.encoder(batch.image, batch.ids, batch.words, batch.which)
+        maps, texts = self.encoder(batch.image, batch.ids, batch.words, batch.which, batch.encoded)
         extra = {"input_size": tuple(batch.image.shape[-2:])}
         if hasattr(self, "simple_decoder"):
             pixels, logits = self.simple_decoder(maps)
@@ -166,9 +177,17 @@ class MagNet(RISModel):
                                                  max_pixels=self.alignment_pixels)
         return losses
 
-    def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
         """Bool masks (H, W) of the asked sizes, where the score is above 0: see `score_masks`."""
-        return score_masks(output.score, output.extra["input_size"], sizes)
+        return score_masks(output.score, output.extra["input_size"], sizes, threshold)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Swin's first stage, which reads no word."""
+        return self.encoder.start(image)
+
+    def word_attention(self, batch: Batch) -> tuple[Output, list[Tensor]]:
+        """Of the pixels, after each stage of Swin; not that of the regions."""
+        return read_attention(self, batch, [alignment.fusion for alignment in self.encoder.image_alignments])
 
     def for_training(self) -> nn.Module:
         """The network in its training harness, `Grounded`; or itself where the weight of Mask Grounding is 0."""

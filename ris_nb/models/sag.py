@@ -116,14 +116,18 @@ class SaG(RISModel):
             return torch.randn(images, *self.seeded_noise.shape, device=self.seeded_noise.device)
         return self.seeded_noise.expand(images, -1, -1) if self.noise == "seeded" else None
 
+    def encode_image(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """V (N, P, d), slots (N, K, D), A_slot (N, K, P): all but the sentence. `noise` (N, K, D): see `sample`."""
+        V = self.vision(image)[:, 1:]  # (N, P, d), without [CLS]
+        return V, *self.entities(V, tuple(side // self.vision.patch for side in image.shape[-2:]), self.sample(len(V), noise))
+
     def forward(self, batch: Batch, noise: Tensor | None = None) -> Output:
         """`score` (B, h, w): relevance of each patch; `word_features` (B, L', E) up to the batch's longest sentence. `noise`
         (N, K, D): see `sample`. `extra`: `V` (N, P, d), `slots` (N, K, D), `A_slot` (N, K, P), `A_fuse` (B, K), `text` (B, D);
         and `autocast`, the dtype of mixed precision, or None, for the networks that only the losses need.
         """
         device, grid = batch.image.device.type, tuple(side // self.vision.patch for side in batch.image.shape[-2:])
-        V = self.vision(batch.image)[:, 1:]  # (N, P, d), without [CLS]
-        slots, A_slot = self.entities(V, grid, self.sample(len(V), noise))
+        V, slots, A_slot = batch.encoded or self.encode_image(batch.image, noise)
         longest = int(batch.words.any(0).nonzero().max()) + 1
         l = self.text(batch.ids[:, :longest], batch.words[:, :longest])  # (B, L', E): BERT needn't read padding
         text = self.sentence(l[:, 0])
@@ -164,9 +168,13 @@ class SaG(RISModel):
             losses["reconstruction"] = self.reconstruction * self.repaint(output)[0]
         return losses
 
-    def masks(self, output: Output, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
         """Bool masks (H, W) of the asked sizes: see `relevance_masks`."""
-        return relevance_masks(output.score, sizes, self.threshold)
+        return relevance_masks(output.score, sizes, self.threshold if threshold is None else threshold)
+
+    def slot_maps(self, output: Output) -> Tensor:
+        """A_slot (N, K, h, w)."""
+        return output.extra["A_slot"].unflatten(2, output.score.shape[1:])
 
     @classmethod
     def from_released(cls, state: Mapping | str | Path, **overrides) -> SaG:
