@@ -96,7 +96,7 @@ def remember_images(model: nn.Module) -> nn.Module:
             part.forward = Remembered(part.forward)
     return model
 
-
+# %% ../../nbs/workshop/explore_answers.ipynb #016s0
 class Viewer:
     """A model before one picture after another. `look` gives it a picture, `batch` puts expressions about it into a `Batch`."""
 
@@ -120,7 +120,7 @@ def shipped(name: str) -> Viewer:
     """A trained model before a picture of your choice, the same one for all panels. name: whatever `load_model` takes."""
     return Viewer(load_model(name))
 
-
+# %% ../../nbs/workshop/explore_answers.ipynb #016s1
 def viewers_of(models: Sequence[str] | Mapping[str, RISModel]) -> dict[str, Viewer]:
     """Models before a picture, by name: what `load_model` finds by some names, or trained models of yours."""
     return {name: Viewer(models[name]) if isinstance(models, Mapping) else shipped(name) for name in models}
@@ -186,7 +186,7 @@ class Answer:
     shares: Tensor
     attention: bool
 
-
+# %% ../../nbs/workshop/explore_answers.ipynb #025s0
 def answer(viewer: Viewer, photo: Image.Image, expression: str) -> Answer:
     """Ask about a picture. `RISError` for an expression without a word."""
     viewer.look(photo)

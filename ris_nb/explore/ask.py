@@ -46,7 +46,7 @@ def read_upload(files: tuple) -> Image.Image:
         raise RISError("no photo yet: choose one with 'Upload a photo', or look at a scene")
     return read_image(io.BytesIO(files[0]["content"]), upright=True)
 
-
+# %% ../../nbs/workshop/explore_ask.ipynb #039s0
 def ask_parts(models: Sequence[str], vocabulary: Sequence[str], photo: bool) -> dict[str, widgets.Widget]:
     """The widgets of `AskPanel`."""
     parts = {**scene_parts(),
@@ -83,7 +83,7 @@ def same_place(pieces: Sequence[str], piece: str, place: int) -> int:
         return place
     return pieces.index(piece) if piece in pieces else -1
 
-
+# %% ../../nbs/workshop/explore_ask.ipynb #041s0
 def row_of_pictures(pictures: dict[str, np.ndarray], below: dict[str, str], title: str) -> Figure:
     """A figure of pictures under their names, with lines below them, for a page that nobody can click."""
     width = min(9, 2.9 * len(pictures))

@@ -120,7 +120,7 @@ def mean_below(features: Tensor, mask: Tensor) -> Tensor:
     covered = F.adaptive_avg_pool2d(mask[:, None].float(), features.shape[2:])  # (B, 1, h, w)
     return ((features * covered).sum((2, 3)) / covered.sum((2, 3)).clamp(min=1e-6))[:, None]
 
-
+# %% ../../nbs/workshop/explore_fill.ipynb #057s0
 class WordGame(Grounded):
     """Mask Grounding's game (MagNet, CVPR 2024) over a finished model: the host stays as it is and a predictor learns to play.
 
@@ -178,7 +178,7 @@ def guess_word(game: WordGame, batch: Batch, output: Output, hidden: int, mask: 
         best[name] = [(game.vocabulary[i], share) for i, share in zip(ids.tolist(), shares.tolist())]
     return best
 
-
+# %% ../../nbs/workshop/explore_fill.ipynb #059s0
 @lru_cache(maxsize=None)
 def shipped_game() -> WordGame:
     """`magnet_tiny` with the predictor that comes with the library."""
@@ -200,7 +200,7 @@ def fill_parts() -> dict[str, widgets.Widget]:
     parts["controls"] = widgets.VBox([parts[name] for name in ("onto", "tool", "right", "down")])
     return parts
 
-
+# %% ../../nbs/workshop/explore_fill.ipynb #061s0
 def picture_and_bars(picture: np.ndarray, charts: dict[str, Sequence[tuple[str, float]]], title: str, marked: str = "") -> Figure:
     """A figure of a picture and, beside it, charts of names and shares; the `marked` name has a star."""
     figure = Figure(figsize=(9, 2.5), layout="constrained")

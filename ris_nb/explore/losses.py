@@ -135,7 +135,7 @@ class LossPanel(Panel):
         """The picture as it is now."""
         return SVG(self["picture"].value)
 
-
+# %% ../../nbs/workshop/explore_losses.ipynb #090s0
 def loss_panel() -> LossPanel:
     """Move points and temperatures by sliders, and see two losses change: C3 of Shatter and Gather, the alignment loss of MagNet.
 

@@ -47,7 +47,7 @@ def png(picture: np.ndarray) -> bytes:
     Image.fromarray(picture.repeat(zoom, 0).repeat(zoom, 1)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
-
+# %% ../../nbs/workshop/explore_panel.ipynb #028s0
 def heat(picture: np.ndarray, values: Tensor, top: float = 1.0) -> np.ndarray:
     """Values (h, w) from 0 to `top` over a picture (H, W, 3), dark to bright (cividis): (H, W, 3) uint8."""
     values = F.interpolate(values[None, None].float(), size=picture.shape[:2], mode="bilinear", align_corners=False)[0, 0]
@@ -124,7 +124,7 @@ def scene_at(split: str, number: int) -> tuple[Scene, Image.Image, dict[str, np.
     known = {one.text: scene.masks[one.referent] for flavour in FLAVOURS for one in refer(scene, flavour)}
     return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: len(pair[0])))
 
-
+# %% ../../nbs/workshop/explore_panel.ipynb #035s0
 def scene_parts() -> dict[str, widgets.Widget]:
     """Widgets to choose a scene (`split`, `number`, `another`) and an expression (`example`, `expression`)."""
     wide = widgets.Layout(width="330px")

@@ -119,7 +119,7 @@ def shatter_parts(iterations: int, names: Sequence[str]) -> dict[str, widgets.Wi
     parts["redraw"].on_click(lambda button: parts["draw"].set_trait("value", (parts["draw"].value + 1) % 10_000))
     return parts
 
-
+# %% ../../nbs/workshop/explore_shatter.ipynb #075s0
 def draw_gathered(picture: np.ndarray, model: RISModel, maps: Tensor, reads: Tensor, names: Sequence[str],
                   truth: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """What a sentence gathers, as pictures by what they show: the mask, the relevance, and the three slots that are read most."""
