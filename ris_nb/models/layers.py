@@ -18,8 +18,8 @@ from ..encoders.language import TextEncoder
 from ..encoders.vision import Swin
 
 # %% auto #0
-__all__ = ['SWIN_B', 'BERT_BASE', 'upsample', 'score_masks', 'read_attention', 'mask_loss', 'dice_loss', 'word_rows',
-           'keep_sizes', 'start_pretrained', 'fetch_swin_and_bert']
+__all__ = ['SWIN_B', 'BERT_BASE', 'upsample', 'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'keep_sizes',
+           'start_pretrained', 'fetch_swin_and_bert', 'read_attention']
 
 # %% ../../nbs/workshop/layers.ipynb #047
 def upsample(score: Tensor, size: tuple[int, int]) -> Tensor:
@@ -40,26 +40,6 @@ def score_masks(score: Tensor, input_size: tuple[int, int], sizes: Sequence[tupl
     return [s[0] > 0 if tuple(size) == tuple(input_size) else
             F.interpolate(s[None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0] > 0
             for s, size in zip(score, sizes, strict=True)]
-
-# %% ../../nbs/workshop/layers.ipynb #att-e
-@torch.no_grad()
-def read_attention(model: nn.Module, batch: Batch, readers: Iterable[nn.Module]) -> tuple[Output, list[Tensor]]:
-    """The model's output, and what each of the `readers` attended to meanwhile: A (B, L, h, w), of sum one over the words.
-
-    A reader is called with x (B, h, w, D), l, words, and has `attend(x (B, P, D), l, words) -> (B, P, L)`, as `PWAM` does.
-    """
-    found = []
-
-    def keep(module: nn.Module, arguments: tuple) -> None:
-        x, l, words = arguments
-        found.append(module.attend(x.flatten(1, 2), l, words).mT.unflatten(2, x.shape[1:3]))
-
-    hooks = [reader.register_forward_pre_hook(keep) for reader in readers]
-    try:
-        return model(batch), found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # %% ../../nbs/workshop/layers.ipynb #050
 def mask_loss(score: Tensor, mask: Tensor, weights: tuple[float, float] = (0.9, 1.1)) -> Tensor:
@@ -118,3 +98,23 @@ def fetch_swin_and_bert(name: str, overrides: Mapping) -> tuple[Swin, TextEncode
     keep_sizes(name, "Swin", SWIN_B, overrides)
     keep_sizes(name, "BERT", BERT_BASE, overrides)
     return Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k"), TextEncoder.from_pretrained(BERT_UNCASED)
+
+# %% ../../nbs/workshop/layers.ipynb #att-e
+@torch.no_grad()
+def read_attention(model: nn.Module, batch: Batch, readers: Iterable[nn.Module]) -> tuple[Output, list[Tensor]]:
+    """The model's output, and what each of the `readers` attended to meanwhile: A (B, L, h, w), of sum one over the words.
+
+    A reader is called with x (B, h, w, D), l, words, and has `attend(x (B, P, D), l, words) -> (B, P, L)`, as `PWAM` does.
+    """
+    found = []
+
+    def keep(module: nn.Module, arguments: tuple) -> None:
+        x, l, words = arguments
+        found.append(module.attend(x.flatten(1, 2), l, words).mT.unflatten(2, x.shape[1:3]))
+
+    hooks = [reader.register_forward_pre_hook(keep) for reader in readers]
+    try:
+        return model(batch), found
+    finally:
+        for hook in hooks:
+            hook.remove()
