@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 # %% auto #0
-__all__ = ['AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'processes', 'shares', 'gather']
+__all__ = ['AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'gather_images', 'processes', 'shares', 'gather']
 
 # %% ../nbs/workshop/distributed.ipynb #067
 class AllReduce(torch.autograd.Function):
@@ -66,6 +66,18 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
     return model
+
+# %% ../nbs/workshop/distributed.ipynb #071b
+def gather_images(x: torch.Tensor) -> torch.Tensor:
+    """The tensors of all processes, concatenated: (N, ...) -> (processes * N, ...); gradients return to the process of each.
+
+    Image n of process r lands at r * N + n; all processes must have the same shape. With one process, x itself.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    whole = x.new_zeros(dist.get_world_size(), *x.shape)
+    whole[dist.get_rank()] = x
+    return AllReduce.apply(whole).flatten(0, 1)
 
 # %% ../nbs/workshop/distributed.ipynb #028
 def processes() -> tuple[int, int]:

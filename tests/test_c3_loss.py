@@ -10,7 +10,8 @@ from parity import find_case, load_case
 from torch import nn
 
 from ris_nb.contract import RISError
-from ris_nb.models.c3_loss import c3_loss, c3_similarity, gather_images, image_codes, same_image
+from ris_nb.distributed import gather_images
+from ris_nb.models.c3_loss import c3_loss, c3_similarity, image_codes, same_image
 from ris_nb.models.modality_fusion import ModalityFusion
 
 

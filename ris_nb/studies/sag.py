@@ -80,7 +80,7 @@ SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of t
     "false negatives dropped": dict(false_negatives="drop"),
 }
 
-
+# %% ../../nbs/workshop/study_sag.ipynb #078b
 def sag_study(root: str | Path, steps: int = 300) -> dict[str, Callable[[int, Path], dict]]:
     """The study's variants for `run_study`: each trains on the set `refshapes` in `root` and is scored on its val split.
 
