@@ -19,7 +19,7 @@ pytest.importorskip("anywidget", reason="the panels need the extra ris_nb[explor
 import ipywidgets as widgets
 
 from ris_nb.contract import RISError
-from ris_nb.explore.answers import Remembered, Viewer, image_parts, masks_at, shipped, word_attention, word_readers
+from ris_nb.explore.answers import Remembered, Viewer, shipped
 from ris_nb.explore.ask import ask_panel, same_place
 from ris_nb.explore.fill import SEES, Pointable, WordGame, fill_panel, guess_word, hide_word, mean_below, paint, shift
 from ris_nb.explore.losses import c3_points, loss_panel
@@ -95,7 +95,7 @@ def test_a_panel_marks_what_predict_marks(name):
         for text in list(known)[:3]:
             panel["expression"].value = text
             output = panel.answers[name].output
-            mask = masks_at(model, output, [scene.image.shape[:2]])[0]
+            mask = model.masks(output, [scene.image.shape[:2]])[0]
             assert (mask.numpy() == model.predict([scene.image], [text])[0]).all()
 
 
@@ -118,7 +118,7 @@ def test_a_lower_threshold_marks_more(ask):
     marked = []
     for threshold in (0.1, 0.3, 0.5, 0.7, 0.9):
         ask["threshold"].value = threshold
-        marked.append([masks_at(shipped(name).model, ask.answers[name].output, [(64, 64)], threshold)[0].sum().item() for name in MODELS])
+        marked.append([shipped(name).model.masks(ask.answers[name].output, [(64, 64)], threshold)[0].sum().item() for name in MODELS])
     assert (np.diff(marked, axis=0) <= 0).all() and (np.array(marked[0]) > marked[-1]).all()
     assert shipped("sag_tiny").model.threshold == 0.5  # as it was
 
@@ -137,11 +137,10 @@ def test_what_depends_on_the_picture_alone_is_computed_once(ask):
     for text in ("the red circle", "the ring", "the big one", "the leftmost thing"):
         ask["expression"].value = text
     for name in MODELS:
-        model = shipped(name).model
-        before = [part.forward.calls for part in image_parts(model)]
+        before = shipped(name).encode.calls
         ask["expression"].value = f"the yellow thing above the {name[0]}"
         ask["expression"].value = "the white star"
-        assert before and [part.forward.calls for part in image_parts(model)] == before
+        assert before and shipped(name).encode.calls == before
 
 
 def test_remembered_knows_a_changed_question():
@@ -241,11 +240,11 @@ def test_pixels_read_words_and_hooks_are_removed():
     viewer = shipped("magnet_tiny")
     viewer.look(scene_at("val", 3)[1])
     batch = viewer.batch("the red circle")
-    output, stages = word_attention(viewer.model, batch)
+    output, stages = viewer.model.word_attention(batch)
     assert [tuple(A.shape[2:]) for A in stages] == [(16, 16), (8, 8), (4, 4)]
     with torch.no_grad():
         torch.testing.assert_close(output.score, viewer.model(batch).score)
-    assert not any(module._forward_pre_hooks for module in word_readers(viewer.model))
+    assert not any(module._forward_pre_hooks for module in viewer.model.modules())
 
 
 def test_pictures_are_small_and_text_is_escaped():

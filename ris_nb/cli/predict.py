@@ -47,7 +47,7 @@ def say_unread(tokenizer, expression: str) -> None:
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         print(f"warning: this model doesn't know {', '.join(repr(word[:30]) for word in unknown[:5])}{more}; try other words", file=sys.stderr)
-    if tokenizer.pieces(expression)[-1] != "[SEP]":
+    if tokenizer.cuts(expression):
         print(f"warning: the model reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,19 +13,14 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract import Batch, Output
-from ..encoders.vision import Swin, ViT
-from ..models.alignment import RegionBranch
 from ..models.base import RISModel
-from ..models.entity_slots import EntityDiscovery
-from ..models.lavt import PWAM
 from ..registry import load_model
 
 # %% auto #0
-__all__ = ['Latest', 'fingerprint', 'Remembered', 'image_parts', 'remember_images', 'Viewer', 'shipped', 'viewers_of', 'masks_at',
-           'word_readers', 'word_attention', 'word_effects', 'Answer', 'answer']
+__all__ = ['Latest', 'fingerprint', 'Remembered', 'Viewer', 'shipped', 'viewers_of', 'word_effects', 'Answer', 'answer']
 
 # %% ../../nbs/workshop/explore_answers.ipynb #010
 class Latest:
@@ -81,27 +75,13 @@ class Remembered:
             self.calls += 1
         return self.answer
 
-# %% ../../nbs/workshop/explore_answers.ipynb #016
-def image_parts(model: nn.Module) -> list[nn.Module]:
-    """The parts of a model that read the image and no word: a ViT, entity discovery, the first stage of a Swin."""
-    modules = list(model.modules())
-    first = [part for module in modules if isinstance(module, Swin) for part in (module.patch_embed, *module.stages[0])]
-    return first + [module for module in modules if isinstance(module, (ViT, EntityDiscovery))]
-
-
-def remember_images(model: nn.Module) -> nn.Module:
-    """The same model, which computes those parts once for an image, however many expressions it is asked."""
-    for part in image_parts(model):
-        if not isinstance(part.forward, Remembered):
-            part.forward = Remembered(part.forward)
-    return model
-
 # %% ../../nbs/workshop/explore_answers.ipynb #016s0
 class Viewer:
     """A model before one picture after another. `look` gives it a picture, `batch` puts expressions about it into a `Batch`."""
 
     def __init__(self, model: RISModel):
-        self.model, self.photo = remember_images(model).eval(), None
+        self.model, self.photo = model.eval(), None
+        self.encode = Remembered(torch.no_grad()(model.encode_image))
 
     def look(self, photo: Image.Image) -> None:
         """Read a picture, unless it is the one that was read last."""
@@ -112,7 +92,7 @@ class Viewer:
         """The batch of some expressions about the picture. `RISError` for one without a word."""
         ids, words = self.model.tokenizer(expressions)
         which, size = torch.zeros(len(ids), dtype=torch.int64), [self.photo.size[::-1]] * len(ids)
-        return Batch(self.image, ids, words, which, expression=list(expressions), size=size)
+        return Batch(self.image, ids, words, which, expression=list(expressions), size=size, encoded=self.encode(self.image))
 
 
 @lru_cache(maxsize=None)
@@ -125,50 +105,11 @@ def viewers_of(models: Sequence[str] | Mapping[str, RISModel]) -> dict[str, View
     """Models before a picture, by name: what `load_model` finds by some names, or trained models of yours."""
     return {name: Viewer(models[name]) if isinstance(models, Mapping) else shipped(name) for name in models}
 
-# %% ../../nbs/workshop/explore_answers.ipynb #019
-def masks_at(model: RISModel, output: Output, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
-    """`model.masks` with a threshold of your own, above 0 and below 1; at 0.5 they are the model's.
-
-    Where a model cuts its map at a `threshold` (SaG), that is set. Else the score is a logit, and a cut at probability p is
-    one at log(p / (1 - p)).
-    """
-    if not hasattr(model, "threshold"):
-        return model.masks(replace(output, score=output.score - math.log(threshold / (1 - threshold))), sizes)
-    own, model.threshold = model.threshold, threshold
-    try:
-        return model.masks(output, sizes)
-    finally:
-        model.threshold = own
-
-# %% ../../nbs/workshop/explore_answers.ipynb #022
-def word_readers(model: nn.Module) -> list[PWAM]:
-    """The modules in which single pixels read words, finest first; not those in which regions do."""
-    regions = {id(module.fusion) for module in model.modules() if isinstance(module, RegionBranch)}
-    return [module for module in model.modules() if isinstance(module, PWAM) and id(module) not in regions]
-
-
-@torch.no_grad()
-def word_attention(model: RISModel, batch: Batch) -> tuple[Output, list[Tensor]]:
-    """The model's output, and for each stage in which pixels read words their attention A (B, L, h, w), of sum one over L."""
-    found = []
-
-    def keep(module: PWAM, arguments: tuple) -> None:
-        x, l, words = arguments
-        found.append(module.attend(x.flatten(1, 2), l, words).mT.unflatten(2, x.shape[1:3]))
-
-    hooks = [module.register_forward_pre_hook(keep) for module in word_readers(model)]
-    try:
-        return model(batch), found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
 # %% ../../nbs/workshop/explore_answers.ipynb #025
 @torch.no_grad()
 def word_effects(model: RISModel, batch: Batch) -> tuple[Output, Tensor]:
-    """The output of a batch of one sentence, and for each of its inner words how much score goes when it is left out: (n, h, w)."""
-    count = int(batch.words.sum()) - 2  # all but [CLS] and [SEP]
-    rows = [[j for j in range(batch.ids.shape[1]) if j != i] for i in range(1, count + 1)]
+    """The output of a batch of one sentence, and for each piece of its text how much score goes when it is left out: (n, h, w)."""
+    rows = [[j for j in range(batch.ids.shape[1]) if j != i] for i in model.tokenizer.word_places(batch.expression[0])]
     shorter = [F.pad(tensor[0, rows], (0, 1)) for tensor in (batch.ids, batch.words)]  # (n, L), [PAD] is 0
     ids, words = (torch.cat([own, less]) for own, less in zip((batch.ids, batch.words), shorter))
     many = replace(batch, ids=ids, words=words, which=torch.zeros(len(ids), dtype=torch.int64))
@@ -191,15 +132,15 @@ def answer(viewer: Viewer, photo: Image.Image, expression: str) -> Answer:
     """Ask about a picture. `RISError` for an expression without a word."""
     viewer.look(photo)
     model, batch = viewer.model, viewer.batch(expression)
-    pieces = [piece for piece in model.tokenizer.pieces(expression) if piece not in ("[CLS]", "[SEP]")]
-    attention = bool(word_readers(model))
+    places, attention = model.tokenizer.word_places(expression), model.word_attention(batch)
+    pieces = [model.tokenizer.pieces(expression)[place] for place in places]
     if attention:
-        output, stages = word_attention(model, batch)
+        output, stages = attention
         fine = [F.interpolate(A, size=output.score.shape[1:], mode="bilinear") for A in stages]
-        maps = torch.stack(fine).mean(0)[0, 1:1 + len(pieces)]  # (n, h, w)
+        maps = torch.stack(fine).mean(0)[0, places]  # (n, h, w)
         shares = (maps * output.score.sigmoid()).sum((1, 2))  # by the pixels of the answer
     else:
         output, maps = word_effects(model, batch)
         shares = maps.abs().sum((1, 2))
         maps = maps.clamp(min=0)
-    return Answer(output, pieces, maps / maps.amax().clamp(min=1e-9), shares / shares.sum().clamp(min=1e-9), attention)
+    return Answer(output, pieces, maps / maps.amax().clamp(min=1e-9), shares / shares.sum().clamp(min=1e-9), bool(attention))

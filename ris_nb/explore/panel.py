@@ -166,6 +166,6 @@ def unread(tokenizer: Tokenizer, expression: str) -> list[str]:
     """Lines about what a model doesn't read of an expression: words that it doesn't know, an end that is too far off."""
     unknown = list(dict.fromkeys(tokenizer.unknown(expression)))
     lines = [f"Words that the models never saw: {', '.join(word[:30] for word in unknown[:8])}. They read [UNK] there."] if unknown else []
-    if tokenizer.pieces(expression)[-1] != "[SEP]":
+    if tokenizer.cuts(expression):
         lines.append(f"The models read the first {tokenizer.length - 1} pieces of an expression, and this one is longer.")
     return lines

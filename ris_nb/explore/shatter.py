@@ -67,7 +67,7 @@ def shatter(viewer: Viewer, discovery: EntityDiscovery, photo: Image.Image, draw
     model = viewer.model
     noise = torch.randn(model.seeded_noise.shape, generator=torch.Generator().manual_seed(draw)) if draw else model.seeded_noise
     grid = tuple(side // model.vision.patch for side in viewer.image.shape[-2:])
-    slots, _, maps = discovery(model.vision(viewer.image)[:, 1:], grid, noise[None], history=True)
+    slots, _, maps = discovery(viewer.encode(viewer.image)[0], grid, noise[None], history=True)
     return Shattered([A[0].unflatten(1, grid) for A in maps], slots[0])
 
 
