@@ -40,7 +40,8 @@ from ris_nb.models.mask_grounding import Grounded
 from ris_nb.models.sag import SaG
 from ris_nb.recipes.expectation import expectation
 from ris_nb.recipes.published import benchmark_table, our_results, read_published, results_figure, results_markdown
-from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, check_pretrained, find_recipe, list_recipes, plan
+from ris_nb.recipes.recipe import check_pretrained, plan, read_recipe
+from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, find_recipe, list_recipes
 from ris_nb.recipes.released import released_model
 from ris_nb.registry import load_model
 from ris_nb.studies.sag import SAG_RECIPE

@@ -54,7 +54,7 @@ class Train(Data):
       ris-nb train --root refer_data --dataset refcoco --split-by unc --image-size 128 --steps 5000
     """
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
-    """Settings of a paper by name, such as magnet_refcoco, or of a trained tiny model; `ris-nb recipes` lists them."""
+    """Settings of a paper by name, such as magnet_refcoco, or of a trained tiny model; `ris-nb recipes` lists them. Or a .toml or .yaml file of your own."""
     split: Annotated[str, arg(metavar="NAME")] = "train"
     """The split to learn from."""
     val: Annotated[str, arg(metavar="NAME")] = "auto"
@@ -135,7 +135,7 @@ def machine(precision: str = "no"):
 
     `UsageError` where the environment names other processes and not where to meet them.
     """
-    from ris_nb.training.loop import make_accelerator
+    from ris_nb.training.launch import make_accelerator
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if processes()[1] > 1 and missing:
         raise UsageError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")
@@ -251,7 +251,8 @@ def check_start(model, dataset, config, world: int) -> None:
 def settings_of(flags: Train) -> str:
     """The settings of a run, a line each: of a recipe with their sources and what to expect, else what the flags and defaults give."""
     from ris_nb.recipes.expectation import expectation
-    from ris_nb.recipes.recipes import COUNTED_FROM, find_recipe, plan
+    from ris_nb.recipes.recipe import plan
+    from ris_nb.recipes.recipes import COUNTED_FROM, find_recipe
     from ris_nb.training.config import TINY_RECIPE, TrainConfig
     apart = {"root", "recipe", "out", "resume", "force", "dry_run"}
     usual = {f.name: f.default for f in fields(Train) if f.name not in apart} | {"model": DEFAULT_MODEL}
@@ -268,7 +269,8 @@ def settings_of(flags: Train) -> str:
 
 def follow(flags: Train, data, referrals: list):
     """The model of the flags' recipe, once its values are printed, its data are complete and its pretrained weights are in."""
-    from ris_nb.recipes.recipes import check_complete, check_pretrained, find_recipe
+    from ris_nb.recipes.recipe import check_complete, check_pretrained
+    from ris_nb.recipes.recipes import find_recipe
     recipe = find_recipe(flags.recipe)
     if processes()[0] == 0:
         print(settings_of(flags), flush=True)
@@ -277,18 +279,19 @@ def follow(flags: Train, data, referrals: list):
     model = build_model(flags, referrals, **{name: setting.value for name, setting in recipe.network.items() if own})
     if flags.from_ is not None:
         return model
-    absent = [part for part in recipe.pretrained if part not in dict(model.named_modules())]
+    absent = [part for part in recipe.pretrained_parts if part not in dict(model.named_modules())]
     if absent:
         raise UsageError(f"--model {flags.model} has no part {absent[0]}, and --recipe {flags.recipe} is about {recipe.settings['model'].value}; "
                          "leave one of the two out")
     if flags.pretrained:
-        check_pretrained(model, recipe.pretrained)
+        check_pretrained(model, recipe.pretrained_parts)
     return model
 
 # %% ../../nbs/workshop/cli_train.ipynb #078a
 def follow(flags: Train, data, referrals: list):
     """The model of the flags' recipe, once its values are printed, its data are complete and its pretrained weights are in."""
-    from ris_nb.recipes.recipes import check_complete, check_pretrained, find_recipe
+    from ris_nb.recipes.recipe import check_complete, check_pretrained
+    from ris_nb.recipes.recipes import find_recipe
     recipe = find_recipe(flags.recipe)
     if processes()[0] == 0:
         print(settings_of(flags), flush=True)
@@ -297,12 +300,12 @@ def follow(flags: Train, data, referrals: list):
     model = build_model(flags, referrals, **{name: setting.value for name, setting in recipe.network.items() if own})
     if flags.from_ is not None:
         return model
-    absent = [part for part in recipe.pretrained if part not in dict(model.named_modules())]
+    absent = [part for part in recipe.pretrained_parts if part not in dict(model.named_modules())]
     if absent:
         raise UsageError(f"--model {flags.model} has no part {absent[0]}, and --recipe {flags.recipe} is about {recipe.settings['model'].value}; "
                          "leave one of the two out")
     if flags.pretrained:
-        check_pretrained(model, recipe.pretrained)
+        check_pretrained(model, recipe.pretrained_parts)
     return model
 
 # %% ../../nbs/workshop/cli_train.ipynb #079
@@ -323,13 +326,13 @@ def run_train(flags: Train) -> int:
         print(settings_of(flags))
         return 0
     from ris_nb.data.batches import ReferralDataset
-    from ris_nb.recipes.recipes import per_sentence
+    from ris_nb.recipes.recipe import per_sentence
     from ris_nb.data.sources import open_data
     from ris_nb.contract import RISError
     from ris_nb.training.loop import fit
     if flags.from_ is None:
         flags.model = flags.model or DEFAULT_MODEL
-    out = flags.out or Path("runs") / (flags.recipe or flags.model or f"{Path(flags.from_).name}_tuned")
+    out = flags.out or Path("runs") / (Path(flags.recipe or "").stem or flags.model or f"{Path(flags.from_).name}_tuned")
     data = open_data(flags.root, flags.dataset, flags.split_by)
     referrals = data.referrals(flags.split)
     if flags.each == "sentence":
