@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import tracemalloc
 from collections import OrderedDict
 from pathlib import Path
 
@@ -102,7 +103,6 @@ HOSTILE = {
     "buffer": (b"\x97.", "NEXT_BUFFER"),
     "bytearray": (pickle.dumps(bytearray(b"x"), 5), "BYTEARRAY8"),
     "global with an escape sequence in its name": (b"c\x1b[31mos\nsys\rtem\n.", "os.sys\\rtem"),
-    "stack global out of odd things": (b"\x8c\x03a\nb]\x93.", "a\\nb.?"),
 }
 
 
@@ -123,6 +123,7 @@ BROKEN = {
     "negative length": b"T\xff\xff\xff\xffabc.", "negative long": b"\x8b\xff\xff\xff\xff.", "digits without end": b"I" + b"9" * 10_000 + b"\n.",
     "append to a string": b"U\x01aU\x01ba.", "dict with an odd item": b"(U\x01ad.", "bad utf-8": b"\x8c\x02\xff\xff.", "unquoted string": b"Sabc\n.",
     "unhashable key": b"}]Ns.", "not a number": b"Iabc\n.", "line cut off": b"I12",
+    "stack global out of odd things": b"\x8c\x03a\nb]\x93.",
 }
 
 
@@ -153,10 +154,27 @@ def test_random_bytes_never_escape_as_anything_else(tmp_path):
         except RISError: pass
 
 
-def test_a_huge_memo_index_costs_nothing(tmp_path):
-    path = tmp_path / "refs.p"   # the interpreter's own machine would ask for some 32 gigabytes here
-    path.write_bytes(b"]r\xff\xff\xff\x7fp9999999999999\n.")
-    assert load_plain_pickle(path) == []
+@pytest.mark.parametrize("program", [b"]r\xff\xff\xff\x7f.", b"]p9999999999999\n.", b"]q\x05."])
+def test_a_huge_memo_index_costs_nothing(tmp_path, program):
+    path = tmp_path / "refs.p"   # the interpreter's own machine would ask for some 32 gigabytes for the first of these
+    path.write_bytes(program)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RISError, match="asks for memo slot .* and is refused"): load_plain_pickle(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_flat_tuples_are_fine_and_too_many_are_refused(tmp_path):
+    path = tmp_path / "refs.p"
+    path.write_bytes(pickle.dumps([(i, i + 1) for i in range(10_000)]))
+    assert load_plain_pickle(path)[-1] == (9_999, 10_000)
+    path.write_bytes(pickle.dumps([(i, i + 1) for i in range(10_001)]))
+    with pytest.raises(RISError, match="more than 10,000 tuples") as info: load_plain_pickle(path)
+    one_line(info)
+    path.write_bytes(b"}" + b")" + b"\x85" * 9_999 + b"Ns.")   # the deepest key that is let through is hashed without harm
+    assert len(load_plain_pickle(path)) == 1
 
 
 def test_nesting_without_end_neither_crashes_nor_hashes(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..contract import RISError
-from .pickles import _image_size, _inside, _read, _read_json, _same_shape
+from .pickles import _image_size, _path_below, _read, _read_json, _same_shape
 from .refer import _MALFORMED, SPLIT_NAMES, Referral, Referrals, Sentence, _index, _told
 
 # %% auto #0
@@ -21,7 +21,7 @@ def _marked(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
     """What a line of one's own marks: (size, category, bbox, segmentation)."""
     if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
     if entry.get("mask") is not None:
-        path = _inside(root, entry["mask"])
+        path = _path_below(root, entry["mask"])
         return _image_size(path), "", None, path
     if entry.get("annotation") is None: return size, "", None, None
     if coco is None: raise ValueError(f"it names an annotation, but {root / 'annotations.json'} is missing")
@@ -78,7 +78,7 @@ class _FolderReader:
 
     def add(self, line: bytes, number: int):
         entry = _parse_line(line)
-        path = _inside(self.root, entry.get("image"))
+        path = _path_below(self.root, entry.get("image"))
         if path not in self.photos: self.photos[path] = (len(self.photos), _image_size(path))
         image_id, size = self.photos[path]
         annotated, *marked = _marked(self.root, entry, size, self.coco)

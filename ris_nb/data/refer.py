@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ..contract import RISError
-from .pickles import _image_size, _inside, _read_json, load_plain_pickle
+from .pickles import _image_size, _path_below, _read_json, load_plain_pickle
 
 # %% auto #0
 __all__ = ['SPLIT_NAMES', 'PUBLISHED', 'PHOTO_FOLDERS', 'PHRASECUT_SPLITS', 'mask_runs', 'read_mask', 'Sentence', 'Referral',
@@ -243,7 +243,7 @@ def _told(error: Exception) -> str:
 def _index(instances: dict, folder: Path, wanted: set | None = None) -> tuple[dict, dict, dict]:
     """Annotations, images as (id, path, size) and category names by id; only `wanted` annotations, to keep memory low."""
     annotations = {a["id"]: a for a in instances["annotations"] if wanted is None or a["id"] in wanted}
-    images = {i["id"]: (i["id"], _inside(folder, i["file_name"]), _size(i)) for i in instances["images"]}
+    images = {i["id"]: (i["id"], _path_below(folder, i["file_name"]), _size(i)) for i in instances["images"]}
     return annotations, images, {c["id"]: str(c["name"]) for c in instances.get("categories", ())}
 
 def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:

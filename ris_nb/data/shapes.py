@@ -36,7 +36,7 @@ _CORNERS = {  # corners in thousandths of the radius, x to the right and y downw
              (0, 540), (-635, 874), (-513, 167), (-1027, -334), (-317, -437))}
 
 
-def _inside(corners, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _in_polygon(corners, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Which points lie inside a polygon: those whose ray to the left crosses its outline an odd number of times."""
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
@@ -52,7 +52,7 @@ def stencil(shape: str, radius: int) -> np.ndarray:
     y, x = np.mgrid[-radius:radius + 1, -radius:radius + 1]
     square = x * x + y * y
     if shape in _CORNERS:
-        inside = _inside([(radius * a, radius * b) for a, b in _CORNERS[shape]], 1000 * x, 1000 * y)
+        inside = _in_polygon([(radius * a, radius * b) for a, b in _CORNERS[shape]], 1000 * x, 1000 * y)
         return inside | inside[:, ::-1]   # a centre right on the outline counts on the left only: mirror it
     disc = square <= radius * (radius + 1)
     return disc & (25 * square >= 4 * radius * radius) if shape == "ring" else disc
