@@ -23,6 +23,7 @@ from PIL import Image
 
 from ris_nb.cli.main import main
 from ris_nb.contract import RISError
+from ris_nb.data import download as downloading
 from ris_nb.data import prepare as preparing
 from ris_nb.data.check import check_data
 from ris_nb.data.download import Patience, read_mirrors, unpack
@@ -258,7 +259,7 @@ FATAL = {"404": "answers 404 Not Found", "410": "answers 410", "403": "answers 4
 
 @pytest.mark.parametrize("fault", FATAL)
 def test_a_fault_that_stays_is_one_line_and_the_next_call_goes_on(world, fault, monkeypatch):
-    monkeypatch.setattr(preparing, "ARCHIVE", 200_000)
+    monkeypatch.setattr(preparing, "_MAX_ARCHIVE", 200_000)
     world.server.faults["/refcoco.zip"] = fault
     said = world.refused()
     assert FATAL[fault] in said and "/refcoco.zip" in said and "ask around" in said
@@ -270,7 +271,7 @@ def test_a_fault_that_stays_is_one_line_and_the_next_call_goes_on(world, fault, 
 
 @pytest.mark.parametrize("fault", FATAL)
 def test_a_photo_that_does_not_come_is_named_and_the_next_call_fetches_it_alone(world, fault, monkeypatch):
-    monkeypatch.setattr(preparing, "PHOTO", 200_000)
+    monkeypatch.setattr(preparing, "_MAX_PHOTO", 200_000)
     path = f"/photos/{world.names[2]}"
     world.server.faults[path] = fault
     said = world.refused()
@@ -567,7 +568,7 @@ def test_not_a_byte_is_written_outside_of_the_root(world, tmp_path, monkeypatch)
 
 def test_a_full_disk_is_one_line(world, monkeypatch):
     def full(file, *args): file.write(b"PK"); raise OSError(28, "No space left on device")
-    monkeypatch.setattr(preparing, "append", full)
+    monkeypatch.setattr(downloading, "_write_chunks", full)
     assert "No space left on device" in world.refused()
     monkeypatch.undo()
     world.prepare()

@@ -25,7 +25,7 @@ from ris_nb.cli.main import main, parse
 from ris_nb.cli.train import build_model, train_flags
 from ris_nb.contract import RISError
 from ris_nb.data.check import count_split
-from ris_nb.data.prepare import differences
+from ris_nb.data.prepare import count_differences
 from ris_nb.data.refer import PUBLISHED
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import build_vocabulary
@@ -81,7 +81,7 @@ def refcoco(root, tmp_path, monkeypatch):
     shutil.copytree(root / "images/refshapes", home / "images/mscoco/images/train2014")
     data = open_data(home, "refcoco")
     monkeypatch.setitem(PUBLISHED, ("refcoco", "unc"), {split: tuple(count_split(data, split).values()) for split in data.splits})
-    assert differences([data]) == []
+    assert count_differences([data]) == []
     return home
 
 

@@ -26,12 +26,10 @@ from tqdm.auto import tqdm
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['UNPACKED', 'check_mirrors', 'read_mirrors', 'Patience', 'Passing', 'Final', 'Changed', 'asked_to_wait', 'starting_at',
-           'receive', 'size_of', 'append', 'judged', 'Attempts', 'verify', 'download', 'trusted_members', 'copy_out',
-           'unpack']
+__all__ = ['read_mirrors', 'Patience', 'TemporaryError', 'PermanentError', 'file_size', 'download', 'unpack']
 
 # %% ../../nbs/workshop/download.ipynb #006
-def check_mirrors(files: list[str], annotations: list[dict], photos: list[str], by_hand: str):
+def _check_mirrors(files: list[str], annotations: list[dict], photos: list[str], by_hand: str):
     """ValueError, LookupError or TypeError when an entry of a mirror list can't be used."""
     if not all(isinstance(archive["sha256"], (str, type(None))) for archive in annotations): raise ValueError("a sha256 is neither text nor null")
     for url in [archive["url"] for archive in annotations] + photos:
@@ -47,7 +45,7 @@ def read_mirrors(path: str | Path | None = None) -> dict[str, dict]:
     path = Path(path or Path(__file__).with_name("mirrors.json"))
     try:
         mirrors = json.loads(path.read_text(encoding="utf-8"))
-        for entry in mirrors.values(): check_mirrors(**entry)
+        for entry in mirrors.values(): _check_mirrors(**entry)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise RISError(f"{path} is no list of mirrors ({type(error).__name__}: {error}); take ris_nb/data/mirrors.json as a pattern") from None
     return mirrors
@@ -62,20 +60,20 @@ class Patience:
     wait: float = 1.0        # seconds before the next attempt; doubles with each that makes no progress
     longest: float = 60.0    # seconds; no wait is longer, whatever a server asks for
 
-class Passing(Exception):
+class TemporaryError(Exception):
     """A failure that may pass: another attempt is worth it, `after` so many seconds where the server says so."""
     def __init__(self, reason: str, after: float | None = None):
         super().__init__(reason)
         self.after = after
 
-class Final(Exception):
+class PermanentError(Exception):
     """A failure that no other attempt will mend."""
 
-class Changed(Exception):
+class _FileChanged(Exception):
     """The server has another file than the one that was begun."""
 
 # %% ../../nbs/workshop/download.ipynb #017
-def asked_to_wait(headers) -> float | None:
+def _retry_after(headers) -> float | None:
     """The seconds of a Retry-After header: a number, or a date."""
     said = headers.get("retry-after", "")
     try:
@@ -83,40 +81,40 @@ def asked_to_wait(headers) -> float | None:
     except (ValueError, TypeError, OverflowError):
         return None
 
-def starting_at(answer: httpx.Response, have: int) -> int | None:
+def _first_byte(answer: httpx.Response, have: int) -> int | None:
     """The byte that the answer's body begins with, when we have `have` bytes; None when those are all there are.
 
-    Raises `Passing`, `Final` or `Changed` for an answer that is no body of the file.
+    Raises `TemporaryError`, `PermanentError` or `_FileChanged` for an answer that is no body of the file.
     """
     status, span = answer.status_code, answer.headers.get("content-range", "")
-    if status == 200 and answer.headers.get("content-encoding", "identity") != "identity": raise Final("sends it encoded, though asked not to")
+    if status == 200 and answer.headers.get("content-encoding", "identity") != "identity": raise PermanentError("sends it encoded, though asked not to")
     if status == 200: return 0
     if status == 206 and have and span.startswith(f"bytes {have}-"): return have
     if status == 416 and span == f"bytes */{have}": return None
-    if status in (206, 416): raise Changed
-    if status in (408, 425, 429) or status >= 500: raise Passing(f"answers {status} {answer.reason_phrase}", asked_to_wait(answer.headers))
-    raise Final(f"answers {status} {answer.reason_phrase}")
+    if status in (206, 416): raise _FileChanged
+    if status in (408, 425, 429) or status >= 500: raise TemporaryError(f"answers {status} {answer.reason_phrase}", _retry_after(answer.headers))
+    raise PermanentError(f"answers {status} {answer.reason_phrase}")
 
 # %% ../../nbs/workshop/download.ipynb #020
-def receive(client: httpx.Client, url: str, part: Path, limit: int, patience: Patience, stop: threading.Event, bar: tqdm | None = None):
+def _receive(client: httpx.Client, url: str, part: Path, limit: int, patience: Patience, stop: threading.Event, bar: tqdm | None = None):
     """One request for what `part` lacks of a file, appended to it as it arrives."""
-    have = size_of(part)
+    have = file_size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with client.stream("GET", url, headers=headers) as answer:
-        start = starting_at(answer, have)
+        start = _first_byte(answer, have)
         if start is None: return
         if bar is not None:
             bar.reset(start + int(answer.headers.get("content-length", 0)) or None)
             bar.update(start)
         with open(part, "ab" if start else "wb") as file:
-            append(file, answer.iter_bytes(), limit, patience, stop, bar)
+            _write_chunks(file, answer.iter_bytes(), limit, patience, stop, bar)
 
-def size_of(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a file; 0 where there is none."""
     return path.stat().st_size if path.is_file() else 0
 
 # %% ../../nbs/workshop/download.ipynb #021
-def append(file, chunks: Iterable[bytes], limit: int, patience: Patience, stop: threading.Event, bar: tqdm | None):
+def _write_chunks(file, chunks: Iterable[bytes], limit: int, patience: Patience, stop: threading.Event, bar: tqdm | None):
     """Write chunks as they come, unless they are too many or too slow."""
     begun, received = time.monotonic(), 0
     for chunk in chunks:
@@ -124,27 +122,27 @@ def append(file, chunks: Iterable[bytes], limit: int, patience: Patience, stop: 
         received += len(chunk)
         passed = time.monotonic() - begun
         if bar is not None: bar.update(len(chunk))
-        if stop.is_set(): raise Final("interrupted")
+        if stop.is_set(): raise PermanentError("interrupted")
         if file.tell() > limit:
             file.truncate(0)
-            raise Final(f"sends more than {limit:,} bytes")
+            raise PermanentError(f"sends more than {limit:,} bytes")
         if passed > patience.timeout and received < patience.pace * passed:
-            raise Passing(f"crawls, with {received:,} bytes in {passed:.0f} s")
+            raise TemporaryError(f"crawls, with {received:,} bytes in {passed:.0f} s")
 
 # %% ../../nbs/workshop/download.ipynb #024
-def judged(error: Exception, patience: Patience) -> Passing | Final:
+def _classify_error(error: Exception, patience: Patience) -> TemporaryError | PermanentError:
     """What a failed request means, with a reason to read."""
     said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (Passing, Final)): return error
-    if isinstance(error, Changed): return Passing("has another file than the one begun")
-    if isinstance(error, httpx.TimeoutException): return Passing(f"stalls: nothing for {patience.timeout:g} s")
-    if isinstance(error, httpx.ConnectError): return Passing(f"can't be reached ({said})")
-    if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError)): return Passing(f"breaks off ({said})")
-    return Final(said)
+    if isinstance(error, (TemporaryError, PermanentError)): return error
+    if isinstance(error, _FileChanged): return TemporaryError("has another file than the one begun")
+    if isinstance(error, httpx.TimeoutException): return TemporaryError(f"stalls: nothing for {patience.timeout:g} s")
+    if isinstance(error, httpx.ConnectError): return TemporaryError(f"can't be reached ({said})")
+    if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError)): return TemporaryError(f"breaks off ({said})")
+    return PermanentError(said)
 
 # %% ../../nbs/workshop/download.ipynb #027
-class Attempts:
-    """Calls a function again while it raises `Passing` and patience lasts; records progress."""
+class _Attempts:
+    """Calls a function again while it raises `TemporaryError` and patience lasts; records progress."""
     def __init__(self, patience: Patience, stop: threading.Event):
         self.patience, self.stop = patience, stop
         self.best = 0      # most bytes that any attempt reached
@@ -152,7 +150,7 @@ class Attempts:
         self.broken = 0    # whole files that were not what they should be
 
     def run(self, attempt: Callable):
-        tenacity.Retrying(retry=tenacity.retry_if_exception_type(Passing), stop=lambda _: self.stuck >= self.patience.tries,
+        tenacity.Retrying(retry=tenacity.retry_if_exception_type(TemporaryError), stop=lambda _: self.stuck >= self.patience.tries,
                           wait=self.pause, sleep=self.sleep, reraise=True)(attempt)
 
     def failed(self, reached: int, seconds: float):
@@ -166,43 +164,43 @@ class Attempts:
         return min(own if asked is None else asked, self.patience.longest)
 
     def sleep(self, seconds: float):
-        if self.stop.wait(seconds): raise Final("interrupted")
+        if self.stop.wait(seconds): raise PermanentError("interrupted")
 
 # %% ../../nbs/workshop/download.ipynb #030
-def verify(part: Path, check: Callable[[Path], None], attempts: Attempts):
+def _verify(part: Path, check: Callable[[Path], None], attempts: _Attempts):
     """Hold a whole file to its check; delete it when it fails."""
     try:
         check(part)
     except RISError as error:
         part.unlink(missing_ok=True)
         attempts.broken += 1
-        if attempts.broken == 2: raise Final(f"sends a broken file, twice ({error})") from None
-        raise Passing(f"sends a broken file ({error})") from None
+        if attempts.broken == 2: raise PermanentError(f"sends a broken file, twice ({error})") from None
+        raise TemporaryError(f"sends a broken file ({error})") from None
 
 def download(client: httpx.Client, url: str, part: Path, check: Callable[[Path], None], limit: int, patience: Patience = Patience(),
              stop: threading.Event | None = None, bar: tqdm | None = None):
     """Bring the file of a URL to `part`, which may hold its beginning, until `check(part)` raises no `RISError`.
 
-    What has arrived stays for the next attempt and the next call. Raises `Passing` when patience is at its end, `Final` when trying
+    What has arrived stays for the next attempt and the next call. Raises `TemporaryError` when patience is at its end, `PermanentError` when trying
     again is of no use, OSError where `part` can't be written. `limit` is in bytes; setting `stop` ends it from another thread.
     """
     stop = stop or threading.Event()
-    attempts = Attempts(patience, stop)
+    attempts = _Attempts(patience, stop)
     def attempt():
         begun = time.monotonic()
         try:
-            receive(client, url, part, limit, patience, stop, bar)
-            verify(part, check, attempts)
-        except (httpx.HTTPError, httpx.InvalidURL, Passing, Final, Changed) as error:
-            if isinstance(error, Changed): part.unlink()
-            attempts.failed(size_of(part), time.monotonic() - begun)
-            raise judged(error, patience) from None
+            _receive(client, url, part, limit, patience, stop, bar)
+            _verify(part, check, attempts)
+        except (httpx.HTTPError, httpx.InvalidURL, TemporaryError, PermanentError, _FileChanged) as error:
+            if isinstance(error, _FileChanged): part.unlink()
+            attempts.failed(file_size(part), time.monotonic() - begun)
+            raise _classify_error(error, patience) from None
     attempts.run(attempt)
 
 # %% ../../nbs/workshop/download.ipynb #037
-UNPACKED = 4 * 2**30   # bytes; far more than any of the sets needs
+_MOST_UNPACKED = 4 * 2**30   # bytes; far more than any of the sets needs
 
-def trusted_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def _trusted_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The members of an archive. ValueError for one that leads out of the folder, is a link or is encrypted."""
     for member in archive.infolist():
         name, parts, kind = ascii(member.filename)[:80], PurePosixPath(member.filename).parts, stat.S_IFMT(member.external_attr >> 16)
@@ -211,7 +209,7 @@ def trusted_members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         if member.flag_bits & 1: raise ValueError(f"its member {name} is encrypted")
     return archive.infolist()
 
-def copy_out(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, room: int) -> int:
+def _copy_out(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, room: int) -> int:
     """Unpack one member to `path`; returns its size. ValueError when it is larger than `room` bytes, whatever the archive says."""
     with archive.open(member) as packed, open(path, "wb") as file:
         while chunk := packed.read(2**20):
@@ -220,7 +218,7 @@ def copy_out(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, room
         return file.tell()
 
 # %% ../../nbs/workshop/download.ipynb #038
-def unpack(path: Path, folder: Path, files: list[str], room: int = UNPACKED):
+def unpack(path: Path, folder: Path, files: list[str], room: int = _MOST_UNPACKED):
     """Unpack those members of a zip archive whose names are `files` into `folder`, and nothing else, anywhere.
 
     Raises `RISError` where one is missing or occurs twice, and for an archive that is broken, hostile or unpacks to more than `room` bytes.
@@ -228,11 +226,11 @@ def unpack(path: Path, folder: Path, files: list[str], room: int = UNPACKED):
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = trusted_members(archive)
+            members = _trusted_members(archive)
             for name in files:
                 found = [m for m in members if PurePosixPath(m.filename).name == name and not m.is_dir()]
                 if len(found) != 1: raise ValueError(f"it has {len(found)} members {name}")
-                room -= copy_out(archive, found[0], folder / name, room)
+                room -= _copy_out(archive, found[0], folder / name, room)
     except (ValueError, LookupError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL: raise   # a full disk; EINVAL is a place before the file's start
         raise RISError(f"no archive to be used: {' '.join(str(error).split())[:150]}") from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..contract import RISError
 from .pickles import _read, _read_json
-from .refer import _MALFORMED, Referral, Referrals, Sentence, _choose_split_by, _image_folder, _phrasecut_files, _size, _told
+from .refer import _MALFORMED, Referral, Referrals, Sentence, _choose_split_by, _describe, _image_folder, _phrasecut_files, _size
 
 # %% auto #0
 __all__ = ['PhraseCutData']
@@ -24,9 +24,9 @@ def _phrase_sizes(path: Path) -> dict[int, tuple[int, int]]:
     try:
         return {int(photo["image_id"]): _size(photo | {"id": photo["image_id"]}) for photo in _read_json(path, list, "the photos' sizes")}
     except _MALFORMED as error:
-        raise RISError(f"{path} is not as PhraseCut has it ({_told(error)})") from None
+        raise RISError(f"{path} is not as PhraseCut has it ({_describe(error)})") from None
 
-def _around(boxes: list) -> tuple[float, ...]:
+def _enclosing_box(boxes: list) -> tuple[float, ...]:
     """The smallest box (x, y, width, height) around several."""
     left, top = (float(min(box[k] for box in boxes)) for k in (0, 1))
     right, bottom = (max(box[k] + box[k + 2] for box in boxes) for k in (0, 1))
@@ -37,7 +37,7 @@ def _phrase(task: dict, number: int, split: str, folder: Path, sizes: dict) -> R
     image, kind = int(task["image_id"]), "one instance" if len(task["Polygons"]) == 1 else "several instances"
     parts = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2).ravel() for instance in task["Polygons"] for polygon in instance]
     return Referral(number, image, folder / f"{image}.jpg", sizes[image], str(task.get("phrase_structure", {}).get("name", "")), split,
-                    (Sentence(task["phrase"], kind, number),), _around(task["instance_boxes"]), parts)
+                    (Sentence(task["phrase"], kind, number),), _enclosing_box(task["instance_boxes"]), parts)
 
 # %% ../../nbs/workshop/phrasecut.ipynb #076
 _GAP = re.compile(r"[ \t\n\r]*")
@@ -87,5 +87,5 @@ class PhraseCutData(Referrals):
             try:
                 referrals.append(_phrase(task, number, split, self._folder, self._sizes))
             except _MALFORMED as error:
-                raise RISError(f"{path}: entry {number} is malformed, or its photo is not in image_data_split.json ({_told(error)})") from None
+                raise RISError(f"{path}: entry {number} is malformed, or its photo is not in image_data_split.json ({_describe(error)})") from None
         return referrals

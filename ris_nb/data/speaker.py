@@ -77,7 +77,7 @@ def _same_colour(things: list[Thing]) -> np.ndarray:
     return ((hue == hue[:, None]) & ~np.eye(len(hue), dtype=bool))[None]
 
 # %% ../../nbs/workshop/speaker.ipynb #054
-def _gather(things: list[Thing], flavour: str) -> _Facts:
+def _find_facts(things: list[Thing], flavour: str) -> _Facts:
     """The facts that a flavour speaks of."""
     if flavour == "refshapes+":
         rivals, clear, near = _size_facts(things)
@@ -244,7 +244,7 @@ def refer(scene: Scene, flavour: str = "refshapes", most: int = 3) -> list[Expre
     if flavour not in FLAVOURS:
         raise RISError(f"no flavour {flavour!r} of RefShapes: choose one of {', '.join(FLAVOURS)}")
     dice = Dice(scene.seed, SPLITS.index(scene.split), scene.index, 1 + FLAVOURS.index(flavour))
-    facts = _gather(scene.things, flavour)
+    facts = _find_facts(scene.things, flavour)
     return [e for t, thing in enumerate(scene.things) if _is_asked_for(thing, scene.split)
             for e in _expressions(facts, t, flavour, dice, most).values()]
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 from tqdm.auto import tqdm
 
+from ..checkpoint import replacing
 from ..contract import RISError
 from .shapes import FLAVOURS, GRID, SHAPES, SPLITS, Scene, _check_scene, make_scene
 from .speaker import Expression, refer
@@ -40,16 +40,6 @@ def _check_recipe(flavour: str, counts: dict[str, int], size: int, seed: int) ->
             "counts": {split: counts.get(split, 0) for split in SPLITS}}
 
 # %% ../../nbs/workshop/writer.ipynb #080
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing: under another name first, then moved into place."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _is_there(folder: Path, recipe: dict) -> bool:
     """Whether a whole set of this very recipe lies there; an error where another does."""
     if not (folder / "refs(generated).p").exists():
@@ -121,9 +111,10 @@ def make_refshapes(root: str | Path, flavour: str = "refshapes", counts: dict[st
         folder.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)
         instances, refs = _write_images(pictures, recipe, progress)
-        _write(folder / "instances.json", json.dumps(instances).encode())
-        _write(folder / "generated.json", json.dumps(recipe).encode())
-        _write(folder / "refs(generated).p", pickle.dumps(refs))
+        for name, data in (("instances.json", json.dumps(instances).encode()), ("generated.json", json.dumps(recipe).encode()),
+                           ("refs(generated).p", pickle.dumps(refs))):
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(data)
     except OSError as error:
         raise RISError(f"cannot write RefShapes under {root}: {error}; make room or choose another root") from error
     return root

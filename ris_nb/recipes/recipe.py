@@ -221,11 +221,11 @@ def check_complete(data: Referrals, splits: Iterable[str]) -> None:
 
     Photos are looked for, not read; `ris-nb data check` reads them.
     """
-    from ris_nb.data.prepare import differences
+    from ris_nb.data.prepare import count_differences
     known = (data.dataset, data.split_by) in PUBLISHED
     way = (f"`ris-nb data prepare {data.dataset} --root {data.root}` fetches what is missing" if known
            else "make or copy the data set again")
-    if known and (wrong := differences([data])):
+    if known and (wrong := count_differences([data])):
         raise RISError(f"{data.dataset} in {data.root} is not what was published: {wrong[0]}; {way}; a part of it is trained on without --recipe")
     paths = dict.fromkeys(referral.image_path for split in splits for referral in data.referrals(split))
     absent = [path for path in paths if not path.is_file()]
