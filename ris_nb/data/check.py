@@ -80,13 +80,15 @@ def _check_split(data: Referrals, split: str) -> dict:
 
 # %% ../../nbs/workshop/check.ipynb #104
 def _broken_row(dataset: str, split_by: str, error: RISError) -> dict:
-    return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, published=None, problems=[str(error)])
+    return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, published=None,
+                problems=[str(error)])
 
 def check_data(root: str | Path) -> list[dict]:
     """Every data set, way of splitting and split below `root`: images, refs, sentences, summed mask pixels, problems.
 
-    `mask_pixels` is the sum of `Referral.area`, `published` what `published_counts` knows of the split, for comparison. Every image is read to its end. A data set that can't be opened is a row with an
-    empty `split` and the reason among its `problems`. Raises `RISError` where there is no data set at all.
+    `mask_pixels` is the sum of `Referral.area`, `published` what `published_counts` knows of the split, for comparison. Every image is read
+    to its end. A data set that can't be opened is a row with an empty `split` and the reason among its `problems`. Raises
+    `RISError` where there is no data set at all.
     """
     root = Path(root)
     sets = [(dataset, split_by) for dataset in _datasets(root) for split_by in _splits_by(root / dataset)]

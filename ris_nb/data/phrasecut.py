@@ -22,7 +22,8 @@ __all__ = ['PhraseCutData']
 # %% ../../nbs/workshop/phrasecut.ipynb #074
 def _phrase_sizes(path: Path) -> dict[int, tuple[int, int]]:
     try:
-        return {int(photo["image_id"]): _size(photo | {"id": photo["image_id"]}) for photo in _read_json(path, list, "the photos' sizes")}
+        return {int(photo["image_id"]): _size(photo | {"id": photo["image_id"]})
+                for photo in _read_json(path, list, "the photos' sizes")}
     except _MALFORMED as error:
         raise RISError(f"{path} is not as PhraseCut has it ({_describe(error)})") from None
 
@@ -36,7 +37,8 @@ def _phrase(task: dict, number: int, split: str, folder: Path, sizes: dict) -> R
     if not isinstance(task["phrase"], str): raise ValueError("its phrase is no string")
     image, kind = int(task["image_id"]), "one instance" if len(task["Polygons"]) == 1 else "several instances"
     parts = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2).ravel() for instance in task["Polygons"] for polygon in instance]
-    return Referral(number, image, folder / f"{image}.jpg", sizes[image], str(task.get("phrase_structure", {}).get("name", "")), split,
+    category = str(task.get("phrase_structure", {}).get("name", ""))
+    return Referral(number, image, folder / f"{image}.jpg", sizes[image], category, split,
                     (Sentence(task["phrase"], kind, number),), _enclosing_box(task["instance_boxes"]), parts)
 
 # %% ../../nbs/workshop/phrasecut.ipynb #076
@@ -61,6 +63,17 @@ def _items(path: Path) -> Iterable:
         raise RISError(f"{path} is no readable JSON ({error}); get it again") from None
 
 # %% ../../nbs/workshop/phrasecut.ipynb #078
+def _read_phrases(path: Path, split: str, folder: Path, sizes: dict) -> list[Referral]:
+    referrals = []
+    for number, task in enumerate(_items(path)):
+        try:
+            referrals.append(_phrase(task, number, split, folder, sizes))
+        except _MALFORMED as error:
+            raise RISError(f"{path}: entry {number} is malformed, or its photo is not in image_data_split.json "
+                           f"({_describe(error)})") from None
+    return referrals
+
+# %% ../../nbs/workshop/phrasecut.ipynb #078a
 class PhraseCutData(Referrals):
     """PhraseCut (CVPR 2020): a referral is one phrase, its mask the union of all instances that the phrase means.
 
@@ -77,15 +90,7 @@ class PhraseCutData(Referrals):
         self._sizes = _phrase_sizes(root / "phrasecut/image_data_split.json")
 
     def referrals(self, split: str) -> list[Referral]:
-        """The phrases of a split, in the order of the file. `RISError` names the splits there are when it has none."""
-        if split in self._files and split not in self._parsed: self._parsed[split] = self._parse(split)
+        """The phrases of a split, in the order of the file. `RISError` names the splits when it has none."""
+        if split in self._files and split not in self._parsed:
+            self._parsed[split] = _read_phrases(self._files[split], split, self._folder, self._sizes)
         return list(self._parsed.get(split) or super().referrals(split))
-
-    def _parse(self, split: str) -> list[Referral]:
-        path, referrals = self._files[split], []
-        for number, task in enumerate(_items(path)):
-            try:
-                referrals.append(_phrase(task, number, split, self._folder, self._sizes))
-            except _MALFORMED as error:
-                raise RISError(f"{path}: entry {number} is malformed, or its photo is not in image_data_split.json ({_describe(error)})") from None
-        return referrals

@@ -66,6 +66,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise RISError(f"{path} can't be read: {error.strerror}") from None
 
+# %% ../../nbs/workshop/pickles.ipynb #020a
 def load_plain_pickle(path: str | Path):
     """The lists, dicts, strings and numbers of a pickle of any protocol; nothing in the file is imported or called.
 
@@ -81,8 +82,10 @@ def load_plain_pickle(path: str | Path):
     except _Refused as error:
         raise RISError(f"{path} asks for {ascii(str(error))[1:-1][:100]} and is refused: a data set needs only plain lists, dicts, "
                        "strings and numbers; get the file from where it was published") from None
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError, RecursionError):
-        raise RISError(f"{path} is no readable pickle: broken off or corrupt near byte {stream.tell():,} of {len(stream.getvalue()):,}; get it again") from None
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, MemoryError,
+            RecursionError):
+        raise RISError(f"{path} is no readable pickle: broken off or corrupt near byte {stream.tell():,} of {len(stream.getvalue()):,}; "
+                       "get it again") from None
 
 # %% ../../nbs/workshop/pickles.ipynb #027
 def _read_json(path: Path, expected: type = dict, of: str = "images, annotations and categories"):

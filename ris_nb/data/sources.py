@@ -28,10 +28,11 @@ def open_data(root: str | Path, dataset: str | None = None, split_by: str | None
     if dataset is None:
         found = _datasets(root)
         if len(found) > 1: raise RISError(f"{root} has the data sets {', '.join(found)}: say which one you want (dataset)")
-        if not found and _splits_by(root): raise RISError(f"{root} is the folder of one data set; the root is {root.resolve().parent}")
+        if not found and _splits_by(root):
+            raise RISError(f"{root} is the folder of one data set; the root is {root.resolve().parent}")
         if not found:
-            raise RISError(f"no data set in {root}: looked for {root / 'expressions.jsonl'} (a folder of one's own) and {root / '*' / 'refs(*).p'} "
-                           f"(RefCOCO, RefShapes); `ris-nb data shapes data` makes one in a folder data")
+            raise RISError(f"no data set in {root}: looked for {root / 'expressions.jsonl'} (a folder of one's own) and "
+                           f"{root / '*' / 'refs(*).p'} (RefCOCO, RefShapes); `ris-nb data shapes data` makes one in a folder data")
         dataset = found[0]
     if dataset == "phrasecut": return PhraseCutData(root, split_by)
     return ReferData(root, dataset, split_by)

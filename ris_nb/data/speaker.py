@@ -59,7 +59,8 @@ def _size_facts(things: list[Thing]) -> tuple[np.ndarray, np.ndarray, np.ndarray
 class _Facts(NamedTuple):
     """What is true in a scene, sets of things as bits: `forms[t][form]`, all that t's description in that form fits; for
     each superlative the `rivals[t]` that t does not beat; for each relation all that t may stand in it to (`near`) and
-    all that may stand in it to t (`reach`); and `links[t]`, all (relation, anchor) that clearly hold of t, the anchor being of another shape."""
+    all that may stand in it to t (`reach`); and `links[t]`, all (relation, anchor) that clearly hold of t, the anchor being of
+    another shape."""
     things: list[Thing]
     forms: list[tuple[int, ...]]
     rivals: dict[str, list[int]]
