@@ -27,6 +27,7 @@ from ris_nb.explore.page import explore as explore_
 from ris_nb.explore.panel import SIDE, Panel, bars, coloured, png, scene_at, shown as shown_
 from ris_nb.explore.shatter import draw_slots, shatter_panel, slot_colours, slot_names, with_slots
 from ris_nb.models.c3_loss import c3_loss
+from ris_nb.models.entity_slots import QuerySlots
 from ris_nb.registry import create_model, load_model, shipped_checkpoint
 
 MODELS = ("lavt_tiny", "magnet_tiny", "sag_tiny")
@@ -395,7 +396,7 @@ def test_random_slots_are_as_spread_out_as_all_gaussians_together(shatter):
     drawn = own(4000, torch.randn(4000, own.count, own.width, generator=torch.Generator().manual_seed(0))).detach().flatten(0, 1)
     torch.testing.assert_close(random_slots.mu[0, 0], drawn.mean(0), atol=0.05, rtol=0)
     torch.testing.assert_close(random_slots.log_sigma.exp()[0, 0], drawn.std(0), atol=0.05, rtol=0)
-    assert not shatter.discoveries["query"].slots.uses_noise
+    assert isinstance(shatter.discoveries["query"].slots, QuerySlots)
 
 
 def test_slots_have_names_and_colours():

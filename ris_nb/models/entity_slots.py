@@ -39,8 +39,6 @@ class EntitySlots(nn.Module):
     `mu` and `log_spread`, the logarithm of the variance, are (1, gaussians, width), as in the released code.
     """
 
-    uses_noise = True
-
     def __init__(self, gaussians: int, per_gaussian: int, width: int):
         super().__init__()
         self.count, self.per_gaussian, self.width = gaussians * per_gaussian, per_gaussian, width
@@ -61,8 +59,6 @@ class RandomSlots(nn.Module):
     `gaussians` and `per_gaussian` tell how many slots, and which of them the interaction block will group.
     """
 
-    uses_noise = True
-
     def __init__(self, gaussians: int, per_gaussian: int, width: int):
         super().__init__()
         self.count, self.per_gaussian, self.width = gaussians * per_gaussian, per_gaussian, width
@@ -79,8 +75,6 @@ class RandomSlots(nn.Module):
 # %% ../../nbs/14_entity_slots.ipynb #028a
 class QuerySlots(nn.Module):
     """Initial slots as DETR's queries: K free vectors, the same for every image. No noise is used."""
-
-    uses_noise = False
 
     def __init__(self, gaussians: int, per_gaussian: int, width: int):
         super().__init__()

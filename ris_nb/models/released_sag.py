@@ -17,7 +17,7 @@ from .released import read_released
 
 # %% auto #0
 __all__ = ['RELEASED_PARTS', 'UNUSED', 'released_slots_key', 'released_decoder_key', 'released_fusion_key', 'released_sag_key',
-           'released_sag', 'released_slot_sizes', 'released_sag_sizes']
+           'released_sag', 'released_sag_sizes']
 
 # %% ../../nbs/workshop/released_sag.ipynb #103
 _LAYERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}
@@ -99,7 +99,7 @@ def released_sag(source: Mapping | str | Path) -> dict[str, Tensor]:
 _AGG = "encoders.img_enc.set_pred_module.agg"
 
 
-def released_slot_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
+def _released_slot_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
     """The part of `released_sag_sizes` that concerns slots. Raises `KeyError` where an entry is missing."""
     queries = {key.rpartition(".")[2]: value.shape[-2] for key, value in state.items() if key.startswith(f"{_AGG}.queries.")}
     if "params" in queries:
@@ -128,7 +128,7 @@ def released_sag_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
     try:
         patch, words = state[f"{image}.patch_embed.proj.weight"], state[f"{text}.embeddings.word_embeddings.weight"]
         return dict(
-            **released_slot_sizes(state, known), vit_width=len(patch), patch=patch.shape[-1], vit_heads=max(1, len(patch) // 64),
+            **_released_slot_sizes(state, known), vit_width=len(patch), patch=patch.shape[-1], vit_heads=max(1, len(patch) // 64),
             vit_depth=count(rf"{image}\.blocks\.(\d+)\."),
             vit_image_size=isqrt(state[f"{image}.pos_embed"].shape[1] - 1) * patch.shape[-1],
             vocab_size=words.shape[0], bert_width=words.shape[1], bert_heads=max(1, words.shape[1] // 64),

@@ -31,8 +31,7 @@ from .repainting import SlotDecoder, reconstruct
 from ..registry import register_model
 
 # %% auto #0
-__all__ = ['NOISES', 'FALSE_NEGATIVES', 'TAGGER_VIT', 'VIT_S', 'relevance_masks', 'check_choices', 'SaG', 'sag_tiny',
-           'sag_vit_small', 'sag_vit_small_scripts', 'PatchEntities', 'DotFusion']
+__all__ = ['VIT_S', 'relevance_masks', 'SaG', 'sag_tiny', 'sag_vit_small', 'sag_vit_small_scripts', 'PatchEntities', 'DotFusion']
 
 # %% ../../nbs/17_sag.ipynb #013
 def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
@@ -49,11 +48,11 @@ def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: 
     return masks
 
 # %% ../../nbs/17_sag.ipynb #025
-NOISES = ("seeded", "mean")
-FALSE_NEGATIVES = ("keep", "drop")
+_NOISES = ("seeded", "mean")
+_FALSE_NEGATIVES = ("keep", "drop")
 
 
-def check_choices(**choices) -> None:
+def _check_choices(**choices) -> None:
     """Raise `RISError` for a word that is not allowed: `name=(word, allowed)`."""
     for name, (word, allowed) in choices.items():
         if word not in allowed:
@@ -89,7 +88,7 @@ class SaG(RISModel):
                  false_negatives: str = "keep", noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
                  discovery: bool = True, fusion: bool = True, freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
-        check_choices(noise=(noise, NOISES), false_negatives=(false_negatives, FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
+        _check_choices(noise=(noise, _NOISES), false_negatives=(false_negatives, _FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
         if not (reconstruction >= 0 and c3 >= 0) or reconstruction > 0 and not discovery:
             raise RISError("reconstruction and c3 are weights of at least 0, and without discovery there are no slots to "
                            f"reconstruct from: reconstruction must be 0 then (here they are {reconstruction} and {c3})")
@@ -195,7 +194,7 @@ class SaG(RISModel):
         return model.eval()
 
 # %% ../../nbs/17_sag.ipynb #028
-TAGGER_VIT = {name if name == "patch" else f"vit_{name}": size for name, size in TINY_VIT.items()}  # as arguments of `SaG`
+_TAGGER_VIT = {name if name == "patch" else f"vit_{name}": size for name, size in TINY_VIT.items()}  # as arguments of `SaG`
 
 
 @register_model
@@ -206,8 +205,8 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     its slots start with `start_as_kmeans`.
     """
     if pretrained:
-        keep_sizes("sag_tiny", "ViT", TAGGER_VIT, overrides)
-    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **TAGGER_VIT,
+        keep_sizes("sag_tiny", "ViT", _TAGGER_VIT, overrides)
+    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **_TAGGER_VIT,
                  drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
                  width=64, gaussians=6, per_gaussian=2, iterations=3, heads=1, head_width=64, self_head_width=16, ffn=128,
                  dropout=0.0, decoder_width=64, decoder_table=16, temperature=0.2,
