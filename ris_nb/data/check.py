@@ -25,7 +25,7 @@ def published_counts(dataset: str, split_by: str, split: str) -> dict[str, int] 
     return counts and dict(zip(("images", "refs", "sentences"), counts))
 
 def count_split(data: Referrals, split: str) -> dict[str, int]:
-    """What is there of a split: images, refs, sentences. Opens no image."""
+    """Counts of a split: images, refs, sentences. Opens no image."""
     referrals = data.referrals(split)
     return dict(images=len({referral.image_path for referral in referrals}), refs=len(referrals),
                 sentences=sum(len(referral.sentences) for referral in referrals))
@@ -47,14 +47,14 @@ def photo_problem(path: Path, annotated: tuple[int, int], masked: bool = True) -
         return f"{path} is {size[1]} x {size[0]}, its masks are {annotated[1]} x {annotated[0]}"
 
 def _reach(referral: Referral) -> float:
-    """By how many pixels polygons reach out of the frame."""
+    """How far polygons reach out of the frame, in pixels."""
     if not isinstance(referral.segmentation, list) or isinstance(referral.segmentation[0], dict): return 0.0
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in referral.segmentation])
     return float(max(-points.min(), *(points.max(0) - referral.size[::-1])))
 
 # %% ../../nbs/workshop/check.ipynb #102
 def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
-    """Summed mask pixels, and what is wrong."""
+    """Summed mask pixels, and a list of problems."""
     pixels, broken, outside = 0, [], []
     masked = [referral for referral in referrals if referral.has_mask]
     for referral in masked:

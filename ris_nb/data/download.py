@@ -30,7 +30,7 @@ __all__ = ['read_mirrors', 'Patience', 'TemporaryError', 'PermanentError', 'file
 
 # %% ../../nbs/workshop/download.ipynb #006
 def _check_mirrors(files: list[str], annotations: list[dict], photos: list[str], by_hand: str):
-    """ValueError, LookupError or TypeError when an entry of a mirror list can't be used."""
+    """Raise ValueError, LookupError or TypeError for an entry of a mirror list that can't be used."""
     if not all(isinstance(archive["sha256"], (str, type(None))) for archive in annotations):
         raise ValueError("a sha256 is neither text nor null")
     for url in [archive["url"] for archive in annotations] + photos:
@@ -73,7 +73,7 @@ class PermanentError(Exception):
     """A failure that will not pass: another attempt is useless."""
 
 class _FileChanged(Exception):
-    """The server has another file than the one that was begun."""
+    """The server's file is not the one whose beginning we have."""
 
 # %% ../../nbs/workshop/download.ipynb #017
 def _retry_after(headers) -> float | None:
@@ -85,7 +85,7 @@ def _retry_after(headers) -> float | None:
         return None
 
 def _first_byte(answer: httpx.Response, have: int) -> int | None:
-    """The byte that the answer's body begins with, when we have `have` bytes; None when those are all there are.
+    """The position of the body's first byte in the file, when we have `have` bytes; None when the file is complete.
 
     Raises `TemporaryError`, `PermanentError` or `_FileChanged` for an answer that is no body of the file.
     """
@@ -102,7 +102,7 @@ def _first_byte(answer: httpx.Response, have: int) -> int | None:
 
 # %% ../../nbs/workshop/download.ipynb #020
 def _receive(client: httpx.Client, url: str, part: Path, limit: int, patience: Patience, stop: threading.Event, bar: tqdm | None = None):
-    """One request for what `part` lacks of a file, appended to it as it arrives."""
+    """Request what `part` lacks of a file, and append it as it arrives."""
     have = file_size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with client.stream("GET", url, headers=headers) as answer:
@@ -173,7 +173,7 @@ class _Attempts:
 
 # %% ../../nbs/workshop/download.ipynb #030
 def _verify(part: Path, check: Callable[[Path], None], attempts: _Attempts):
-    """Hold a whole file to its check; delete it when it fails."""
+    """Check a complete file; delete it when it fails."""
     try:
         check(part)
     except RISError as error:

@@ -77,7 +77,7 @@ def _add_line(referrals: dict[tuple, Referral], entry: dict, number: int, image:
 
 # %% ../../nbs/23_your_own_data.ipynb #089
 class _FolderReader:
-    """Reads lines one by one; `referrals` grows."""
+    """Reads lines one by one and collects `referrals`."""
     def __init__(self, root: Path, coco: tuple | None):
         self.root, self.coco = root, coco
         self.photos: dict[Path, tuple[int, tuple]] = {}   # path: (image id, size)

@@ -34,11 +34,11 @@ __all__ = ['count_differences', 'sha256', 'Job', 'fetch_photos', 'Prepared', 'pr
 
 # %% ../../nbs/workshop/prepare.ipynb #043
 def _open_all(root: Path, dataset: str, published: dict = PUBLISHED) -> list[Referrals]:
-    """A data set in every way of splitting that was published."""
+    """Open a data set in every published way of splitting it."""
     return [open_data(root, dataset, by) for name, by in published if name == dataset]
 
 def count_differences(sources: list[Referrals], published: dict = PUBLISHED) -> list[str]:
-    """Where counts are not as published, a line for each split."""
+    """One line for each split whose counts are not the published ones."""
     found, names = [], ("images", "refs", "sentences")
     for data in sources:
         for split, expected in published[data.dataset, data.split_by].items():
@@ -49,7 +49,7 @@ def count_differences(sources: list[Referrals], published: dict = PUBLISHED) -> 
 
 # %% ../../nbs/workshop/prepare.ipynb #044
 def _check_below(root: Path, path: Path) -> Path:
-    """The path, once its folder is known to lie below `root`, links followed. `RISError` otherwise."""
+    """Return the path if its folder lies below `root`, links followed. `RISError` otherwise."""
     if not path.parent.resolve().is_relative_to(root.resolve()):
         raise RISError(f"{path} leads out of {root} by a link: nothing is written there; "
                        "remove the link, or name an existing folder of COCO with --coco")
@@ -92,7 +92,7 @@ class Job:
 
 # %% ../../nbs/workshop/prepare.ipynb #049a
 def _fetch_annotations(job: Job, url: str, sha: str | None) -> dict:
-    """Fetch, check, unpack; keep what is known of the archive in source.json: url, bytes, sha256."""
+    """Fetch, check and unpack an archive; record url, bytes and sha256 in source.json."""
     part = job.root / ".prepare" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}.part"
     source = {}
     def check(part: Path):
@@ -111,7 +111,7 @@ def _by_hand(job: Job) -> str:
 
 # %% ../../nbs/workshop/prepare.ipynb #050a
 def _ensure_annotations(job: Job) -> tuple[list[Referrals], dict | None]:
-    """The data set, its annotations fetched unless they are there; and where they were fetched from, None if they were not."""
+    """The data set, annotations fetched if necessary, and their source (None: they were there)."""
     complete = all((job.root / job.dataset / name).is_file() for name in job.entry["files"])
     try:
         data = _open_all(job.root, job.dataset, job.published)
@@ -132,7 +132,7 @@ def _ensure_annotations(job: Job) -> tuple[list[Referrals], dict | None]:
 
 # %% ../../nbs/workshop/prepare.ipynb #053
 def _photo_folder(root: Path, dataset: str) -> Path:
-    """Where the photos of a data set go: the place that is there already, or the first."""
+    """The folder for the photos of a data set: one that exists, or else the first."""
     places = [root / name for name in photo_folders(dataset)]
     return next((place for place in places if place.is_dir()), places[0])
 
@@ -141,7 +141,7 @@ def _needed_photos(sources: list[Referrals]) -> dict[Path, tuple[int, int]]:
     return {r.image_path: r.size for data in sources for split in data.splits for r in data.referrals(split)}
 
 def _missing_photos(job: Job, needed: dict[Path, tuple[int, int]], doing: str) -> dict[Path, tuple[int, int]]:
-    """Those of the photos that are not there, or not whole. Each is read to its end."""
+    """The photos that are missing or incomplete. Each photo is read to its end."""
     with ThreadPoolExecutor(job.parallel) as pool:
         found = pool.map(photo_problem, needed, needed.values())
         bad = list(tqdm(found, desc=doing, unit="photo", total=len(needed), disable=not job.progress))
@@ -202,14 +202,14 @@ def fetch_photos(job: Job, needed: dict[Path, tuple[int, int]]):
 
 # %% ../../nbs/workshop/prepare.ipynb #062
 def _find_in_coco(coco: Path, name: str) -> Path | None:
-    """Where a folder of COCO has a photo of train2014, under its name of 2014 or of 2017."""
+    """The path of a photo of train2014 in a folder of COCO, under its name of 2014 or of 2017; None if it is missing."""
     short = name.rpartition("_")[2]
     places = [coco / name] + [coco / above / part for above in ("", "images") for part in
                               (f"train2014/{name}", f"train2017/{short}", f"val2017/{short}")]
     return next((place for place in places if place.is_file()), None)
 
 def _link_photos(needed: dict[Path, tuple[int, int]], coco: Path):
-    """Put a link where a photo is missing that the COCO folder has. `RISError` where it has none of them."""
+    """Link missing photos to those of a COCO folder. `RISError` if it has none of them."""
     found = {path: source for path in needed if (source := _find_in_coco(coco, path.name))}
     if needed and not found:
         raise RISError(f"{coco} has none of {len(needed):,} photos: looked for train2014/{next(iter(needed)).name} and the like, "
@@ -234,7 +234,7 @@ class Prepared:
 
 # %% ../../nbs/workshop/prepare.ipynb #065a
 def _run_job(job: Job, coco: Path | None) -> Prepared:
-    """The steps one after the other."""
+    """Run all steps, one after the other."""
     folder = _photo_folder(job.root, job.dataset)
     if not folder.is_dir(): _check_below(job.root, folder / "any").parent.mkdir(parents=True)
     try:

@@ -21,7 +21,7 @@ __all__ = ['SPLIT_NAMES', 'PUBLISHED', 'read_mask', 'Sentence', 'Referral', 'Ref
 
 # %% ../../nbs/03_refer.ipynb #039
 def _rle_counts(text: bytes) -> list[int]:
-    """The run lengths of a compressed RLE: five bits a character, lowest first; from the fourth run on, less the run two before."""
+    """The run lengths of a compressed RLE: five bits a character, lowest first; from the fourth run on, differences to two runs before."""
     counts, value, shift = [], 0, 0
     for byte in text:
         code = byte - 48
@@ -36,7 +36,7 @@ def _rle_counts(text: bytes) -> list[int]:
 
 # %% ../../nbs/03_refer.ipynb #040
 def _rle_run(rle: dict, height: int, width: int) -> dict:
-    """A compressed RLE from a compressed or an uncompressed one, once its runs are known to fill the frame exactly."""
+    """A compressed RLE from a compressed or an uncompressed one. ValueError unless its runs fill the frame exactly."""
     rows, columns = (int(n) for n in rle["size"])
     if (rows, columns) != (height, width):
         raise ValueError(f"it has {rows} x {columns} rows and columns, its image {height} x {width}")
@@ -130,7 +130,7 @@ class Referral:
 
     @property
     def has_mask(self) -> bool:
-        """Whether the data set marks the thing's pixels; where not, only the sentences are known."""
+        """Whether the data set has a mask of the thing; otherwise it has only the sentences."""
         return bool(self.segmentation)
 
     def mask(self) -> np.ndarray:
@@ -165,7 +165,7 @@ class Referrals:
         self.splits = [s for s in SPLIT_NAMES if s in present] + sorted(present.difference(SPLIT_NAMES))
 
     def referrals(self, split: str) -> list[Referral]:
-        """The referrals of a split, in the order of the file. `RISError` names the splits there are when it has none."""
+        """The referrals of a split, in the order of the file. `RISError` names the splits when it has none."""
         found = [referral for referral in self._referrals if _in_split(split, referral.split)]
         if not found:
             raise RISError(f"{self.dataset} (split by {self.split_by}) in {self.root} has no split {split!r}; "
@@ -218,7 +218,7 @@ def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:
 
 # %% ../../nbs/03_refer.ipynb #063
 def photo_folders(dataset: str) -> tuple[str, ...]:
-    """Where the images of a data set may lie, below the data root; the first is the one to write to."""
+    """Folders below the data root in which the images of a data set may be; write to the first."""
     return _PHOTO_FOLDERS if dataset.startswith("refcoco") else (f"images/{dataset}",)
 
 def _image_folder(root: Path, dataset: str) -> Path:

@@ -37,7 +37,7 @@ _CORNERS = {  # corners in thousandths of the radius, x to the right and y downw
 
 
 def _in_polygon(corners, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points lie inside a polygon: those whose ray to the left crosses its outline an odd number of times."""
+    """Which points lie inside a polygon, as bool: those whose ray to the left crosses the outline an odd number of times."""
     inside = np.zeros(x.shape, bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         spans = (ay > y) != (by > y)
@@ -75,7 +75,7 @@ def _random_bytes(key: tuple, count: int) -> bytes:
 
 # %% ../../nbs/02_shapes.ipynb #015
 class Dice:
-    """Whole numbers by chance, the same on every machine for the same key; `extra` raw bytes come along on request."""
+    """Random whole numbers, the same on every machine for the same key. `extra`: that many random bytes besides."""
 
     def __init__(self, *key: int, extra: int = 0):
         raw = _random_bytes((*key, 0), 512 + extra)
@@ -145,7 +145,7 @@ def _has_room(things: list[Thing], colour: str, x: int, y: int, radius: int) -> 
 
 # %% ../../nbs/02_shapes.ipynb #022
 def _draw_things(dice: Dice, split: str) -> list[Thing]:
-    """Up to 4 to 8 things, few more often than many, in the order they are painted; one that finds no room in 20 tries is left out."""
+    """4 to 8 things, few more often than many, in the order of painting; one that finds no room in 20 tries is left out."""
     things = []
     for _ in range(4 + min(dice.roll(5), dice.roll(5))):
         colour, shape = _draw_kind(dice, things, split)
@@ -185,7 +185,7 @@ _NET = 1 + 4 * _NODES * _NODES      # random bytes it takes
 
 @lru_cache(maxsize=8)
 def _ramp(size: int) -> np.ndarray:
-    """How much of each node a pixel takes, in 64ths: float32 (size, 5) of whole numbers; each row sums to 64."""
+    """Weight of each node for each pixel, in 64ths: float32 (size, 5) of whole numbers; each row sums to 64."""
     steps = (2 * np.arange(size) + 1) * 32 * (_NODES - 1) // size
     ramp = np.zeros((size, _NODES), np.float32)
     ramp[np.arange(size), steps // 64] = 64 - steps % 64
@@ -203,7 +203,7 @@ def _background(raw: np.ndarray, size: int) -> np.ndarray:
     return (np.matmul(ramp, rows) / 4096).astype(np.uint8)   # whole numbers below 2**24 until here: float32 is exact
 
 # %% ../../nbs/02_shapes.ipynb #028
-_MOST_PIXELS = 4096   # a side; memory grows with its square
+_MOST_PIXELS = 4096   # on each side; memory grows with its square
 
 
 def _check_scene(seed: int, size: int, split: str, index: int = 0) -> None:
@@ -281,11 +281,11 @@ def say(phrase: Phrase, roll: Callable[[int], int] = lambda sides: 0) -> str:
     return " ".join(words)
 
 # %% ../../nbs/02_shapes.ipynb #039
-MARGIN = 5      # units (a twelfth of the picture): smaller differences of place are no ground for a superlative
+MARGIN = 5      # units (a twelfth of the picture): smaller differences of place don't justify a superlative
 
 
 def beats(superlative: str, a: Thing, b: Thing) -> bool:
-    """Whether `a` is so much further left (larger, ...) than `b` that nobody would doubt it."""
+    """Whether `a` is clearly further left (larger, ...) than `b`: by `MARGIN` units, in size by a quarter."""
     if superlative == "large":
         return 4 * a.radius >= 5 * b.radius
     if superlative == "small":
@@ -295,7 +295,7 @@ def beats(superlative: str, a: Thing, b: Thing) -> bool:
 
 
 def holds(relation: str, a: Thing, b: Thing, clearly: bool = False) -> bool:
-    """Whether `a` stands in a relation to `b`: as a generous listener may take it, or clearly."""
+    """Whether the relation holds of `a` to `b`: as a generous listener may take it, or `clearly`."""
     if a is b or relation == "colour":
         return a is not b and a.colour == b.colour
     if relation in ("larger", "smaller"):
@@ -335,7 +335,7 @@ def referent(phrase: Phrase, things: list[Thing]) -> Thing | None:
 
 # %% ../../nbs/02_shapes.ipynb #047
 def shorter(phrase: Phrase) -> Iterator[Phrase]:
-    """The phrase with one modifier less, in all ways: its own and those of its anchors. Nouns stay."""
+    """All phrases with one modifier less, its own or one of its anchors'. Nouns stay."""
     for name in ("colour", "size", "superlative"):
         if getattr(phrase, name):
             yield phrase._replace(**{name: None})

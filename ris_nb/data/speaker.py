@@ -79,7 +79,7 @@ def _same_colour(things: list[Thing]) -> np.ndarray:
 
 # %% ../../nbs/workshop/speaker.ipynb #054
 def _find_facts(things: list[Thing], flavour: str) -> _Facts:
-    """The facts that a flavour speaks of."""
+    """The facts that the expressions of a flavour use."""
     if flavour == "refshapes+":
         rivals, clear, near = _size_facts(things)
         same = _same_colour(things)
@@ -100,13 +100,13 @@ def _find_facts(things: list[Thing], flavour: str) -> _Facts:
 
 # %% ../../nbs/workshop/speaker.ipynb #057
 def _turned(items: tuple | list, dice: Dice):
-    """The items in their order, begun at a random place."""
+    """The items, rotated to a random start."""
     start = dice.roll(len(items)) if len(items) > 1 else 0
     return items[start:] + items[:start]
 
 
 def _form_order(dice: Dice) -> tuple[int, ...]:
-    """Forms with a noun first half the time, and else the bare ones, colour first: the word that people reach for."""
+    """All forms: half the time those with a noun first, otherwise those without, colour first, as people do."""
     nouns = _turned(_NOUNS, dice)
     return nouns + _BARE if dice.roll(2) else _BARE + nouns
 
@@ -137,7 +137,7 @@ def _superlative(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
 
 # %% ../../nbs/workshop/speaker.ipynb #061
 def _union(rows: list[int], members: int) -> int:
-    """All that the rows of the members hold."""
+    """The union of the rows of all members (bits)."""
     found = 0
     while members:
         found |= rows[(members & -members).bit_length() - 1]   # the lowest bit that is set ...
@@ -162,7 +162,7 @@ def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, 
     for name, b in _turned(facts.links[a], dice) if forms else ():
         reach = facts.reach[name]
         if b == t or reach[b] & sets[7] & near != only:
-            continue   # hopeless, even with all the words there are
+            continue   # not even all words would do
         for found, weaker, how in _plain_anchors(facts, b, facts.near[name][a], strays, a, dice):
             inside = _union(reach, found)
             for form in forms:
@@ -178,7 +178,7 @@ _SILLY = {"colour": _COLOUR, "larger": _SIZE, "smaller": _SIZE}   # nobody says 
 
 def _relation(facts: _Facts, t: int, dice: Dice, anchors=_plain_anchors) -> Phrase | None:
     sets, only = facts.forms[t], 1 << t
-    forms = [form for form in _form_order(dice) if sets[form] != only]   # else the relation would be idle
+    forms = [form for form in _form_order(dice) if sets[form] != only]   # otherwise the relation would not be needed
     for name, a in _turned(facts.links[t], dice) if forms else ():
         near, silly = facts.near[name], _SILLY.get(name, 0)
         astray = [_union(near, fits & ~only) for fits in sets]   # anchors that would let another thing in
@@ -210,7 +210,7 @@ _MOST_WORDS = 18      # with [CLS] and [SEP], the 20 tokens that models read
 
 @dataclass
 class Expression:
-    """Words, the number of the thing they speak of (`scene.things[referent]`, `scene.masks[referent]`), and their kind."""
+    """The words, the number of the thing they refer to (`scene.things[referent]`, `scene.masks[referent]`), and their kind."""
     text: str
     referent: int
     kind: str

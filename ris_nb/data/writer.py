@@ -41,7 +41,7 @@ def _check_recipe(flavour: str, counts: dict[str, int], size: int, seed: int) ->
 
 # %% ../../nbs/workshop/writer.ipynb #080
 def _is_there(folder: Path, recipe: dict) -> bool:
-    """Whether a whole set of this very recipe lies there; an error where another does."""
+    """Whether a complete set of this recipe is there; RISError for a set of another recipe."""
     if not (folder / "refs(generated).p").exists():
         return False
     note = folder / "generated.json"
@@ -66,7 +66,7 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
 
 def _references(expressions: list[Expression], annotations: list[dict], split: str, file_name: str, ref_id: int,
                 sent_id: int) -> list[dict]:
-    """One entry of REFER's refs for each thing that is spoken of."""
+    """One entry of REFER's refs for each thing that is referred to."""
     refs: dict[int, dict] = {}
     for number, e in enumerate(expressions, sent_id):
         a = annotations[e.referent]
@@ -79,7 +79,7 @@ def _references(expressions: list[Expression], annotations: list[dict], split: s
 
 # %% ../../nbs/workshop/writer.ipynb #082
 def _write_images(folder: Path, recipe: dict, progress: bool) -> tuple[dict, list[dict]]:
-    """Draw and save every scene; what belongs into instances.json, and the refs."""
+    """Draw and save every scene; return the content of instances.json, and the refs."""
     images, annotations, refs, sentences = [], [], [], 0
     jobs = [(split, index) for split, count in recipe["counts"].items() for index in range(count)]
     for split, index in tqdm(jobs, desc=recipe["flavour"], unit="scene", disable=not progress):
