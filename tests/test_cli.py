@@ -32,10 +32,10 @@ from PIL import Image
 from parity import load_case, released_state
 from safetensors.torch import load_file
 
-from ris_nb.cli.evaluate import Answering, answering_model
+from ris_nb.cli.flags import Answering, answering_model
 from ris_nb.cli.explore import Explore, write_page
 from ris_nb.cli.main import COMMANDS, first_page, main, parse
-from ris_nb.cli.train import RUN_FILES
+from ris_nb.recipes.run import RUN_FILES
 from ris_nb.data.shapes import make_scene
 from ris_nb.data.sources import open_data
 from ris_nb.data.speaker import refer

@@ -22,7 +22,7 @@ import torch
 from parity import load_case, released_state
 
 from ris_nb.cli.main import main, parse
-from ris_nb.cli.train import build_model, train_flags
+from ris_nb.cli.train import train_flags
 from ris_nb.contract import RISError
 from ris_nb.data.check import count_split
 from ris_nb.data.prepare import count_differences
@@ -43,6 +43,7 @@ from ris_nb.recipes.published import benchmark_table, our_results, read_publishe
 from ris_nb.recipes.recipe import check_pretrained, plan, read_recipe
 from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, find_recipe, list_recipes
 from ris_nb.recipes.released import released_model
+from ris_nb.recipes.run import build_model
 from ris_nb.registry import load_model
 from ris_nb.studies.sag import SAG_RECIPE
 from ris_nb.training.config import TINY_RECIPE, TrainConfig

@@ -12,30 +12,11 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .errors import not_empty
-from .evaluate import Answering, answering_model
+from .flags import Several, answering_models, machine
 from .predict import ask
-from .train import machine
 
 # %% auto #0
-__all__ = ['Several', 'answering_models', 'Compare', 'run_compare']
-
-# %% ../../nbs/workshop/cli_compare.ipynb #132a
-@dataclass(kw_only=True)
-class Several:
-    """Which models answer."""
-    models: Annotated[tuple[str, ...] | None, arg(metavar="MODEL ...")] = None
-    """Folders of runs, names of models that come with the library (lavt_tiny, magnet_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
-    released: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
-    """Weights that a paper's authors released, as for `ris-nb predict`."""
-    vocabulary: Annotated[str, arg(metavar="FILE")] = "bert-base-uncased"
-    """With --released: the words, a Hub id or the path of a vocab.txt."""
-
-
-def answering_models(flags: Several) -> dict:
-    """The models of --models and --released by their names, in evaluation mode."""
-    asked = [Answering(checkpoint=name) for name in flags.models or ()]
-    asked += [Answering(released=name, vocabulary=flags.vocabulary) for name in flags.released]
-    return {one.checkpoint or one.released: answering_model(one) for one in asked}
+__all__ = ['Compare', 'run_compare']
 
 # %% ../../nbs/workshop/cli_compare.ipynb #132b
 @dataclass

@@ -12,34 +12,14 @@ from typing import Annotated
 from tyro.conf import arg
 
 from .errors import MAX_BATCH, MAX_WORKERS, SEEDS, UsageError, within
-from .train import Data, machine
+from .flags import Answering, Data, answering_model, machine
 
 # %% auto #0
-__all__ = ['Answering', 'answering_model', 'Evaluate', 'write_report', 'home_of', 'run_evaluate']
-
-# %% ../../nbs/workshop/cli_evaluate.ipynb #096
-@dataclass(kw_only=True)
-class Answering:
-    """Which model answers."""
-    checkpoint: Annotated[str | None, arg(metavar="MODEL")] = None
-    """A run's folder, the name of a model that comes with the library (lavt_tiny, magnet_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
-    released: Annotated[str | None, arg(metavar="NAME")] = None
-    """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
-    vocabulary: Annotated[str, arg(metavar="FILE")] = "bert-base-uncased"
-    """With --released: the words, a Hub id or the path of a vocab.txt."""
-
-
-def answering_model(flags: Answering):
-    """The model of --checkpoint or --released, in evaluation mode. The authors' weights are fetched once, with a progress bar."""
-    if flags.released is not None:
-        from ris_nb.recipes.released import released_model
-        return released_model(flags.released, vocabulary=flags.vocabulary)
-    from ris_nb.registry import load_model
-    return load_model(flags.checkpoint)
+__all__ = ['Evaluate', 'write_report', 'home_of', 'run_evaluate']
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #096a
-@dataclass
-class Evaluate(Data, Answering):
+@dataclass(kw_only=True)
+class Evaluate(Answering, Data):
     """Score a model on every expression of a split.
 
     Prints the table and writes into --out: report.json (all figures), table.md (the same to read), records.jsonl

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from .compare import Several, answering_models
 from .errors import UsageError, not_empty, within
+from .flags import Several, answering_models
 
 # %% auto #0
 __all__ = ['Explore', 'write_page', 'run_explore']
@@ -47,8 +47,10 @@ def write_page(folder: Path, flags: Explore) -> Path:
     models = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in flags.models or ())
     released = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in flags.released)
     vocabulary = str(Path(flags.vocabulary).resolve()) if Path(flags.vocabulary).exists() else flags.vocabulary
+    imports = "from ris_nb.registry import import_file\n" if flags.import_ else ""
+    imports += "".join(f"import_file({str(Path(path).resolve())!r})\n" for path in flags.import_)
     notebook = json.loads(page.read_text(encoding="utf-8"))
-    notebook["cells"][0]["source"] = ("from ris_nb.cli.compare import Several, answering_models\nfrom ris_nb.explore.page import explore\n"
+    notebook["cells"][0]["source"] = (f"from ris_nb.cli.flags import Several, answering_models\nfrom ris_nb.explore.page import explore\n{imports}"
                                       f"explore(answering_models(Several({models=}, {released=}, {vocabulary=})))")
     (folder / page.name).write_text(json.dumps(notebook), encoding="utf-8")
     return folder / page.name

@@ -83,7 +83,10 @@ def dispatch(words: list[str]) -> int:
     module, kind, run, _ = COMMANDS[command]
     module = import_module(module, "ris_nb.cli")
     kind, run = getattr(module, kind), getattr(module, run)
-    return run(parse(kind if isinstance(kind, type) else kind(words), command, words))
+    flags = parse(kind if isinstance(kind, type) else kind(words), command, words)
+    for path in getattr(flags, "import_", ()):
+        import_module("ris_nb.registry").import_file(path)
+    return run(flags)
 
 # %% ../../nbs/26_cli.ipynb #026
 def complaint(error: Exception) -> str | None:

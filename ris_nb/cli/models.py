@@ -11,16 +11,16 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .data import table
+from .flags import Own
 from .main import parse
-from .train import settings_of, train_flags
 
 # %% auto #0
 __all__ = ['Models', 'run_models', 'Recipes', 'run_recipes']
 
 # %% ../../nbs/workshop/cli_models.ipynb #093
 @dataclass
-class Models:
-    """List the models that `ris-nb train --model` can train."""
+class Models(Own):
+    """List the models that `ris-nb train --model` can train: the library's, those of installed packages, and those of --import."""
 
 
 def run_models(flags: Models) -> int:
@@ -29,9 +29,9 @@ def run_models(flags: Models) -> int:
     print("\n".join(list_models()))
     return 0
 
-
+# %% ../../nbs/workshop/cli_models.ipynb #093a
 @dataclass
-class Recipes:
+class Recipes(Own):
     """List the recipes that `ris-nb train --recipe` follows; with a name, print that recipe's settings, each with its source.
 
     Needs no data. `ris-nb train --recipe NAME --dry-run` prints the same for a line with flags of your own.
@@ -41,15 +41,16 @@ class Recipes:
       ris-nb recipes magnet_refcoco
     """
     name: Annotated[Positional[str | None], arg(metavar="NAME")] = None
-    """The recipe to print. Default: list all."""
+    """The recipe to print, or a file of yours, recipe.toml. Default: list all."""
 
 
 def run_recipes(flags: Recipes) -> int:
     """Print the list, or one recipe."""
-    from ris_nb.recipes.recipes import list_recipes
     if flags.name is None:
+        from ris_nb.recipes.recipes import list_recipes
         print(table(("recipe", "what it is"), [*list_recipes().items()]))
     else:
+        from ris_nb.cli.train import settings_of, train_flags
         words = ["--recipe", flags.name]
         print(settings_of(parse(train_flags(words), "train", words)))
     return 0

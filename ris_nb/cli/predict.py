@@ -13,8 +13,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .errors import UsageError
-from .evaluate import Answering, answering_model
-from .train import machine
+from .flags import Answering, answering_model, machine
 
 # %% auto #0
 __all__ = ['Predict', 'say_unread', 'ask', 'run_predict']
