@@ -158,7 +158,7 @@ def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
     """
     make = _look_up(name, _MODELS, _FUNCTION, elsewhere=True)
     if make is None:
-        raise RISError(f"no model is called {name!r}; there are {', '.join(list_models())}")
+        raise RISError(f"no model is called {name!r}; there are {', '.join(list_models())}; import_file (--import) adds those of a file")
     try:
         with _naming_packages(name):
             return make(pretrained=pretrained, **overrides)
