@@ -41,7 +41,7 @@ class Recipes(Own):
       ris-nb recipes magnet_refcoco
     """
     name: Annotated[Positional[str | None], arg(metavar="NAME")] = None
-    """The recipe to print, or a file of yours, recipe.toml. Default: list all."""
+    """The recipe to print, or a .toml or .yaml file of your own. Default: list all."""
 
 
 def run_recipes(flags: Recipes) -> int:

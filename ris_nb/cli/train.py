@@ -21,7 +21,8 @@ from .errors import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, UsageError, within
 from .flags import Data, Own, machine, rank_and_world
 from ..data.sources import open_data
 from ..recipes.expectation import expectation
-from ..recipes.recipes import COUNTED_FROM, find_recipe, plan
+from ..recipes.recipe import plan
+from ..recipes.recipes import COUNTED_FROM, find_recipe
 from ..recipes.run import DEFAULT_MODEL, RunSettings, folder_of, read_command, train
 from ..registry import import_file
 from ..training.config import TINY_RECIPE, TrainConfig

@@ -21,7 +21,8 @@ from ..data.refer import Referrals
 from ..data.tokenizer import SPECIAL, build_vocabulary
 from ..evaluation.evaluate import evaluate
 from ..models.base import RISModel
-from .recipes import check_complete, check_pretrained, find_recipe, per_sentence
+from .recipe import check_complete, check_pretrained, per_sentence
+from .recipes import find_recipe
 from ..registry import create_model, load_model
 from ..training.config import TrainConfig
 from ..training.launch import make_accelerator
@@ -39,7 +40,7 @@ __all__ = ['DEFAULT_MODEL', 'LOOSE', 'RUN_FILES', 'RunSettings', 'build_model', 
 class RunSettings:
     """What a run is about, besides its data and its `TrainConfig`."""
     recipe: Annotated[str | None, arg(metavar="NAME")] = None
-    """Settings of a paper by name, such as magnet_refcoco, or of a trained tiny model; `ris-nb recipes` lists them. Or a file of yours, recipe.toml."""
+    """Settings of a paper by name, such as magnet_refcoco, or of a trained tiny model; `ris-nb recipes` lists them. Or a .toml or .yaml file of your own."""
     split: Annotated[str, arg(metavar="NAME")] = "train"
     """The split to learn from."""
     val: Annotated[str, arg(metavar="NAME")] = "auto"
@@ -127,12 +128,12 @@ def recipe_model(settings: RunSettings, data: Referrals, referrals: list, seed: 
     model = build_model(settings, referrals, seed, **{name: setting.value for name, setting in recipe.network.items() if own})
     if settings.from_ is not None:
         return model
-    absent = [part for part in recipe.pretrained if part not in dict(model.named_modules())]
+    absent = [part for part in recipe.pretrained_parts if part not in dict(model.named_modules())]
     if absent:
         raise RISError(f"--model {settings.model} has no part {absent[0]}, and --recipe {settings.recipe} is about {recipe.settings['model'].value}; "
                        "leave one of the two out")
     if settings.pretrained:
-        check_pretrained(model, recipe.pretrained)
+        check_pretrained(model, recipe.pretrained_parts)
     return model
 
 # %% ../../nbs/workshop/run.ipynb #074
