@@ -47,8 +47,8 @@ class BagRIS(RISModel):
     def losses(self, output, batch):
         return {"mask": mask_loss(nn.functional.interpolate(output.score[:, None], batch.mask.shape[1:])[:, 0], batch.mask)}
 
-    def masks(self, output, sizes):
-        return score_masks(output.score, (self.image_size, self.image_size), sizes)
+    def masks(self, output, sizes, threshold=None):
+        return score_masks(output.score, (self.image_size, self.image_size), sizes, threshold)
 
     def for_training(self):
         return Grounded(self, width=16, layers=1, heads=2, ffn=32) if self.grounded else self
