@@ -87,7 +87,7 @@ def released_sag_key(key: str, slots: str = "entity") -> str | None:
     name = released_slots_key(rest, slots)
     return name and f"entities.{name}"
 
-
+# %% ../../nbs/workshop/released_sag.ipynb #066a
 UNUSED = r"agg_blocks\.[1-9]|img_backbone\.head\.|residual_fc\.|set_pred_module\.fc\.|pooler\.|position_ids$"
 
 
