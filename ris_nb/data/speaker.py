@@ -154,6 +154,11 @@ def _plain_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, d
             yield sets[form], [sets[less] for less in _DROPS[form]], (form,)
 
 # %% ../../nbs/workshop/speaker.ipynb #062
+def _nested_drops(sets: tuple[int, ...], form: int, inside: int, weaker: list[int]) -> list[int]:
+    """What a nested anchor fits with a modifier less: one of the third thing's, the relation, or one of its own."""
+    return [*[sets[form] & w for w in weaker], sets[form], *[sets[less] & inside for less in _DROPS[form]]]
+
+
 def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, dice: Dice) -> Iterator[tuple]:
     """The same by a relation of a to a third thing, where that rules out one of the sets of `strays`: anchors that the
     name of a alone might mean and that would let a rival of t in."""
@@ -168,12 +173,19 @@ def _nested_anchors(facts: _Facts, a: int, near: int, strays: set[int], t: int, 
             for form in forms:
                 fits = sets[form] & inside
                 if fits & near == only and (form | how[0]) & _SHAPE and any([sets[form] & s and not fits & s for s in strays]):
-                    less = [sets[form] & _union(reach, w) for w in weaker]
-                    less += [sets[form], *[sets[f] & inside for f in _DROPS[form]]]
-                    yield fits, less, (form, name, b, *how)
+                    yield fits, _nested_drops(sets, form, inside, [_union(reach, w) for w in weaker]), (form, name, b, *how)
 
 # %% ../../nbs/workshop/speaker.ipynb #063
 _SILLY = {"colour": _COLOUR, "larger": _SIZE, "smaller": _SIZE}   # nobody says "the red star with the colour of ..."
+
+
+def _minimal_form(usable: list[int], astray: list[int], found: int, weaker: list[int], anchor_form: int) -> int | None:
+    """The first form of t for which the anchor's name fits nothing astray, while every shorter version of the whole does."""
+    for form in usable:
+        if ((form | anchor_form) & _SHAPE and not found & astray[form] and all([found & astray[less] for less in _DROPS[form]])
+                and all([less & astray[form] for less in weaker])):
+            return form
+    return None
 
 
 def _relation(facts: _Facts, t: int, dice: Dice, anchors=_plain_anchors) -> Phrase | None:
@@ -185,13 +197,12 @@ def _relation(facts: _Facts, t: int, dice: Dice, anchors=_plain_anchors) -> Phra
         usable = [form for form in forms if not (astray[form] >> a & 1 or form & silly)]
         strays = {astray[form] for form in usable}
         for found, weaker, how in anchors(facts, a, near[t], strays, t, dice) if usable else ():
-            for form in () if how[0] & silly else usable:
-                if ((form | how[0]) & _SHAPE and not found & astray[form] and all([found & astray[less] for less in _DROPS[form]])
-                        and all([less & astray[form] for less in weaker])):
-                    return _describe(facts.things[t], form, None, name, _anchor_phrase(facts, a, *how))
+            form = None if how[0] & silly else _minimal_form(usable, astray, found, weaker, how[0])
+            if form is not None:
+                return _describe(facts.things[t], form, None, name, _anchor_phrase(facts, a, *how))
     return None
 
-
+# %% ../../nbs/workshop/speaker.ipynb #063a
 def _nested(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
     return _relation(facts, t, dice, _nested_anchors)
 
