@@ -89,6 +89,29 @@ def test_words_are_hidden_evenly():
     assert (exactly_one.sum(1) == 1).all() and (exactly_one.float().mean(0) - 0.25).abs().max() < 0.01
 
 
+def test_switches_of_hiding():
+    ids, words = torch.tensor([[2, 5, 8, 3, 0], [2, 6, 7, 9, 3]]), torch.tensor([[1, 1, 1, 1, 0], [1] * 5]).bool()
+    special = list(range(5))
+    same, none = mask_words(ids, words, special, 4, rate=0)  # off, "at least one" included
+    assert torch.equal(same, ids) and (none == IGNORE).all()
+    same, every = mask_words(ids, words, special, 4, rate=1, replace=0)  # all asked, none hidden
+    assert torch.equal(same, ids) and (every != IGNORE).sum(1).tolist() == [2, 3]
+    a, b = (mask_words(ids, words, special, 4, rate=0.5, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    unknown = torch.full((1, 5), 1)  # nothing but [UNK]: there is nothing to ask
+    assert (mask_words(unknown, unknown > 0, special, 4)[1] == IGNORE).all()
+
+
+def test_loss_where_nothing_is_asked():
+    logits = torch.randn(3, 4, 9, requires_grad=True)
+    targets = torch.randint(9, (3, 4)).where(torch.rand(3, 4) < 0.5, torch.tensor(IGNORE))
+    targets[0, 0], targets[0, 1] = 3, IGNORE
+    zero = mask_grounding_loss(logits, torch.full((3, 4), IGNORE))
+    assert zero == 0 and zero.requires_grad  # with a graph: every parameter gets a gradient
+    mask_grounding_loss(logits, targets).backward()
+    assert (logits.grad[targets == IGNORE] == 0).all() and (logits.grad[targets != IGNORE].abs().sum(-1) > 0).all()
+
+
 @pytest.mark.parametrize("options", [dict(rate=-0.1), dict(rate=1.1), dict(replace=2), dict(rate=float("nan"))])
 def test_bad_rates(options):
     ids = torch.ones(1, 2, dtype=torch.int64)
