@@ -462,3 +462,102 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(registry, "import_module", lambda name: exec("raise ModuleNotFoundError('', name='timm.models')"))
     assert "lavt_tiny needs the package timm" in one_line(lambda: create_model("lavt_tiny"))
     assert "lavt_tiny" in list_models()
+
+
+# -- models from elsewhere ------------------------------------------------------------------------------------------------
+
+GREY = """
+from ris_nb import Output, RISModel, register_model
+import torch
+
+class Grey{name}(RISModel):
+    def __init__(self, level=0.5, **shared):
+        super().__init__(**shared)
+        self.level = torch.nn.Parameter(torch.tensor(level))
+
+    def forward(self, batch):
+        return Output(self.level - batch.image.mean(1))
+
+@register_model
+def grey_{name}(pretrained=False, **overrides):
+    return Grey{name}(**{{"image_size": 8, "vocabulary": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dark"], **overrides}})
+"""
+
+
+def test_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "my model.py"
+    file.write_text(GREY.format(name="filed"))
+    registry.import_file(file)
+    registry.import_file(str(file))  # again is no conflict
+    assert "grey_filed" in list_models()
+    model = create_model("grey_filed", level=0.25)
+    model.save_pretrained(tmp_path / "run")
+    assert load_model(tmp_path / "run").level == 0.25
+    assert "no argument 'levle'; it takes level" in one_line(lambda: create_model("grey_filed", levle=1))
+    assert "no argument 'image_sise'; it takes image_size" in one_line(lambda: create_model("grey_filed", image_sise=1))
+    other = tmp_path / "other.py"
+    other.write_text(GREY.format(name="filed"))
+    assert "the name belongs to" in one_line(lambda: registry.import_file(other))
+    other.write_text("from ris_nb import register_model\n\n@register_model\ndef lavt_tiny(pretrained=False): pass\n")
+    assert "the name belongs to" in one_line(lambda: registry.import_file(other))
+    for text, fault in (("x = (", "line 1: SyntaxError"), ("\n\nimport no_such_package", "line 3: ModuleNotFoundError"), ("raise ValueError('a\\nb')", "ValueError: a;")):
+        other.write_text(text)
+        assert fault in one_line(lambda: registry.import_file(other))
+    assert "no such file" in one_line(lambda: registry.import_file(tmp_path / "gone.py"))
+    assert "no Python file" in one_line(lambda: registry.import_file(tmp_path))
+
+
+def test_entry_points_of_installed_packages(tmp_path, monkeypatch):
+    def install(name: str, text: str):
+        (tmp_path / f"{name}.py").write_text(text)
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[ris_nb.models]\n{name} = {name}\n")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    install("packaged_grey", GREY.format(name="packaged"))
+    assert type(create_model("grey_packaged")).__name__ == "Greypackaged" and "grey_packaged" in list_models()
+    create_model("grey_packaged").save_pretrained(tmp_path / "run")
+    assert load_model(tmp_path / "run").image_size == 8
+    install("broken_grey", "1 / 0")
+    assert "broken_grey = broken_grey can't be imported (ZeroDivisionError: division by zero)" in one_line(list_models)
+    assert "broken_grey" in one_line(lambda: create_model("grey_nowhere"))
+    assert type(create_model("grey_packaged")).__name__ == "Greypackaged"  # what is known needs no other package
+
+
+def test_tokenizers_of_other_kinds(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer as Fast, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = ["the red ring", "the big blue star", "left of the ring"] * 4
+    for kind, trainer in ((models.BPE(), trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())),
+                          (models.Unigram(), trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>", "<pad>"], unk_token="<unk>", show_progress=False))):
+        core = Fast(kind)
+        core.pre_tokenizer = pre_tokenizers.ByteLevel() if isinstance(kind, models.BPE) else pre_tokenizers.Metaspace()
+        core.train_from_iterator(texts, trainer)
+        place = tmp_path / type(kind).__name__
+        PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(place)
+        for source in (place, str(place), place / "tokenizer.json"):
+            ours = Tokenizer(source, 12)
+            ids, words = ours(["the red ring"])
+            assert ids[0, words[0]].tolist() == core.encode("the red ring").ids and ids.shape == (1, 12)
+            assert ids[0, ~words[0]].tolist() == [core.token_to_id("<pad>")] * int((~words).sum())
+            assert "says nothing" in one_line(lambda: ours([" "]))
+        model = Mean(image_size=16, vocabulary=place, max_words=9)
+        model.save_pretrained(tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["vocabulary"] == "tokenizer.json"
+        loaded = load_model(tmp_path / "run")
+        assert loaded.tokenizer.pieces("the red ring") == model.tokenizer.pieces("the red ring") and torch.equal(loaded.word.weight, model.word.weight)
+        assert Mean(image_size=16, vocabulary=loaded.vocabulary).tokenizer.pieces("left") == model.tokenizer.pieces("left")
+    (tmp_path / "broken.json").write_text("{}")
+    assert "no tokenizer.json" in one_line(lambda: Tokenizer(tmp_path / "broken.json"))
+    (tmp_path / "empty").mkdir()
+    assert "no fast tokenizer there" in one_line(lambda: Tokenizer(tmp_path / "empty"))
+
+
+def test_a_model_that_lacks_a_method_says_so(photo):
+    model = Mean(image_size=16, vocabulary=WORDS)
+    assert "Mean has no losses: a model must define" in one_line(lambda: model.losses(None, None))
+    empty = type("Empty", (RISModel,), {"__module__": __name__})(image_size=16, vocabulary=WORDS)
+    assert "Empty has no forward" in one_line(lambda: empty.predict([photo], ["red"]))

@@ -10,6 +10,7 @@ import torch
 
 from ris_nb.contract import Batch, RISError
 from ris_nb.registry import load_model
+from ris_nb.testing import check_model
 from ris_nb.training.optim import param_groups
 
 MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small}
@@ -24,6 +25,15 @@ def some_batch(model, lens=(4, 9, 15), images=None):
     side = model.image_size
     return Batch(torch.randn(images or len(lens), 3, side, side), torch.randint(5, 9, words.shape) * words, words,
                  mask=torch.rand(len(lens), side, side) > 0.8, image_id=list(range(images or len(lens))))
+
+
+@pytest.mark.parametrize("name, sizes", [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder="simple")), ("sag", {}), ("sag", dict(slots="query"))])
+def test_every_promise_is_kept(name, sizes):
+    model = MODELS[name](**sizes)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert len(check_model(model)) == 9
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def total(model, batch):
