@@ -38,7 +38,7 @@ def pairs_at_once(model: nn.Module, size: int) -> int:
     """How many expressions a model answers in one forward pass, for images of `size` x `size` pixels. Where it has no weights, any number."""
     return max(1, PIXELS // size**2) if next(model.parameters(), None) is not None else 2**31
 
-
+# %% ../../nbs/09_evaluation.ipynb #016a
 def cut(batch: Batch, pairs: int) -> list[Batch]:
     """The batch in pieces of at most `pairs` expressions, in their order; each piece has the images that it speaks of."""
     if len(batch) <= pairs:
@@ -54,7 +54,7 @@ def cut(batch: Batch, pairs: int) -> list[Batch]:
         pieces.append(replace(batch, image=batch.image[images.to(batch.image.device)], which=own, image_id=shown, **told))
     return pieces
 
-
+# %% ../../nbs/09_evaluation.ipynb #016b
 def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
     """Answer an evaluation batch and compare its masks with the truth on the grid that `model.resolution` names.
 
