@@ -333,6 +333,21 @@ def test_fit_resumes_to_the_bit_and_leaves_the_host_alone(tmp_path):
     assert all(torch.equal(v, whole.host.state_dict()[k]) for k, v in model.state_dict().items())
 
 
+def test_a_loss_term_without_gradients_is_logged_and_trains_nothing(tmp_path):
+    class Watched(GroundedToy):
+        def losses(self, output, batch):
+            return {**super().losses(output, batch), "watched": output.score.detach().abs().mean()}
+
+    logs = []
+    for host in (GroundedToy, Watched):
+        torch.manual_seed(0)
+        model = Grounded(host(), **PREDICTOR)
+        logs.append((fit(model, Balls(), CONFIG, tmp_path / host.__name__, progress=False)[-1], model.state_dict()))
+    (plain, weights), (watched, same) = logs
+    assert watched["watched"] > 0 and "watched" not in plain
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+
+
 def test_bf16():
     grounded, batch = toy().train(), some_batch()
     seed_step(0, 0)
