@@ -9,9 +9,10 @@ from torch import nn
 
 from ris_nb.contract import RISError
 from ris_nb.encoders.language import TextEncoder
-from ris_nb.encoders.vision import Swin, released_swin
+from ris_nb.encoders.vision import Swin
 from ris_nb.models.alignment import ImageAlignment, LanguageAlignment, _sample_pixels, alignment_loss, alignment_terms
 from ris_nb.models.fast_maps import enlarge_grids, enlarging_matrix, pool_grids, pooling_matrix
+from ris_nb.models.released import released_swin_key
 from ris_nb.models.released_alignment import ReleasedLanguageAlignment
 from ris_nb.models.released_magnet import released_image_alignment_key, released_language_alignment_key
 
@@ -49,7 +50,7 @@ def test_released_parity():
     swin = Swin(config["embed_dim"], config["depths"], config["num_heads"], config["window"], drop_path=0.0).eval()
     ours = re.compile(r"layers\.\d\.(fusion|res_gate|pyramids|mixer)|norm\d")
     names = {key: key.removeprefix("image_model.") for key in state if key.startswith("image_model.")}
-    swin.load_state_dict(released_swin({name: state[key] for key, name in names.items() if not ours.match(name)}))
+    swin.load_state_dict({released_swin_key(name): state[key] for key, name in names.items() if not ours.match(name) and released_swin_key(name)})
     sides = [ImageAlignment(width, 768).eval() for width in swin.widths]
     others = nn.ModuleList(ReleasedLanguageAlignment(768, width) for width in swin.widths).eval()
     for k, side in enumerate(sides):

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ris_nb.contract import RISError
-from ris_nb.encoders.vision import (Swin, SwinBlock, ViT, from_windows, pretrained_timm, released_swin, released_swin_key,
-                                    resize_positions, shift_mask, to_windows, window_attention, window_order)
+from ris_nb.encoders.vision import (Swin, SwinBlock, ViT, attend_windows, from_windows, pretrained_timm, resize_positions,
+                                    shift_mask, to_windows, window_order)
+from ris_nb.models.released import released_swin_key
 
 HERE = Path(__file__).resolve().parent
 
@@ -185,7 +186,7 @@ def test_released_names_cover_the_whole_swin():
     extra = {"norm0.weight": torch.zeros(1), "layers.0.fusion.W.weight": torch.zeros(1), "head.weight": torch.zeros(1),
              "layers.0.blocks.0.attn.relative_position_index": torch.zeros(1), "layers.1.blocks.1.attn_mask": torch.zeros(1)}
     assert set(released) != set(swin.state_dict())
-    swin.load_state_dict(released_swin(released | extra))
+    swin.load_state_dict({ours: value for key, value in (released | extra).items() if (ours := released_swin_key(key))})
     assert all(released_swin_key(k) is None for k in extra)
 
 
@@ -254,10 +255,10 @@ def test_errors_are_one_clear_line(monkeypatch):
         assert word in str(error.value) and "\n" not in str(error.value)
 
 
-def test_window_attention_without_mask_is_timms():
-    block = SwinBlock(8, 2, 4)
+def test_attention_without_mask_is_timms():
+    attn = SwinBlock(8, 2, 4).attn
     x = torch.randn(6, 16, 8)
-    torch.testing.assert_close(window_attention(block.attn, x), block.attn(x), atol=1e-5, rtol=0)
+    torch.testing.assert_close(attn.proj(attend_windows(attn, attn.qkv(x))), attn(x), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 5), (3, 9), (1, 1)])

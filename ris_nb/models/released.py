@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..contract import RISError
-from ..encoders.vision import released_swin_key
 
 # %% auto #0
-__all__ = ['RELEASED_PWAM', 'read_released', 'released_pwam_key', 'released_lavt_key', 'released_lavt', 'released_encoder_sizes',
-           'released_lavt_sizes', 'load_released']
+__all__ = ['RELEASED_PWAM', 'read_released', 'released_swin_key', 'released_pwam_key', 'released_lavt_key', 'released_lavt',
+           'released_encoder_sizes', 'released_lavt_sizes', 'load_released']
 
 # %% ../../nbs/workshop/released.ipynb #071
 def read_released(source: Mapping | str | Path) -> dict[str, Tensor]:
@@ -52,6 +51,17 @@ def _read_file(path: Path) -> Mapping:
     if not isinstance(found, Mapping):
         raise RISError(f"{path}: holds a {type(found).__name__}, not a state dict")
     return found
+
+# %% ../../nbs/workshop/released.ipynb #073b
+def released_swin_key(key: str) -> str | None:
+    """Our name for an entry of a released Swin, relative to the backbone; None if no parameter of ours has it."""
+    if key.endswith(("relative_position_index", "attn_mask")):
+        return None  # constants that we compute
+    if key.startswith("patch_embed."):
+        return key
+    key, blocks = re.subn(r"^layers\.(\d+)\.blocks\.", r"stages.\1.", key)
+    key, merges = re.subn(r"^layers\.(\d+)\.downsample\.", r"merges.\1.", key)
+    return key if blocks or merges else None
 
 # %% ../../nbs/workshop/released.ipynb #074
 RELEASED_PWAM = {"vis_project.0": "visual", "image_lang_att.f_query.0": "query", "image_lang_att.f_query.1": "query_norm",

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
-from ..encoders.vision import released_swin_key
-from .released import read_released, released_encoder_sizes, released_pwam_key
+from .released import read_released, released_encoder_sizes, released_pwam_key, released_swin_key
 
 # %% auto #0
 __all__ = ['RELEASED_WEIGHTS', 'RELEASED_PARTS', 'fetch_released', 'released_image_alignment_key',
