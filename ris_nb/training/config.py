@@ -5,22 +5,25 @@
 # %% ../../nbs/workshop/training_config.ipynb #imp-e
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['TINY_RECIPE', 'TrainConfig', 'check_config']
+__all__ = ['CHOICES', 'TINY_RECIPE', 'TrainConfig', 'check_config', 'check_length']
 
 # %% ../../nbs/workshop/training_config.ipynb #017
 @dataclass
 class TrainConfig:
     """What one training run does. The defaults are LAVT's recipe (CVPR 2022, section 4.1), but for the number of steps."""
 
-    steps: int = 1000  # optimiser steps in the whole run
+    steps: int | None = None  # optimiser steps in the whole run; 1000 where epochs are not given either
+    epochs: float | None = None  # passes over the training set, in place of steps
     batch_size: int = 32  # (image, sentence) pairs of one step, over all processes and micro-batches together
     lr: float = 5e-5  # learning rate, before the schedule's factor
+    layer_decay: float = 1.0  # an encoder's block learns at this fraction of the rate of the block after it
     weight_decay: float = 1e-2  # AdamW's decay; normalisations and position tables are exempt
     schedule: Literal["poly", "cosine", "constant"] = "poly"  # how the learning rate falls
     power: float = 0.9  # exponent of the poly schedule
@@ -28,39 +31,63 @@ class TrainConfig:
     warmup_kind: Literal["rate", "loss"] = "rate"  # loss: the loss climbs in place of the rate, as in SaG's released code
     clip: float | None = None  # the largest norm that the whole gradient may have
     accumulate: int = 1  # micro-batches that a step is cut into, to save memory
-    precision: Literal["no", "bf16"] = "no"  # bf16: forward pass in bfloat16; weights and losses stay float32
+    ema: float = 0.0  # decay of a moving average of the weights, which is validated and saved in their place; 0: none
+    precision: Literal["no", "tf32", "bf16", "fp16"] = "no"  # of the forward pass; weights and losses stay float32
+    checkpointing: bool = False  # compute activations again in the backward pass, to save memory
+    compile: bool = False  # compile the model, where there is a compiler
     seed: int = 0  # of the order of samples, the choice of sentences, and dropout
     workers: int = 0  # loading processes of each training process
     validate_every: int = 0  # steps from one validation to the next; 0: only at the end
+    patience: int = 0  # stop after so many validations without a better score; 0: never
     save_every: int = 200  # steps from one save of everything to the next
+    keep_last: int = 0  # weights of so many last saves are kept, in folders of their own
     log_every: int = 10  # steps from one line of log.jsonl to the next
-    tensorboard: bool = False  # write TensorBoard events, too
+    trackers: tuple[Literal["csv", "tensorboard", "wandb"], ...] = ()  # where the log goes besides log.jsonl
     best: Literal["oIoU", "mIoU"] = "oIoU"  # the validation score that picks the weights to keep
 
     def __post_init__(self):
+        self.trackers = tuple(self.trackers)  # JSON knows no tuples
+        if self.steps is None and self.epochs is None:
+            self.steps = 1000
         check_config(self)
 
+    def for_samples(self, samples: int) -> TrainConfig:
+        """The same choices for a training set of `samples` objects: epochs become steps, the last batch begun is finished."""
+        return self if self.epochs is None else replace(self, steps=math.ceil(self.epochs * samples / self.batch_size), epochs=None)
+
 # %% ../../nbs/workshop/training_config.ipynb #019
+CHOICES = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "tf32", "bf16", "fp16"), "best": ("oIoU", "mIoU"),
+           "warmup_kind": ("rate", "loss")}
+
+
 def check_config(config: TrainConfig) -> None:
     """RISError for a field that makes no sense, in one line that says what would."""
-    for name in ("steps", "batch_size", "lr", "accumulate", "save_every", "log_every"):
-        if not getattr(config, name) > 0:
-            raise RISError(f"{name} must be greater than 0, not {getattr(config, name)}")
-    for name in ("weight_decay", "workers", "validate_every", "power", "seed"):
-        if not getattr(config, name) >= 0:
-            raise RISError(f"{name} must not be negative, but is {getattr(config, name)}")
     for name, value in vars(config).items():
+        if name in ("steps", "epochs", "batch_size", "lr", "accumulate", "save_every", "log_every") and not (value is None or value > 0):
+            raise RISError(f"{name} must be greater than 0, not {value}")
+        if name in ("weight_decay", "workers", "validate_every", "power", "seed", "patience", "keep_last") and not value >= 0:
+            raise RISError(f"{name} must not be negative, but is {value}")
         if isinstance(value, (int, float)) and not value < 2**63:  # infinity, and seeds that torch doesn't take
             raise RISError(f"{name} must be less than 2**63, not {str(value)[:30]}")
-    choices = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "bf16"), "best": ("oIoU", "mIoU"),
-               "warmup_kind": ("rate", "loss")}
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise RISError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
-    if not 0 <= config.warmup < config.steps:
-        raise RISError(f"warmup must be at least 0 and less than steps ({config.steps}), not {config.warmup}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise RISError(f"{name} must be one of {', '.join(CHOICES[name])}, not {value!r}")
+    if not 0 <= config.ema < 1:
+        raise RISError(f"ema must be at least 0 and less than 1, as in 0.999, not {config.ema}")
+    if not 0 < config.layer_decay <= 1:
+        raise RISError(f"layer_decay must be greater than 0 and at most 1, not {config.layer_decay}")
     if config.clip is not None and not config.clip > 0:
         raise RISError(f"clip must be greater than 0, or None for no clipping, not {config.clip}")
+    check_length(config)
+
+# %% ../../nbs/workshop/training_config.ipynb #019a
+def check_length(config: TrainConfig) -> None:
+    """RISError for a run whose end, warm-up or validations contradict each other."""
+    if config.steps is not None and config.epochs is not None:
+        raise RISError(f"steps {config.steps} and epochs {config.epochs:g} are two lengths of one run: give one of them, and None for the other")
+    if config.warmup < 0 or config.steps is not None and config.warmup >= config.steps:
+        raise RISError(f"warmup must be at least 0 and less than steps ({config.steps}), not {config.warmup}")
+    if config.patience and not config.validate_every:
+        raise RISError(f"patience {config.patience} counts validations, and there is one at the end alone: give validate_every, too")
 
 # %% ../../nbs/workshop/training_config.ipynb #022
 TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup=100, clip=1.0, save_every=250)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,53 +20,54 @@ from ..checkpoint import replacing
 from ..contract import RISError
 from ..distributed import sync_batchnorm
 from ..models.base import evaluating
+from .compute import (check_device, check_scale, compiling, compute_output, in_precision, make_scaler, matmuls,
+                                     use_checkpointing)
 from .config import TrainConfig
+from .ema import EMA
 from .launch import check_reached, make_accelerator, together
 from .meter import Clocked, Meter, check_finite
 from .optim import loss_factor, optimizer_step, param_groups
 from .sampling import seed_step, training_loader
-from .state import append_log, load_state, open_run, read_log, save_state
-from .trackers import open_tensorboard
+from .state import append_log, drop_weights, keep_weights, kept_weights, load_state, open_run, read_log, save_state
+from .trackers import check_trackers, open_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
 __all__ = ['LossStep', 'accumulate_gradients', 'Run', 'save_run', 'start_run', 'measure', 'report', 'score_run', 'finish_step',
-           'prepare', 'fit']
+           'prepare', 'take_step', 'fit']
 
 # %% ../../nbs/08_training.ipynb #043
 class LossStep(nn.Module):
-    """A model and its losses as one module, batch -> dict of loss terms: what runs in bf16 and on many processes.
+    """A model and its losses as one module, batch -> dict of loss terms: what runs in half the bits and on many processes.
 
-    With precision "bf16" the forward pass is autocast; the losses are computed outside of it, from float32 outputs.
+    precision: of the forward pass, see `compute_output`; the losses are computed from float32 outputs. compile: compile the forward pass.
     """
 
-    def __init__(self, model: nn.Module, precision: str = "no"):
+    def __init__(self, model: nn.Module, precision: str = "no", compile: bool = False):
         super().__init__()
         self.model, self.precision = model, precision
+        self.compiled = torch.compile(model.forward) if compile else None
 
     def forward(self, batch) -> dict[str, torch.Tensor]:
-        from accelerate.utils import convert_to_fp32
-        with torch.autocast(batch.image.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            output = self.model(batch)
-        return self.model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
+        return self.model.losses(compute_output(self.compiled or self.model, batch, self.precision), batch)
 
 # %% ../../nbs/08_training.ipynb #046
 def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches, accumulate: int = 1,
-                         factor: float = 1.0) -> dict[str, torch.Tensor]:
+                         factor: float = 1.0, scaler: torch.amp.GradScaler | None = None) -> dict[str, torch.Tensor]:
     """Adds to `.grad` the gradient of the mean loss of the next `accumulate` micro-batches, averaged over processes.
 
-    The gradient is multiplied by `factor`. Returns this process's mean of every loss term and of their sum, "loss", without
+    The gradient is multiplied by `factor`, and by the scale of the `scaler`. Returns this process's mean of every loss term and of their sum, "loss", without
     the factor: detached scalars, still on the device.
     """
-    means = {}
+    means, scale = {}, scaler.scale if scaler else lambda loss: loss
     for k in range(accumulate):
         batch = next(batches).to(accelerator.device, non_blocking=True)
         with accelerator.no_sync(loss_step) if k + 1 < accumulate else nullcontext():
             terms = loss_step(batch)
             loss = sum(terms.values())
-            (loss * (factor / accumulate)).backward()
+            scale(loss * (factor / accumulate)).backward()
         for name, value in {"loss": loss, **terms}.items():
             means[name] = means.get(name, 0) + value.detach().float() / accumulate
     return means
@@ -82,12 +83,30 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     samples: int  # objects of the training set
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))  # of the loss, in fp16
+    ema: EMA | None = None  # the average of the weights, where asked for
     step: int = 0  # steps done
     best: float | None = None  # the best validation score so far
+    stale: int = 0  # validations since then
     meter: Meter = field(default_factory=Meter)
-    writer: object = None  # TensorBoard's, where asked for
+    trackers: list = field(default_factory=list)  # TensorBoard and others, where asked for
     began: tuple[float, int] = (0.0, 0)  # the time and the step at which this process began
     batches: Clocked | None = None  # the loader's, and how long the loop waited for them
+
+    @property
+    def shown(self) -> nn.Module:
+        """The model that is validated and saved: the average where there is one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def done(self) -> bool:
+        """Is it over: all steps made, or patience lost?"""
+        return self.step >= self.config.steps or 0 < self.config.patience <= self.stale
+
+    @property
+    def others(self) -> dict:
+        """What else has a state: the average and the scaler, where they are in use."""
+        return {name: part for name, part in (("ema", self.ema), ("scaler", self.scaler)) if part is not None and (name == "ema" or part.is_enabled())}
 
 # %% ../../nbs/08_training.ipynb #094
 def save_run(run: Run) -> None:
@@ -95,55 +114,60 @@ def save_run(run: Run) -> None:
     meter = run.meter.state(run.accelerator)
     if run.accelerator.is_main_process:
         if run.best is None:
-            run.model.save_pretrained(run.folder)
-        save_state(run.folder, {"step": run.step, "best": run.best, "meter": meter, "samples": run.samples,
-                                "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
+            run.shown.save_pretrained(run.folder)
+        if run.config.keep_last:
+            keep_weights(run.shown, run.folder, run.step, run.config.keep_last)
+        parts = {"model": run.model, "optimizer": run.optimizer, **run.others}
+        save_state(run.folder, {"step": run.step, "best": run.best, "stale": run.stale, "meter": meter, "samples": run.samples,
+                                **{name: part.state_dict() for name, part in parts.items()}})
 
 # %% ../../nbs/08_training.ipynb #096
 def start_run(run: Run) -> None:
-    """Goes back to the last saved state, or to the beginning, and forgets the lines that were logged after it."""
+    """Goes back to the last saved state, or to the beginning, and forgets what was logged and kept after it."""
     if (run.folder / "state.pt").exists():
-        state = load_state(run.folder, run.model, run.optimizer, run.samples)
-        run.step, run.best, run.meter = state["step"], state["best"], Meter(**state["meter"])
+        state = load_state(run.folder, run.model, run.optimizer, run.samples, **run.others)
+        run.step, run.best, run.stale, run.meter = state["step"], state["best"], state.get("stale", 0), Meter(**state["meter"])
     run.began = time.perf_counter(), run.step
     run.accelerator.wait_for_everyone()  # all have read before the first writes
     if run.accelerator.is_main_process:
-        lines = [json.dumps(line) + "\n" for line in read_log(run.folder) if line["step"] <= run.step]
-        for name, text in (("train.json", json.dumps(asdict(run.config), indent=1)), ("log.jsonl", "".join(lines))):
+        settings, lines = asdict(run.config), [line for line in read_log(run.folder) if line["step"] <= run.step]
+        for name, text in (("train.json", json.dumps(settings, indent=1)), ("log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))):
             with replacing(run.folder / name) as file:
                 file.write_text(text)
-        if run.config.tensorboard:
-            run.writer = open_tensorboard(run.folder, run.step)
+        drop_weights(folder for step, folder in kept_weights(run.folder).items() if step > run.step)
+        run.trackers = open_trackers(run.config.trackers, run.folder, run.step, settings) if run.config.trackers else []
 
 # %% ../../nbs/08_training.ipynb #104
 def measure(run: Run) -> dict[str, float]:
     """The means since the last measurement and the learning rate of this step; since the start, the samples a second and
-    "waiting", the share of the time in which the first process had no batch to work on."""
+    "waiting", the share of the time in which the first process had no batch to work on. In fp16 the scale of the loss, too."""
     seconds, steps = time.perf_counter() - run.began[0], run.step - run.began[1]
-    return {**run.meter.read(run.accelerator), "lr": run.optimizer.param_groups[0]["lr"],
+    scale = {"scale": run.scaler.get_scale()} if run.scaler.is_enabled() else {}
+    return {**run.meter.read(run.accelerator), "lr": max(group["lr"] for group in run.optimizer.param_groups), **scale,
             "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"), "waiting": round(run.batches.waited / seconds, 3)}
 
 
 def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
-    """Sends a record to log.jsonl, to TensorBoard and to the progress bar."""
+    """Sends a record to log.jsonl, to the trackers and to the progress bar."""
     if run.accelerator.is_main_process:
         append_log(run.folder, {"step": run.step, **record})
-        for name, value in record.items() if run.writer else ():
-            run.writer.add_scalar(name, value, run.step)
+        for tracker in run.trackers:
+            tracker.log(record, step=run.step)
     shown = [name for name in ("loss", "lr", f"val_{run.config.best}") if name in record]
     bar.set_postfix({name: f"{record[name]:.3g}" for name in shown})
 
 # %% ../../nbs/08_training.ipynb #105
 def score_run(run: Run, validate) -> dict[str, float]:
     """The scores that `validate` gives, "val_" before their names; the weights are kept if none were better."""
-    with evaluating(run.model):
-        scores = validate(run.model)
+    with evaluating(run.shown), in_precision(run.shown, run.config.precision):
+        scores = validate(run.shown)
     if run.config.best not in scores:
         raise RISError(f"validate gives {', '.join(scores) or 'nothing'}, and the weights to keep are picked by {run.config.best}")
+    run.stale += 1
     if run.best is None or scores[run.config.best] > run.best:
-        run.best = float(scores[run.config.best])
+        run.best, run.stale = float(scores[run.config.best]), 0
         if run.accelerator.is_main_process:
-            run.model.save_pretrained(run.folder)
+            run.shown.save_pretrained(run.folder)
     return {f"val_{name}": float(value) for name, value in scores.items()}
 
 # %% ../../nbs/08_training.ipynb #108
@@ -157,6 +181,7 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
     validates = validate and (last or config.validate_every and run.step % config.validate_every == 0)
     if logs or saves or validates:
         check_finite(run.meter, run.accelerator, (run.folder / "state.pt").exists())
+        check_scale(run.scaler, run.step)
     record = measure(run) if logs else {}
     if validates:
         record.update(score_run(run, validate))
@@ -168,42 +193,64 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
 # %% ../../nbs/08_training.ipynb #113
 def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module]:
     """All that `fit` needs, checked and brought to where the run stands: the run and the loss module."""
+    check_trackers(config.trackers)
     accelerator = make_accelerator(config.precision)
+    check_device(config.precision, config.compile, accelerator.device)
+    if config.checkpointing:
+        use_checkpointing(model)
     open_run(folder, config, resume)
     loader = training_loader(dataset, config, rank=accelerator.process_index, world=accelerator.num_processes)
     if accelerator.num_processes > 1:
         sync_batchnorm(model)
-    loss_step = accelerator.prepare(LossStep(model, config.precision))
-    optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr, betas=(0.9, 0.999), fused=True)
-    run = Run(folder, config, accelerator, model, optimizer, len(dataset))
+    groups = param_groups(model, config.weight_decay, config.layer_decay)
+    loss_step = accelerator.prepare(LossStep(model, config.precision, config.compile))
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
+    run = Run(folder, config, accelerator, model, optimizer, len(dataset), make_scaler(config.precision, accelerator.device),
+              EMA(model, config.ema) if config.ema else None)
     start_run(run)
     loader.batch_sampler.start = run.step
     run.batches = Clocked(loader)
     return run, loss_step
 
 # %% ../../nbs/08_training.ipynb #114
+def take_step(run: Run, loss_step: nn.Module, batches) -> dict[str, torch.Tensor]:
+    """One step of the optimiser on the next batch, and of the average; returns the loss terms and the norm of the gradient."""
+    config, scaler = run.config, run.scaler
+    seed_step(config.seed, run.step, run.accelerator.process_index)
+    values = accumulate_gradients(run.accelerator, loss_step, batches, config.accumulate, loss_factor(config, run.step), scaler)
+    if run.step == run.began[1] and isinstance(loss_step, nn.parallel.DistributedDataParallel):
+        check_reached(run.model)
+    norm = optimizer_step(run.optimizer, config, run.step, scaler)
+    if run.ema:
+        run.ema.update_parameters(run.model)
+    if not scaler.is_enabled():
+        return {**values, "grad_norm": norm}
+    good = norm.isfinite()  # else the scaler has skipped the step
+    return {**values, "grad_norm": torch.where(good, norm, 0), "skipped": (~good).float()}
+
+# %% ../../nbs/08_training.ipynb #114a
 def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=False, progress=True) -> list[dict]:
     """Trains `model` on `dataset` (in training mode) and returns the history: the lines of `log.jsonl`.
 
     `validate(model)`, called in every process, gives a dict of floats with `config.best` in it. Afterwards the model
-    holds the last weights; `load_model(run_dir)` gives the best validated ones, or the last where nothing validates.
-    Resuming a finished run returns its history; resuming an empty folder starts from the beginning.
-    RISError: a folder in use, another config, model or data, numbers that are not finite, a full disk, another process lost.
+    holds the last weights, or their average where `config.ema` asks for one; `load_model(run_dir)` gives the best validated
+    ones, or the last where nothing validates. Resuming a finished run returns its history; resuming an empty folder starts
+    from the beginning. RISError: a folder in use, another config, model or data, something that the machine or the model
+    doesn't offer, numbers that are not finite, a full disk, another process lost.
     """
+    if config.patience and validate is None:
+        raise RISError(f"patience {config.patience} counts validations, and there is nothing to validate on: leave it out, or give validate")
+    config = config.for_samples(len(dataset))
     run, loss_step = prepare(model, dataset, config, Path(run_dir), resume)
-    rank, batches = run.accelerator.process_index, iter(run.batches)
+    batches, hidden = iter(run.batches), not progress or not run.accelerator.is_main_process
     model.train()
-    hidden = not progress or rank > 0
-    with together(run), tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=hidden) as bar:
-        while run.step < config.steps:
-            seed_step(config.seed, run.step, rank)
-            factor = loss_factor(config, run.step)
-            values = accumulate_gradients(run.accelerator, loss_step, batches, config.accumulate, factor)
-            if run.step == run.began[1] and isinstance(loss_step, nn.parallel.DistributedDataParallel):
-                check_reached(model)
-            values["grad_norm"] = optimizer_step(run.optimizer, config, run.step)
-            finish_step(run, values, validate, bar)
+    bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=hidden)
+    with together(run), compiling(), matmuls(config.precision), bar:
+        while not run.done:
+            finish_step(run, take_step(run, loss_step, batches), validate, bar)
         run.accelerator.wait_for_everyone()
-    if run.writer:
-        run.writer.close()
+    if run.ema:
+        model.load_state_dict(run.ema.module.state_dict())
+    for tracker in run.trackers:
+        tracker.finish()
     return read_log(run_dir)

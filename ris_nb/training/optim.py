@@ -14,7 +14,7 @@ from ..models.base import RISModel
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNDECAYED', 'schedule_factor', 'loss_factor', 'param_groups', 'optimizer_step']
+__all__ = ['UNDECAYED', 'schedule_factor', 'loss_factor', 'layer_factors', 'rate_factors', 'param_groups', 'optimizer_step']
 
 # %% ../../nbs/workshop/optim.ipynb #025
 def schedule_factor(config: TrainConfig, step: int) -> float:
@@ -42,17 +42,43 @@ def loss_factor(config: TrainConfig, step: int) -> float:
 UNDECAYED = ("norm", "relative_position_bias_table", "pos_embed")
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Groups for AdamW: the trainable parameters that decay, and those that do not.
+def layer_factors(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """What layer-wise decay multiplies the learning rate of each parameter of an encoder by: `decay` to the number of blocks above.
 
-    No decay for normalisations (by name or by class) and position tables; everything else decays, biases included,
-    as for the backbone in LAVT's released code. Frozen parameters are in no group. Parts that learn at a rate of their own
-    (`lr_factors` of a `RISModel`, which `model` is or holds) have groups of their own. `RISError` where nothing trains.
+    An encoder is any part of `model` with timm's `group_matcher(coarse=False)`, patterns of names that tell its layers. `RISError` where there is none.
     """
-    groups, seen, factors = {}, set(), {}
+    from timm.models import group_parameters  # costs seconds
+    factors = {}
+    for part in model.modules():
+        if matcher := getattr(part, "group_matcher", None):
+            layers, parameters = group_parameters(part, matcher(coarse=False), reverse=True), dict(part.named_parameters())
+            last = max(layers.values())
+            factors |= {parameters[name]: decay ** (last - layer) for name, layer in layers.items()}
+    if not factors:
+        raise RISError(f"layer_decay needs to know the layers of an encoder, and no part of {type(model).__name__} tells them by a method "
+                       "group_matcher(coarse), as timm's models do: take layer_decay 1")
+    return factors
+
+# %% ../../nbs/workshop/optim.ipynb #030a
+def rate_factors(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
+    """What multiplies the learning rate of single parameters: `lr_factors` of the `RISModel`s that `model` is or holds, times layer-wise decay."""
+    factors = {}
     for part in model.modules():
         for name, factor in sorted(part.lr_factors.items(), key=lambda item: item[0].count(".")) if isinstance(part, RISModel) else ():
             factors |= dict.fromkeys(part.get_submodule(name).parameters(), factor)  # inner parts come later and win
+    for parameter, factor in layer_factors(model, layer_decay).items() if layer_decay != 1 else ():
+        factors[parameter] = factor * factors.get(parameter, 1.0)
+    return factors
+
+
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Groups for AdamW: the trainable parameters that decay, and those that do not; each rate factor has groups of its own.
+
+    No decay for normalisations (by name or by class) and position tables; everything else decays, biases included,
+    as for the backbone in LAVT's released code. Frozen parameters are in no group. Rates: see `rate_factors`.
+    `RISError` where nothing trains. (timm's `param_groups_layer_decay` spares all vectors from decay, biases, too.)
+    """
+    groups, seen, factors = {}, set(), rate_factors(model, layer_decay)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
@@ -67,14 +93,20 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             for (factor, spared), parameters in groups.items()]
 
 # %% ../../nbs/workshop/optim.ipynb #034
-def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> torch.Tensor:
-    """One clipped step at the schedule's rate; then empties the gradients. Returns their norm before clipping, ()."""
+def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+    """One clipped step at the schedule's rate; then empties the gradients. Returns their norm before clipping, ().
+
+    scaler: the one that the loss was scaled by. Where the scaled gradient overflowed, it skips the step, and the norm is not finite.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = config.lr * schedule_factor(config, step) * group.get("lr_factor", 1.0)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
     return norm

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from ..contract import RISError
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['FREE', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run']
+__all__ = ['FREE', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'kept_weights', 'keep_weights',
+           'drop_weights']
 
 # %% ../../nbs/workshop/state.ipynb #080
 def save_state(run_dir: Path, state: dict) -> None:
@@ -30,9 +33,10 @@ def save_state(run_dir: Path, state: dict) -> None:
             raise OSError("the disk is full or the file too large") from error
 
 # %% ../../nbs/workshop/state.ipynb #081
-def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int) -> dict:
+def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, samples: int, **others) -> dict:
     """Puts the weights and the optimiser of `state.pt` in their places; returns the rest: step, best score, meter.
 
+    others: what else has a `load_state_dict`, by its name in the state (`ema`, `scaler`).
     RISError: the file is damaged, is of another model, or began with another number of training objects.
     """
     path = Path(run_dir) / "state.pt"
@@ -44,9 +48,9 @@ def load_state(run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     if began_with != samples:
         raise RISError(f"{path}: the run began with {began_with} objects, not {samples}; give the same data or start a new run")
     try:
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-    except (RuntimeError, ValueError) as error:
+        for name, part in {"model": model, "optimizer": optimizer, **others}.items():
+            part.load_state_dict(state.pop(name))
+    except (RuntimeError, ValueError, KeyError) as error:
         raise RISError(f"{path}: is of another model ({' '.join(str(error).split())[:200]})") from error
     return state
 
@@ -74,7 +78,7 @@ def read_log(run_dir: Path) -> list[dict]:
     return records
 
 # %% ../../nbs/workshop/state.ipynb #089
-FREE = {"workers", "validate_every", "save_every", "log_every", "tensorboard", "best"}
+FREE = {"workers", "validate_every", "patience", "save_every", "keep_last", "log_every", "trackers", "best"}
 
 
 def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
@@ -97,3 +101,21 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         if changed:
             raise RISError(f"{run_dir}: was started with another config ({', '.join(changed)}); "
                            "resume with the old values or choose another folder")
+
+# %% ../../nbs/workshop/state.ipynb #090b
+def kept_weights(run_dir: Path) -> dict[int, Path]:
+    """The folders with weights of single steps, by their step, in order."""
+    folders = sorted((Path(run_dir) / "checkpoints").glob("step_*"))
+    return {int(folder.name.removeprefix("step_")): folder for folder in folders}
+
+
+def keep_weights(model, run_dir: Path, step: int, keep_last: int) -> None:
+    """Saves the weights of `step` in a folder for `load_model`, and deletes the oldest of such folders beyond `keep_last`."""
+    model.save_pretrained(Path(run_dir) / "checkpoints" / f"step_{step:09d}")
+    drop_weights(list(kept_weights(run_dir).values())[:-keep_last])
+
+
+def drop_weights(folders: Iterable[Path]) -> None:
+    """Deletes folders of weights; one that a kill left half deleted, too."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -5,18 +5,82 @@
 # %% ../../nbs/workshop/trackers.ipynb #imp-e
 from __future__ import annotations
 
+import csv
+import secrets
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
+from ..checkpoint import replacing
 from ..contract import RISError
+from .state import read_log
 
 # %% auto #0
-__all__ = ['open_tensorboard']
+__all__ = ['CSVTracker', 'check_trackers', 'open_trackers', 'wandb_id']
 
 # %% ../../nbs/workshop/trackers.ipynb #098
-def open_tensorboard(run_dir: Path, step: int):
-    """A TensorBoard writer that drops what a killed run wrote after `step`. RISError without the package."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RISError("tensorboard=True needs a package that is missing: pip install tensorboard") from error
-    return SummaryWriter(run_dir, purge_step=step + 1)
+class CSVTracker:
+    """The log of a run as `log.csv`, a row a step and a column a number, for a spreadsheet. Written anew where a column is new."""
+
+    def __init__(self, run_dir: Path):
+        self.folder, self.columns = Path(run_dir), []
+        self.write(read_log(self.folder))
+
+    def write(self, records: list[dict]) -> None:
+        """Writes the file from the records of the log."""
+        self.columns = list(dict.fromkeys(name for record in records for name in record))
+        with replacing(self.folder / "log.csv") as file, open(file, "w", newline="") as out:
+            rows = csv.DictWriter(out, self.columns)
+            rows.writeheader()
+            rows.writerows(records)
+
+    def log(self, values: dict, step: int) -> None:
+        """Adds the line that `log.jsonl` got just now."""
+        if not {"step", *values} <= set(self.columns):
+            return self.write(read_log(self.folder))
+        with open(self.folder / "log.csv", "a", newline="") as out:
+            csv.DictWriter(out, self.columns).writerow({"step": step, **values})
+
+    def finish(self) -> None:
+        """Nothing is open."""
+
+# %% ../../nbs/workshop/trackers.ipynb #098a
+def check_trackers(names: Sequence[str]) -> None:
+    """`RISError` for a tracker that there isn't, or whose package is missing."""
+    for name in names:
+        if name not in ("csv", "tensorboard", "wandb"):
+            raise RISError(f"trackers: there is no {name!r}, only csv, tensorboard and wandb")
+        if name != "csv" and find_spec(name) is None:
+            raise RISError(f"trackers: {name} needs a package that is missing: pip install {name}")
+
+
+def open_trackers(names: Sequence[str], run_dir: Path, step: int, config: dict) -> list:
+    """Trackers that go on after `step`, for `run_dir`: each has `log(values, step=)` and `finish()`. `RISError` where one can't begin."""
+    from accelerate.tracking import TensorBoardTracker, WandBTracker  # costs seconds
+    check_trackers(names)
+    trackers = []
+    for name in names:
+        if name == "csv":
+            tracker = CSVTracker(run_dir)
+        elif name == "tensorboard":
+            tracker = TensorBoardTracker("", logging_dir=run_dir, purge_step=step + 1)
+        else:
+            tracker = WandBTracker("ris_nb", name=Path(run_dir).name, dir=str(run_dir), id=wandb_id(run_dir), resume="allow", config=config)
+        try:
+            getattr(tracker, "start", lambda: None)()  # before 1.8, accelerate's started when they were made
+        except Exception as error:
+            if name != "wandb" or not isinstance(error, import_module("wandb").Error):
+                raise
+            raise RISError(f"trackers: wandb doesn't start ({str(error).splitlines()[0][:150]}); log in, or set WANDB_MODE=offline") from error
+        trackers.append(tracker)
+    return trackers
+
+
+def wandb_id(run_dir: Path) -> str:
+    """The name by which Weights & Biases knows the run in this folder: drawn once, kept in `wandb_id.txt`."""
+    path = Path(run_dir) / "wandb_id.txt"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write_text(secrets.token_hex(8))
+    return path.read_text().strip()
