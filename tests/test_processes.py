@@ -27,7 +27,7 @@ from ris_nb.training.loop import fit
 from ris_nb.training.state import read_log
 
 STEPS, DIES_AT = 20, 13
-CONFIG = TrainConfig(steps=STEPS, batch_size=4, lr=5e-5, save_every=5, log_every=1)
+CONFIG = TrainConfig(steps=STEPS, batch_size=4, lr=5e-5, save_every=5, log_every=1, ema=0.9, layer_decay=0.75, checkpointing=True, keep_last=1)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -119,6 +119,9 @@ def test_four_processes_train_the_weights_of_one_lose_a_rank_and_two_go_on(tmp_p
     largest, where = distance(*(s["model"] for s in states))
     print(f"1 process, and 4 then 2: {largest:.2g} ({where})")
     assert largest < 1e-5, where
+    averaged, where = distance(*({name.removeprefix("module."): value for name, value in s["ema"].items()} for s in states))
+    assert averaged < 1e-5, where
+    assert distance(states[0]["model"], {name.removeprefix("module."): value for name, value in states[0]["ema"].items()})[0] > 1e-5  # and is another
     resumed = read_log(four)
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
     assert all(abs(a[term] - b[term]) < 1e-5 for a, b in zip(log, resumed) for term in ("loss", "mask", "dice", "alignment", "grounding"))

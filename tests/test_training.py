@@ -10,15 +10,21 @@ import os
 import re
 import resource
 import signal
+import shutil
 import socket
+import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ris_nb.contract import Batch, Output, RISError
 from ris_nb.data.tokenizer import SPECIAL
@@ -26,16 +32,17 @@ from ris_nb.distributed import SyncBatchNorm2d, sync_batchnorm
 from ris_nb.models.base import RISModel
 from ris_nb.models.mask_grounding import TINY_PREDICTOR
 from ris_nb.registry import create_model, load_model
-from ris_nb.training import loop as training
+from ris_nb.training import loop as training, trackers
 from ris_nb.training.config import TrainConfig
 from ris_nb.training.launch import check_launch, check_reached, make_accelerator
 from ris_nb.training.loop import LossStep, accumulate_gradients, fit
 from ris_nb.training.sampling import GlobalBatches, training_loader
-from ris_nb.training.state import read_log
+from ris_nb.training.state import kept_weights, read_log
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit for bit is a promise for the CPU
 SERVER = multiprocessing.get_context("forkserver")
 CONFIG = TrainConfig(steps=12, batch_size=8, lr=1e-2, save_every=5, log_every=4, validate_every=6)
+SWITCHES = dict(ema=0.9, layer_decay=0.5, checkpointing=True, keep_last=2, patience=3, trackers=("csv",))
 
 
 class TrainedToy(RISModel):
@@ -51,11 +58,21 @@ class TrainedToy(RISModel):
         self.last = nn.Conv2d(width, 1, 1)
         self.idle = nn.Linear(2, 2).requires_grad_(False)  # like LAVT's last gate
         self.scale = nn.Parameter(torch.ones(()))  # used by the loss alone
-        self.broken_at, self.calls = broken_at, 0
+        self.broken_at, self.calls, self.checkpointing = broken_at, 0, False
+
+    def set_grad_checkpointing(self, enable=True):
+        self.checkpointing = enable
+
+    def group_matcher(self, coarse=False):
+        return dict(stem="^(?:words|first)", blocks=[("^bn", (0,)), ("^last", (1,))])
+
+    def score(self, x):
+        return self.last(self.dropout(x.relu()))[:, 0]
 
     def forward(self, batch):
         x = self.bn(self.first(batch.image)) + self.words(batch.ids).mean(1)[:, :, None, None]
-        return Output(self.last(self.dropout(x.relu()))[:, 0], extra={"nested": [x]})
+        score = checkpoint(self.score, x, use_reentrant=False) if self.checkpointing and self.training else self.score(x)
+        return Output(score, extra={"nested": [x]})
 
     def losses(self, output, batch):
         assert output.score.dtype == output.extra["nested"][0].dtype == torch.float32
@@ -103,6 +120,8 @@ def run(folder, config, kill=None, validate=noisy_validate, model=None, before=N
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers; this process would hand down its own
     if before:
         before()
+    if "wandb" in config.trackers:
+        sys.modules["wandb"] = fake_wandb(folder.with_suffix(".wandb"))
     if kill:
         name, n = kill
         owner = os if hasattr(os, name) else torch if name == "save" else training
@@ -121,6 +140,20 @@ def run(folder, config, kill=None, validate=noisy_validate, model=None, before=N
     except RISError as error:
         folder.with_suffix(".error").write_text(str(error))
         raise SystemExit(2)
+
+
+def fake_wandb(path):
+    """Stands for the package, which tests don't install: what is asked of it goes to a file, a line each."""
+    def say(**line):
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def init(**settings):
+        say(id=settings["id"], resume=settings["resume"], lr=settings["config"]["lr"])
+        return SimpleNamespace(log=lambda values, step: say(step=step, loss=values.get("loss")), finish=lambda: say(finished=True))
+    module = ModuleType("wandb")
+    module.init, module.Error, module.__spec__ = init, RuntimeError, ModuleSpec("wandb", None)
+    return module
 
 
 def start(*args, **kwargs):
@@ -197,6 +230,34 @@ def test_killed_thrice_with(tmp_path, unbroken, change):
         assert finish(folder, config, kill) == -signal.SIGKILL
     assert finish(folder, config) == 0
     assert same(outcome(folder), unbroken(config))
+
+
+def test_killed_thrice_with_all_that_a_run_can_carry(tmp_path, unbroken):
+    """Average, loss scale, layer-wise rates, checkpoints, patience and trackers: none forgets, none says a step twice."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config, folder = replace(CONFIG, **SWITCHES | dict(precision="fp16", log_every=1, trackers=("csv", "tensorboard", "wandb"))), tmp_path / "run"
+    for kill in (("seed_step", 7), ("save", 2), ("append_log", 2)):
+        assert finish(folder, config, kill) == -signal.SIGKILL
+    assert finish(folder, config) == 0
+    state, kept, log = outcome(folder)
+    assert same((state, kept, log), unbroken(config))
+    assert state["scaler"]["_growth_tracker"] == 12 and state["ema"]["n_averaged"] == 12
+    assert same(load_model(kept_weights(folder)[12]).state_dict(), {name.removeprefix("module."): value for name, value in state["ema"].items() if name != "n_averaged"})
+    assert not same(dict(kept), state["model"])  # what is kept is the average
+    assert list(kept_weights(folder)) == [10, 12]
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert len(rows) == 13 and [int(row.partition(",")[0]) for row in rows[1:]] == list(range(1, 13))
+    events = reader.EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    told = [json.loads(line) for line in folder.with_suffix(".wandb").read_text().splitlines()]
+    begun = [line for line in told if "id" in line]
+    assert len(begun) == 4 and all(line == begun[0] for line in begun) and begun[0]["resume"] == "allow" and told[-1] == {"finished": True}
+    by_step = {}
+    for line in told:
+        if "step" in line:
+            assert by_step.setdefault(line["step"], line["loss"]) == line["loss"]  # a step that comes again is the same
+    assert sorted(by_step) == list(range(1, 13))
 
 
 def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
@@ -395,7 +456,7 @@ def killed_run(rank, folder, config):
 
 
 def test_two_processes_train_the_weights_of_one(tmp_path):
-    config = replace(CONFIG, lr=1e-3, steps=12)
+    config = replace(CONFIG, lr=1e-3, steps=12, **SWITCHES)
     for world in (1, 2):
         in_processes(world, whole_run, tmp_path / str(world), config)
     (one, kept, log), (two, kept2, log2) = outcome(tmp_path / "1"), outcome(tmp_path / "2")
@@ -403,6 +464,7 @@ def test_two_processes_train_the_weights_of_one(tmp_path):
     for name, value in one["model"].items():
         assert (value - two["model"][name]).abs().max() < 1e-5, name
         assert (kept[name] - kept2[name]).abs().max() < 1e-5, name
+        assert (one["ema"]["module." + name] - two["ema"]["module." + name]).abs().max() < 1e-5, name
     assert max((value - fresh[name]).abs().max() for name, value in one["model"].items() if value.is_floating_point()) > 1e-3  # they learned
     assert [line["step"] for line in log] == [4, 6, 8, 12] and [line.keys() for line in log] == [line.keys() for line in log2]
     losses = [(a["loss"], b["loss"]) for a, b in zip(log, log2) if "loss" in a]
@@ -410,11 +472,12 @@ def test_two_processes_train_the_weights_of_one(tmp_path):
 
 
 def test_two_processes_with_dropout_are_killed_and_go_on(tmp_path):
+    config = replace(CONFIG, precision="fp16", **SWITCHES)
     for name in ("unbroken", "killed"):
         if name == "killed":
-            in_processes(2, killed_run, tmp_path / name, CONFIG, expected=-signal.SIGKILL)
+            in_processes(2, killed_run, tmp_path / name, config, expected=-signal.SIGKILL)
             assert torch.load(tmp_path / name / "state.pt", weights_only=True)["step"] == 6
-        in_processes(2, dropping_run, tmp_path / name, CONFIG)
+        in_processes(2, dropping_run, tmp_path / name, config)
     assert same(outcome(tmp_path / "killed"), outcome(tmp_path / "unbroken"))
 
 
@@ -573,11 +636,116 @@ def test_bf16_trains_and_keeps_float32_weights(tmp_path):
     assert all(v.dtype in (torch.float32, torch.int64) for v in load_model(tmp_path).state_dict().values())
 
 
-def test_tensorboard_drops_what_a_kill_repeated(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config, folder = replace(CONFIG, tensorboard=True, log_every=1), tmp_path / "run"
-    assert finish(folder, config, ("seed_step", 9)) == -signal.SIGKILL
-    assert finish(folder, config) == 0
-    events = reader.EventAccumulator(str(folder))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+# Lengths, rates and what a machine offers
+
+def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path):
+    def scores():
+        rest = iter((0.5, 0.6, 0.6, 0.4, 0.7, 0.1))
+        return lambda model: {"oIoU": next(rest), "mIoU": 0.0}
+    config = replace(CONFIG, validate_every=2, patience=2)
+    history = fit(toy(), Colours(), config, tmp_path / "a", scores(), progress=False)
+    assert history[-1]["step"] == 8 and torch.load(tmp_path / "a/state.pt", weights_only=True)["stale"] == 2
+    assert fit(toy(), Colours(), config, tmp_path / "a", scores(), resume=True, progress=False) == history
+    patient, rest = replace(config, patience=3), iter((0.7, 0.1))
+    fit(toy(), Colours(), patient, tmp_path / "a", lambda model: {"oIoU": next(rest), "mIoU": 0.0}, resume=True, progress=False)
+    fit(toy(), Colours(), patient, tmp_path / "b", scores(), progress=False)
+    assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b")) and read_log(tmp_path / "a")[-1]["step"] == 12
+    with pytest.raises(RISError, match="patience 2 counts validations, and there is nothing to validate on"):
+        fit(toy(), Colours(), config, tmp_path / "c", progress=False)
+
+
+def test_epochs_become_steps_when_the_data_are_known(tmp_path):
+    config = replace(CONFIG, steps=None, epochs=2, validate_every=0)
+    history = fit(toy(), Colours(), config, tmp_path / "a", progress=False)
+    assert history[-1]["step"] == 6 and json.loads((tmp_path / "a/train.json").read_text())["steps"] == 6
+    assert fit(toy(), Colours(), config, tmp_path / "a", resume=True, progress=False) == history
+    fit(toy(), Colours(), replace(CONFIG, steps=6, validate_every=0), tmp_path / "b", progress=False)
+    assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+
+
+OLD_FIELDS = ("steps", "batch_size", "lr", "weight_decay", "schedule", "power", "warmup", "warmup_kind", "clip", "accumulate", "precision", "seed", "workers",
+              "validate_every", "save_every", "log_every", "best")  # and tensorboard
+
+
+def test_a_run_of_version_0_1_goes_on(tmp_path):
+    """Its train.json had other fields, its state.pt fewer entries."""
+    folder = tmp_path / "old"
+    with pytest.raises(RISError, match="step 9 is not finite"):
+        fit(toy(broken_at=9), Colours(), CONFIG, folder, noisy_validate, progress=False)
+    state, config = torch.load(folder / "state.pt", weights_only=True), asdict(CONFIG)
+    assert state["step"] == 6
+    torch.save({name: state[name] for name in ("step", "best", "meter", "samples", "model", "optimizer")}, folder / "state.pt")
+    (folder / "train.json").write_text(json.dumps({name: config[name] for name in OLD_FIELDS} | {"tensorboard": False}))
+    fit(toy(), Colours(), CONFIG, folder, noisy_validate, resume=True, progress=False)
+    fit(toy(), Colours(), CONFIG, tmp_path / "new", noisy_validate, progress=False)
+    assert same(outcome(folder), outcome(tmp_path / "new"))
+    with pytest.raises(RISError, match="ema was 0.0 and is now 0.5"):
+        fit(toy(), Colours(), replace(CONFIG, ema=0.5), folder, noisy_validate, resume=True, progress=False)
+
+
+def test_with_an_average_the_model_ends_as_what_was_validated(tmp_path):
+    model, seen = toy(), []
+
+    def validate(average):
+        seen.append({name: value.clone() for name, value in average.state_dict().items()})
+        return {"oIoU": len(seen), "mIoU": 0.0}
+    fit(model, Colours(), replace(CONFIG, ema=0.5), tmp_path, validate, progress=False)
+    assert same(dict(model.state_dict()), seen[-1]) and same(dict(load_model(tmp_path).state_dict()), seen[-1])
+    assert not same(torch.load(tmp_path / "state.pt", weights_only=True)["model"], seen[-1])
+
+
+def test_a_validation_computes_in_the_precision_of_the_training(tmp_path):
+    batch = Colours()[0, 0]
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        seen = []
+
+        def validate(model):
+            hook = model.last.register_forward_hook(lambda layer, given, result: seen.append(result.dtype))
+            assert model(batch).score.dtype == torch.float32 and not model.training
+            hook.remove()
+            return {"oIoU": 0.5}
+        fit(toy(), Colours(), replace(CONFIG, steps=1, validate_every=0, precision=precision), tmp_path / precision, validate, progress=False)
+        assert seen == [dtype]
+
+
+def test_float16_that_overflows_at_every_scale_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "optimizer_step", lambda optimizer, config, step, scaler: scaler.update(0.25) or torch.tensor(float("inf")))
+    with pytest.raises(RISError, match="step 4: gradients overflow float16 at every scale"):
+        fit(toy(), Colours(), replace(CONFIG, precision="fp16"), tmp_path, progress=False)
+
+
+def test_checkpointing_changes_no_bit(tmp_path):
+    for name, checkpointing in (("a", False), ("b", True)):
+        fit(toy(), Colours(), replace(CONFIG, steps=4, validate_every=0, checkpointing=checkpointing), tmp_path / name, progress=False)
+    assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b"))
+
+
+def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    config = replace(CONFIG, steps=6, validate_every=3)
+    fit(toy(dropout=0.0), Colours(), config, tmp_path / "plain", noisy_validate, progress=False)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    fit(toy(dropout=0.0), Colours(), replace(config, compile=True), tmp_path / "compiled", noisy_validate, progress=False)
+    assert same(outcome(tmp_path / "plain"), outcome(tmp_path / "compiled"))
+    assert 1 <= len(graphs) <= 3  # once, not at every step or validation
+
+
+REFUSED = {"no compiler": (dict(compile=True), "install g[+][+]"), "no GPU": (dict(precision="tf32"), "take precision no"),
+           "no W&B": (dict(trackers=("wandb",)), "pip install wandb"), "no layers": (dict(layer_decay=0.5), "group_matcher"),
+           "no checkpointing": (dict(checkpointing=True), "accumulate")}
+
+
+@pytest.mark.parametrize("change, words", REFUSED.values(), ids=REFUSED)
+def test_what_machine_or_model_does_not_offer_is_refused_before_anything_is_written(tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    for name in ("set_grad_checkpointing", "group_matcher"):
+        monkeypatch.delattr(TrainedToy, name)
+    with pytest.raises(RISError, match=words) as caught:
+        fit(toy(), Colours(), replace(CONFIG, **change), tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -26,6 +25,7 @@ from ..recipes.recipes import COUNTED_FROM, find_recipe
 from ..recipes.run import DEFAULT_MODEL, RunSettings, folder_of, read_command, train
 from ..registry import import_file
 from ..training.config import TINY_RECIPE, TrainConfig
+from ..training.trackers import check_trackers
 
 # %% auto #0
 __all__ = ['Train', 'read_arguments', 'train_flags', 'check_train', 'remembered', 'settings_of', 'ending', 'run_train']
@@ -88,7 +88,7 @@ def _number(word: str | None) -> int | None:
 # %% ../../nbs/workshop/cli_train.ipynb #064a
 def train_flags(words: list[str] = ()) -> type[Train]:
     """`Train` and the flags of `TrainConfig`, with the defaults of the recipe that the words name, and defaults that fit the words."""
-    said, world = _peek(words, "recipe", "from", "steps", "data", *COUNTED_FROM), rank_and_world()[1]
+    said, world = _peek(words, "recipe", "from", "steps", "epochs", "data", *COUNTED_FROM), rank_and_world()[1]
     given = {name: said[name] for name in COUNTED_FROM}
     given |= {"dataset": said["dataset"] or said["data"], "batch_size": _number(said["batch_size"]),
               "each": said["each"] if said["each"] in ("object", "sentence") else None}  # what makes no sense is left to the parser
@@ -98,6 +98,8 @@ def train_flags(words: list[str] = ()) -> type[Train]:
         values = {name: value for name, value in values.items() if name not in ("model", "pretrained", "image_size", "freeze")}
     types = get_type_hints(Train, include_extras=True)  # a type and not its text: the new class knows no names of this module
     changed = [(f.name, types[f.name], field(default=values[f.name])) for f in fields(Train) if f.name in values]
+    if said["epochs"] is not None and said["steps"] is None:  # they take the place of the steps that are there by default
+        config = replace(config, steps=None, epochs=1.0)
     if steps := _number(said["steps"]):  # a warmup that is not given is shorter than the run
         config = replace(config, steps=steps, warmup=config.warmup if config.warmup < steps else steps // 10)
     training = ("training", TrainConfig, field(default_factory=lambda: config))
@@ -115,8 +117,7 @@ def check_train(flags: Train) -> None:
     settled = [f"--{name.strip('_').replace('_', '-')}" for name in ("model", "set_", "pretrained", "image_size", "vocabulary") if getattr(flags, name)]
     if flags.from_ is not None and settled:
         raise UsageError(f"--from takes model, weights, image size and vocabulary from {flags.from_}; leave out {' and '.join(settled)}")
-    if flags.training.tensorboard and find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard needs a package that is missing: pip install tensorboard")
+    check_trackers(flags.training.trackers)
 
 
 def remembered(flags: Train) -> tuple[str, ...]:

@@ -59,6 +59,10 @@ class TextEncoder(nn.Module):
             attention_probs_dropout_prob=dropout, attn_implementation="sdpa"), add_pooling_layer=False)
         self.width, self.depth = width, layers
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """The layers, as timm's models tell them, for a learning rate that falls from layer to layer."""
+        return dict(stem=r"^bert\.embeddings", blocks=r"^bert\.encoder\.layer\.(\d+)")
+
     def embed(self, ids: Tensor) -> Tensor:
         """Word + position + type vectors, normalised: (B, L) int64 -> (B, L, D).
 

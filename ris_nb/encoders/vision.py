@@ -151,6 +151,11 @@ class Swin(nn.Module):
         self.merges = nn.ModuleList(PatchMerging(w) for w in self.widths[:-1])
         self.apply(init_weights)
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """The layers, as timm's models tell them, for a learning rate that falls from block to block; a merging goes with the block before it."""
+        merges = [(rf"^merges\.{k}\.", (k, len(stage) - 1)) for k, stage in enumerate(self.stages)]
+        return dict(stem="^patch_embed", blocks=r"^(?:stages|merges)\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None), *merges])
+
     def embed(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, H / patch, W / patch, widths[0]), rounded up."""
         return self.patch_embed(image)

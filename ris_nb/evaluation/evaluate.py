@@ -27,7 +27,7 @@ from ..metrics import intersection_union
 from ..models.base import RISModel, evaluating
 
 # %% auto #0
-__all__ = ['PIXELS', 'pairs_at_once', 'cut', 'score_batch', 'device_of', 'machine_facts', 'run_share', 'evaluate',
+__all__ = ['PIXELS', 'pairs_at_once', 'cut', 'score_batch', 'device_of', 'machine_facts', 'share_loader', 'run_share', 'evaluate',
            'shuffle_expressions']
 
 # %% ../../nbs/09_evaluation.ipynb #016
@@ -90,26 +90,32 @@ def machine_facts(device: torch.device) -> dict[str, str | int]:
             "threads": torch.get_num_threads(), "processes": processes()[1]}
 
 
+def share_loader(dataset: ReferralDataset, batch_size: int = 32, workers: int = 0) -> DataLoader:
+    """Loads this process's share of `dataset`, in the batches of `shares`. Its worker processes stay from one evaluation to the next."""
+    return DataLoader(dataset, batch_sampler=shares(len(dataset), batch_size), collate_fn=collate, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+
+
 @torch.no_grad()
-def run_share(model: RISModel, dataset: ReferralDataset, batch_size: int, workers: int, progress: bool, pairs: int | None = None) -> list[Record]:
-    """The records of this process's share of `dataset`, the model in evaluation mode meanwhile."""
-    batches, device, records = shares(len(dataset), batch_size), device_of(model), []
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+def run_share(model: RISModel, loader: DataLoader, progress: bool, pairs: int | None = None) -> list[Record]:
+    """The records of this process's share of a data set, the model in evaluation mode meanwhile."""
+    device, records = device_of(model), []
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or processes()[0] > 0)
     with evaluating(model):
-        for images, batch in zip(batches, bar):
-            records += score_batch(model, batch.to(device), images, pairs or pairs_at_once(model, batch.image.shape[-1]))
+        for images, batch in zip(loader.batch_sampler, bar):
+            records += score_batch(model, batch.to(device, non_blocking=True), images, pairs or pairs_at_once(model, batch.image.shape[-1]))
     return records
 
 # %% ../../nbs/09_evaluation.ipynb #040
 def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, workers: int = 0, shuffle_seed: int | None = None,
-             progress: bool = True, data: str = "", split: str = "", checkpoint: str = "", pairs: int | None = None) -> Report:
+             progress: bool = True, data: str = "", split: str = "", checkpoint: str = "", pairs: int | None = None,
+             loader: DataLoader | None = None) -> Report:
     """Score every expression of `dataset` (built with `every=True`) once; each image is decoded once.
 
     `batch_size` counts images, `workers` loader processes. `pairs`: the most expressions that the model answers at once
     (default: `pairs_at_once`, by the size of the images). `shuffle_seed` asks each image the expressions of other images:
     the test that a model listens. Under `torch.distributed` the batches are dealt out among the processes and all return
-    the same report. `data`, `split` and `checkpoint` are names for the report.
+    the same report. `loader`: what `share_loader` made of the data set, for who evaluates often. `data`, `split` and `checkpoint` are names for the report.
     RISError for a data set without every sentence and mask, or an image that can't be read.
     """
     if not (dataset.every and dataset.masks):
@@ -118,7 +124,7 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     if shuffle_seed is not None:
         referrals = shuffle_expressions(dataset.referrals, shuffle_seed)
         dataset = ReferralDataset(referrals, dataset.tokenizer, dataset.transform, every=True)
-    records = gather(run_share(model, dataset, batch_size, workers, progress, pairs))
+    records = gather(run_share(model, loader or share_loader(dataset, batch_size, workers), progress, pairs))
     seconds = max(gather([time.perf_counter() - start]))
     return make_report(sorted(records, key=lambda r: (r.image, r.sentence)), model.resolution, seconds=seconds, data=data,
                        split=split, checkpoint=checkpoint, shuffled=shuffle_seed, machine=machine_facts(device_of(model)))

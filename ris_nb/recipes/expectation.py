@@ -49,6 +49,8 @@ def expectation(model: str, config: TrainConfig, processes: int = 1, device: str
     found = [report for path in sorted(folder.glob("*.json")) if isinstance(report := _read(path), dict) and report.get("device") == device]
     rows = [(row, entry) for report in found for entry in [report["models"].get(model, {"rows": []})] for row in entry["rows"]
             if row["part"] == "training step" and row["variant"] in ("as in fit", "+ fused adamw")]
+    if config.steps is None:
+        return "time and memory: known when the data are, for the run is as long as its epochs"
     if not rows:
         return f"time and memory: not measured on this device ({device}); `make bench` in the repository does"
     row, entry = rows[-1]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,17 +20,19 @@ from ..contract import RISError
 from ..data.batches import ReferralDataset
 from ..data.refer import Referrals
 from ..data.tokenizer import SPECIAL, build_vocabulary
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import evaluate, share_loader
 from ..models.base import RISModel
 from .recipe import check_complete, check_pretrained, per_sentence
 from .recipes import find_recipe
 from ..registry import create_model, load_model
+from ..training.compute import check_device, use_checkpointing
 from ..training.config import TrainConfig
 from ..training.launch import make_accelerator
 from ..training.loop import fit
 from ..training.optim import param_groups
 from ..training.sampling import training_loader
 from ..training.state import open_run
+from ..training.trackers import check_trackers
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'LOOSE', 'RUN_FILES', 'RunSettings', 'build_model', 'validation', 'recipe_model', 'check_command',
@@ -113,11 +116,14 @@ def validation(settings: RunSettings, config: TrainConfig, data: Referrals, mode
         if not masks and config.validate_every:
             raise RISError(f"--validate-every {config.validate_every} has nothing to score on: this model learns without masks, or the "
                            "data have no split val with masks; name a split, as in --val val, or leave it out with --val none")
+    if split == "none" and config.patience:
+        raise RISError(f"--patience {config.patience} counts validations, and there is nothing to score on: name a split, as in --val val")
     if split == "none":
         return None
     dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True)
     images = max(1, config.batch_size // config.accumulate // processes)  # at a time: as many as pairs in training
-    return lambda model: evaluate(model, dataset, images, config.workers, progress=False).scores()
+    loader = share_loader(dataset, images, config.workers)  # its workers stay
+    return lambda model: evaluate(model, dataset, progress=False, loader=loader).scores()
 
 # %% ../../nbs/workshop/run.ipynb #078a
 def recipe_model(settings: RunSettings, data: Referrals, referrals: list, seed: int = 0) -> RISModel:
@@ -157,7 +163,8 @@ def read_command(path: Path) -> dict:
         raise RISError(f"{path}: can't be read as the settings of a run; delete it if the flags are the run's own") from error
 
 # %% ../../nbs/workshop/run.ipynb #073
-RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*")
+RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*",
+             "log.csv", "wandb_id.txt", "checkpoints")
 
 
 def claim_folder(folder: Path, settings: RunSettings, config: TrainConfig, command: dict) -> None:
@@ -167,7 +174,7 @@ def claim_folder(folder: Path, settings: RunSettings, config: TrainConfig, comma
     """
     for name in RUN_FILES if settings.force else ():
         for path in folder.glob(name):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     open_run(folder, config, settings.resume)
     path = folder / "command.json"
     if (folder / "train.json").exists() and path.exists():
@@ -179,16 +186,19 @@ def claim_folder(folder: Path, settings: RunSettings, config: TrainConfig, comma
 def leave_folder(folder: Path) -> None:
     """After a run that failed before its first save: take away its settings and its log, so that a corrected line can begin there."""
     if not any((folder / name).exists() for name in ("state.pt", "model.safetensors")):
-        for name in ("train.json", "command.json", "log.jsonl"):
+        for name in ("train.json", "command.json", "log.jsonl", "log.csv", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 # %% ../../nbs/workshop/run.ipynb #077
-def check_start(model: RISModel, dataset: ReferralDataset, config: TrainConfig, world: int) -> None:
-    """Raise where a run can't begin: nothing that learns, a batch that can't be shared out, or a first one that can't be read."""
-    if not param_groups(model, config.weight_decay):
-        raise RISError("every part of the model is frozen, so there is nothing to train; leave a part out of --freeze")
+def check_start(model: RISModel, dataset: ReferralDataset, config: TrainConfig, world: int, device: torch.device) -> None:
+    """Raise where a run can't begin: something that model or device don't offer, a batch that can't be shared out, or a first one that can't be read."""
+    check_trackers(config.trackers)
+    check_device(config.precision, config.compile, device)
+    param_groups(model, config.weight_decay, config.layer_decay)
+    if config.checkpointing:
+        use_checkpointing(model)
     next(iter(training_loader(dataset, replace(config, workers=0), world=world)))
 
 
@@ -218,10 +228,11 @@ def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: 
     model = recipe_model(settings, data, referrals, config.seed) if settings.recipe else build_model(settings, referrals, config.seed)
     model.freeze(settings.freeze)
     dataset = ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
+    config = config.for_samples(len(dataset))
     accelerator = make_accelerator(config.precision)
     validate = validation(settings, config, data, model, accelerator.num_processes)
     learner = model.for_training()
-    check_start(learner, dataset, config, accelerator.num_processes)
+    check_start(learner, dataset, config, accelerator.num_processes, accelerator.device)
     if accelerator.is_main_process:
         claim_folder(folder_of(settings), settings, config, command_of(settings, data, imports))
     accelerator.wait_for_everyone()
