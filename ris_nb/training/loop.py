@@ -106,7 +106,7 @@ class Run:
     @property
     def others(self) -> dict:
         """What else has a state: the average and the scaler, where they are in use."""
-        return {name: part for name, part in (("ema", self.ema), ("scaler", self.scaler)) if part is not None and (name == "ema" or part.is_enabled())}
+        return ({"ema": self.ema} if self.ema else {}) | ({"scaler": self.scaler} if self.scaler.is_enabled() else {})
 
 # %% ../../nbs/08_training.ipynb #094
 def save_run(run: Run) -> None:
@@ -232,11 +232,10 @@ def take_step(run: Run, loss_step: nn.Module, batches) -> dict[str, torch.Tensor
 def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=False, progress=True) -> list[dict]:
     """Trains `model` on `dataset` (in training mode) and returns the history: the lines of `log.jsonl`.
 
-    `validate(model)`, called in every process, gives a dict of floats with `config.best` in it. Afterwards the model
-    holds the last weights, or their average where `config.ema` asks for one; `load_model(run_dir)` gives the best validated
-    ones, or the last where nothing validates. Resuming a finished run returns its history; resuming an empty folder starts
-    from the beginning. RISError: a folder in use, another config, model or data, something that the machine or the model
-    doesn't offer, numbers that are not finite, a full disk, another process lost.
+    `validate(model)`, called in every process, gives a dict of floats with `config.best` in it. Afterwards the model holds the last weights
+    (with `config.ema` their average); `load_model(run_dir)` gives the best validated ones, or the last where nothing validates. Resuming a
+    finished run returns its history; resuming an empty folder starts from the beginning. RISError: a folder in use, another config, model
+    or data, something that machine or model don't offer, numbers that are not finite, a full disk, another process lost.
     """
     if config.patience and validate is None:
         raise RISError(f"patience {config.patience} counts validations, and there is nothing to validate on: leave it out, or give validate")
