@@ -26,7 +26,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype
 
 
 def compute_output(model: Callable[[Batch], Output], batch: Batch, precision: str, *args, **kwargs) -> Output:
-    """`model(batch, *args, **kwargs)` with matrix products in `precision` ("bf16", "fp16"; others: as they are); all values are float32."""
+    """`model(batch, *args, **kwargs)` with matrix products in `precision` (of "bf16" and "fp16"; else as they are); all values are float32."""
     from accelerate.utils import convert_to_fp32
     with torch.autocast(batch.image.device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST):
         output = model(batch, *args, **kwargs)
@@ -65,11 +65,12 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 def check_scale(scaler: torch.amp.GradScaler, step: int) -> None:
     """`RISError` where even a loss divided by more than it was multiplied by overflows: it isn't the scale then."""
     if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise RISError(f"step {step}: gradients overflow float16 at every scale of the loss; train with precision bf16 or no, a lower lr or a clip")
+        raise RISError(f"step {step}: gradients overflow float16 at every scale of the loss; "
+                       "train with precision bf16 or no, a lower lr or a clip")
 
 # %% ../../nbs/workshop/compute.ipynb #017
 def use_checkpointing(model: nn.Module) -> None:
-    """Switches on gradient checkpointing in all parts of `model` that offer `set_grad_checkpointing(enable)`. `RISError` where none does."""
+    """Switches on gradient checkpointing in all parts of `model` with `set_grad_checkpointing(enable)`. `RISError` where there is none."""
     parts = [part for part in model.modules() if callable(getattr(part, "set_grad_checkpointing", None))]
     if not parts:
         raise RISError(f"checkpointing: {type(model).__name__} offers none (a method set_grad_checkpointing(enable), as timm's models have): "
@@ -82,9 +83,11 @@ def check_device(precision: str, compiles: bool, device: torch.device) -> None:
     """`RISError` where `device` has no TF32, or the machine no compiler for it, and they are asked for."""
     gpu = device.type == "cuda"
     if precision == "tf32" and not (gpu and torch.cuda.get_device_capability(device) >= (8, 0)):
-        raise RISError(f"precision tf32 needs an NVIDIA GPU of the Ampere generation or later, and this run computes on {device}: take precision no")
+        raise RISError(f"precision tf32 needs an NVIDIA GPU of the Ampere generation or later, and this run computes on {device}: "
+                       "take precision no")
     if compiles and not (find_spec("triton") if gpu else shutil.which(os.environ.get("CXX", "g++"))):
-        raise RISError(f"compile needs {'Triton: pip install triton' if gpu else 'a C++ compiler: install g++, or name one in CXX'}; or train without it")
+        missing = "Triton: pip install triton" if gpu else "a C++ compiler: install g++, or name one in CXX"
+        raise RISError(f"compile needs {missing}; or train without it")
 
 
 @contextmanager

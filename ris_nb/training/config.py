@@ -5,6 +5,7 @@
 # %% ../../nbs/workshop/training_config.ipynb #imp-e
 from __future__ import annotations
 
+import csv
 import math
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -83,7 +84,7 @@ def check_config(config: TrainConfig) -> None:
 def check_length(config: TrainConfig) -> None:
     """RISError for a run whose end, warm-up or validations contradict each other."""
     if config.steps is not None and config.epochs is not None:
-        raise RISError(f"steps {config.steps} and epochs {config.epochs:g} are two lengths of one run: give one of them, and None for the other")
+        raise RISError(f"steps {config.steps} and epochs {config.epochs:g} are two lengths of one run: give one, and None for the other")
     if config.warmup < 0 or config.steps is not None and config.warmup >= config.steps:
         raise RISError(f"warmup must be at least 0 and less than steps ({config.steps}), not {config.warmup}")
     if config.patience and not config.validate_every:

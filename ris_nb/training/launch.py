@@ -23,7 +23,7 @@ __all__ = ['check_launch', 'make_accelerator', 'check_reached', 'together']
 
 # %% ../../nbs/workshop/launch.ipynb #046a
 def check_launch(precision: str | None = None) -> None:
-    """`RISError` where `accelerate launch`, or the file of `accelerate config`, asks for what a run here doesn't do or does by its own flags.
+    """`RISError` where `accelerate launch`, or the file of `accelerate config`, asks for what a run doesn't do or does by its own flags.
 
     precision: what the run computes in, of `TrainConfig`; None where that is not settled yet.
     """
@@ -36,12 +36,13 @@ def check_launch(precision: str | None = None) -> None:
                            "where memory is short, raise --accumulate")
     mixed, pieces, compiler = asked("MIXED_PRECISION"), asked("GRADIENT_ACCUMULATION_STEPS", "1"), asked("DYNAMO_BACKEND")
     if mixed not in (("no", "bf16", "fp16") if precision is None else ("no", precision)):
-        raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision {precision or 'no, bf16 or fp16'}: "
-                       "launch without --mixed_precision; training has a flag of its own, --precision bf16 or fp16")
+        raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision "
+                       f"{precision or 'no, bf16 or fp16'}: launch without --mixed_precision; training has a flag of its own, --precision bf16 or fp16")
     if pieces not in ("1", "auto"):
         raise RISError(f"accelerate launch asks for {pieces} gradient accumulation steps: launch without them and give --accumulate {pieces}")
     if compiler not in ("no", ""):
-        raise RISError(f"accelerate launch asks for the compiler {compiler}: launch without --dynamo_backend; training has a flag of its own, --compile")
+        raise RISError(f"accelerate launch asks for the compiler {compiler}: launch without --dynamo_backend; "
+                       "training has a flag of its own, --compile")
     ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not any(rank in os.environ for rank in ranks):
         raise RISError("accelerate launch was to start several processes and started one, as it does where it sees no several GPUs: "

@@ -45,7 +45,8 @@ UNDECAYED = ("norm", "relative_position_bias_table", "pos_embed")
 def layer_factors(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     """What layer-wise decay multiplies the learning rate of each parameter of an encoder by: `decay` to the number of blocks above.
 
-    An encoder is any part of `model` with timm's `group_matcher(coarse=False)`, patterns of names that tell its layers. `RISError` where there is none.
+    An encoder is any part of `model` with timm's `group_matcher(coarse=False)`, patterns of names that tell its layers. `RISError`
+    where there is none.
     """
     from timm.models import group_parameters  # costs seconds
     factors = {}
@@ -93,7 +94,8 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
             for (factor, spared), parameters in groups.items()]
 
 # %% ../../nbs/workshop/optim.ipynb #034
-def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
+def optimizer_step(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int,
+                   scaler: torch.amp.GradScaler | None = None) -> torch.Tensor:
     """One clipped step at the schedule's rate; then empties the gradients. Returns their norm before clipping, ().
 
     scaler: the one that the loss was scaled by. Where the scaled gradient overflowed, it skips the step, and the norm is not finite.
