@@ -209,6 +209,65 @@ def test_sentences_and_frozen_parts(root, tmp_path):
     refused([*words[:-4], "--out", tmp_path / "b", "--freeze", "txt"], "no part 'txt'", "text, encoder, decoder")
 
 
+# A recipe from a file
+
+def write_recipe(path, text):
+    path.write_text(text)
+    return path
+
+
+RECIPE_FAULTS = {
+    "[settings]\nmodle = 'lavt_tiny'": "has no 'modle'; its settings are dataset",
+    "[settings]\naccumulate = 2": "has no 'accumulate'",
+    "epoch = 3\n[settings]": "has no 'epoch'",
+    "[settings]\nlr = 'high'": "lr is 'high' and should be a number",
+    "[settings]\npretrained = 1": "pretrained is 1 and should be true or false",
+    "[settings]\nfreeze = 'text'": "freeze is 'text' and should be a list",
+    "[settings]\neach = 'image'": "each is 'image' and should be one of object, sentence",
+    "[settings]\nmodel = 'lavt_tiny'\nsteps = 3": "has no batch_size",
+    "[settings]\nmodel = 'lavt_tiny'\nsteps = 3\nbatch_size = 0": "batch_size must be at least 1, not 0",
+    "device_batch = 0\n[settings]": "device_batch must be at least 1, not 0",
+    "[settings]\nmodel = 'lavt_tiny'\nsteps = 3\nbatch_size = 8\nwarmup = 9": "warmup must be at least 0 and less than steps (3)",
+    "epochs = 3\n[settings]\nmodel = 'lavt_tiny'\nbatch_size = 8\ndataset = 'mine'": "epochs are counted on published data sets (refcoco",
+    "epochs = 3\n[settings]\nmodel = 'lavt_tiny'\nbatch_size = 8\ndataset = 'refcoco'": "divided by unc, not by None",
+    "settings = 3": "needs a table `settings`",
+    "[settings": "can't be read as a recipe",
+}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python reads TOML from version 3.11 on")
+@pytest.mark.parametrize("text", RECIPE_FAULTS)
+def test_a_faulty_recipe_ends_in_one_line(text, tmp_path):
+    with pytest.raises(RISError) as caught: read_recipe(write_recipe(tmp_path / "mine.toml", text))
+    assert RECIPE_FAULTS[text] in str(caught.value) and "mine.toml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_yaml_has_its_own_numbers_and_faults(tmp_path):
+    path = write_recipe(tmp_path / "mine.yaml", "settings: {model: lavt_tiny, batch_size: 8, steps: 3, lr: 1e-3}")
+    with pytest.raises(RISError, match="lr is '1e-3' and should be a number; in YAML a number such as 1e-3 is written 1.0e-3"): find_recipe(path)
+    for text, needle in {"[a, b]": "needs a table", "a: b: c": "can't be read as a recipe", "settings: {a: 1": "can't be read as a recipe"}.items():
+        with pytest.raises(RISError, match=needle): find_recipe(write_recipe(path, text))
+    with pytest.raises(RISError, match="absent.yml: can't be read as a recipe"): find_recipe(tmp_path / "absent.yml")
+
+
+def test_the_command_trains_by_a_recipe_of_ones_own(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = """
+about: mine
+device_batch: 4
+settings: {model: lavt_tiny, batch_size: 8, steps: 2, val: none, each: sentence, lr: {value: 1.0e-3, source: a guess}}
+network: {dice: 0.0}"""
+    write_recipe(tmp_path / "mine.yaml", text)
+    words = ["train", "--recipe", "mine.yaml", "--root", root]
+    code, out, err = ris(*words)
+    assert (code, err) == (0, []), err
+    assert re.search(r"lr +0.001 +a guess", out) and re.search(r"dice +0 +mine.yaml", out) and re.search(r"accumulate +2 +at most 4 pairs", out)
+    assert load_model(tmp_path / "runs/mine").dice == 0 and json.loads((tmp_path / "runs/mine/train.json").read_text())["lr"] == 1e-3
+    assert ris(*words, "--resume")[0] == 0
+    refused([*words, "--resume", "--lr", "0.5"], "lr was 0.001 and is now 0.5")
+    refused(["train", "--recipe", "their.yaml", "--root", root], "their.yaml: can't be read as a recipe")
+
+
 # What would waste a night
 
 def test_faults_end_in_one_line(root, refcoco, tmp_path, monkeypatch):

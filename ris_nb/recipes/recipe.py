@@ -132,7 +132,7 @@ def _check_type(where: str, setting: Setting, kind: object) -> None:
         hint = "; in YAML a number such as 1e-3 is written 1.0e-3" if isinstance(setting.value, str) and kind in (int, float) else ""
         raise RISError(f"{where} is {setting.value!r} and should be {_name_of(kind)}{hint}")
 
-
+# %% ../../nbs/24_full_scale.ipynb #033g
 def _read_table(path: Path) -> dict:
     if path.suffix == ".toml" and sys.version_info < (3, 11):
         raise RISError(f"{path}: Python reads TOML from version 3.11 on; write the recipe as .yaml")
@@ -149,12 +149,12 @@ def _read_table(path: Path) -> dict:
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe in a TOML or YAML file; where a value has no source, its source is the file.
 
-    The tables are `settings` (flags) and `network` (arguments of the model). Beside them may stand `about`, `device_batch` (default: the
-    batch), `pretrained_parts`, and `epochs` in place of `steps` on a published data set. `RISError` for what doesn't fit.
+    Tables: `settings` (flags) and `network` (arguments of the model); beside them `about`, `device_batch` (default: the batch),
+    `pretrained_parts`, and `epochs` in place of `steps` on a published data set. `RISError` for what doesn't fit.
     """
     path, beside = Path(path), dict(about=str, device_batch=int, pretrained_parts=tuple, epochs=int)
     body, known = _read_table(path), recipe_flags()
-    del known["accumulate"]                                            # follows from device_batch
+    del known["accumulate"]  # follows from device_batch
     settings, network = ({name: _read_setting(given, path.name) for name, given in body.pop(table, {}).items()} for table in ("settings", "network"))
     beside_them = {name: _read_setting(given, path.name) for name, given in body.items()}
     for table, kinds in ((settings, known), (beside_them, beside)):
@@ -162,6 +162,8 @@ def read_recipe(path: str | Path) -> Recipe:
             if name not in kinds:
                 raise RISError(f"{path}: a recipe has no {name!r}; its settings are {', '.join(known)}, and beside them stand {', '.join(beside)}")
             _check_type(f"{path}: {name}", setting, kinds[name])
+            if name in ("batch_size", "device_batch", "epochs") and setting.value < 1:
+                raise RISError(f"{path}: {name} must be at least 1, not {setting.value}")
     if "epochs" in beside_them and "steps" not in settings:
         settings |= _steps_of(path, settings, beside_them["epochs"])
     if missing := [name for name in ("model", "batch_size", "steps") if name not in settings]:
@@ -173,13 +175,14 @@ def _steps_of(path: Path, settings: Mapping[str, Setting], epochs: Setting) -> d
     given = {name: settings[name].value for name in ("dataset", "split_by", "each", "batch_size", "split") if name in settings}
     if given.get("dataset") not in {dataset for dataset, _ in PUBLISHED}:
         raise RISError(f"{path}: epochs are counted on published data sets ({', '.join(dict.fromkeys(name for name, _ in PUBLISHED))}); give steps")
-    return schedule(**{"split_by": None, **given}, epochs=epochs)
+    try:
+        return schedule(**{"split_by": None, **given}, epochs=epochs)
+    except RISError as error:
+        raise RISError(f"{path}: {error}") from error
 
 
 def _checked(path: Path, settings: dict[str, Setting], network: dict[str, Setting], beside: dict[str, Setting]) -> Recipe:
     device_batch = beside.get("device_batch", settings["batch_size"])
-    if device_batch.value < 1:
-        raise RISError(f"{path}: device_batch must be at least 1, not {device_batch.value}")
     recipe = Recipe(beside["about"].value if "about" in beside else path.stem, settings, network, device_batch,
                     beside["pretrained_parts"].value if "pretrained_parts" in beside else (), beside.get("epochs"))
     try:
