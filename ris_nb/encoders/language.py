@@ -12,10 +12,10 @@ from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['additive_mpredict_masked', 'pretrained_bert', 'TextEncoder']
+__all__ = ['additive_mask', 'pretrained_bert', 'TextEncoder']
 
 # %% ../../nbs/05_language.ipynb #025
-def additive_mpredict_masked(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def additive_mask(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """What is added to attention scores so that padding gets no weight.
 
     `words` (B, L) is true where a real token stands. Returns (B, 1, 1, L): 0 for words and -10000 for padding, the
@@ -75,7 +75,7 @@ class TextEncoder(nn.Module):
 
     def run(self, l: Tensor, words: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Layers `start` to `stop` - 1 (default: to the last): (B, L, D) -> (B, L, D); `words` (B, L) bool."""
-        mask = additive_mpredict_masked(words, l.dtype)
+        mask = additive_mask(words, l.dtype)
         for layer in self.bert.encoder.layer[start:stop]:
             l = layer(l, mask)
         return l
