@@ -117,11 +117,28 @@ train --root data --out run --resume --model speck --steps 3 --batch-size 4 --va
 {RUN} --model speck --vocabulary nobody/nothing
 {RUN} --model sag_tiny --validate-every 5
 {RUN} --recipe ''
+{RUN} --recipe nothing.toml
+{RUN} --recipe bad.toml
+{RUN} --recipe text.jpg
+{RUN} --set width
+{RUN} --set =8
+{RUN} --set widht=8
+{RUN} --set depths=[1,
+{RUN} --set depths=none
+{RUN} --set dice=True
+{RUN} --set image_size=32
+{RUN} --set dice=1 --set dice=2
+{RUN} --from run --set dice=1
+{RUN} --import nothing.py
+{RUN} --import text.jpg
+{RUN} --import ''
+{RUN} --import bad.py
 {RUN} --recipe
 {RUN} --recipe magnet_refcoo
 {RUN} --recipe magnet_refcoco
 {RUN} --recipe lavt_tiny --model sag_tiny
 {RUN} --recipe lavt_tiny --batch-size 0
+train --root data --out run --resume --model speck --steps 3 --batch-size 4 --val none --set dice=1
 {RUN} --from nowhere
 {RUN} --from ''
 {RUN} --from photo.png
@@ -179,7 +196,10 @@ WORLD_SIZE=6 train --recipe magnet_refcoco --root data --out new
 recipes nothing
 recipes ''
 recipes lavt_tiny sag_tiny
+recipes nothing.toml
+recipes bad.toml
 models all
+models --import bad.py
 models --json
 
 evaluate
@@ -208,6 +228,7 @@ evaluate --root data --checkpoint run --workers 100000
 evaluate --root data --checkpoint run --shuffle-seed -1
 evaluate --root data --checkpoint run --shuffle-seed {HUGE}
 evaluate --root data --checkpoint run --out photo.png
+evaluate --root data --checkpoint run --import bad.py
 evaluate --root data --checkpoint run --out ''
 evaluate --root broken --checkpoint run --split train
 RANK=abc evaluate --root data --checkpoint run
@@ -244,6 +265,9 @@ compare photo.png red --models
 compare photo.png red --models ''
 compare photo.png red --models run ''
 compare photo.png red --models run gpt
+compare photo.png red --models run --import nothing.py
+predict photo.png red --checkpoint run --import bad.py
+explore --import bad.py
 compare photo.png red --models data
 compare photo.png red --models odd_run
 compare photo.png red --released magnet_refcoco
@@ -329,6 +353,8 @@ def place(tmp_path_factory):
     (place / "cut.png").write_bytes(photo[:300])
     (place / "text.jpg").write_text("no picture")
     (place / "vocab.txt").write_text("a\nb\n")
+    (place / "bad.py").write_text("import nothing_of_that_name\n")
+    (place / "bad.toml").write_text("[settings]\nmodel = 5\n")
     for name, file, text in (("cut_run", "model.safetensors", "no weights"), ("odd_run", "config.json", '{"class": "os.system"}')):
         shutil.copytree(place / "run", place / name)
         (place / name / file).write_text(text)
