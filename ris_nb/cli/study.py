@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from .errors import SEEDS, UsageError, not_empty, within
+from .errors import SEEDS, not_empty, within
 
 # %% auto #0
 __all__ = ['Study', 'run_the_study']
@@ -28,7 +28,7 @@ class Study:
       ris-nb study magnet --seeds 3 4 --only LAVT MagNet
       ris-nb study sag
     """
-    name: Positional[Literal["magnet", "sag"]]
+    name: Annotated[Positional[str], arg(metavar="NAME")]
     """The study: magnet (notebook 13) or sag (notebook 17)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each variant for each of these."""
@@ -46,19 +46,6 @@ def run_the_study(flags: Study) -> int:
     """Run what is missing, write the figures, print their table."""
     within(flags, seeds=SEEDS, steps=(1, 10**9))
     not_empty(flags, seeds="number", only="variant")
-    from ris_nb.studies.runner import run_study, study_table
-    from ris_nb.studies.magnet import magnet_study
-    from ris_nb.studies.sag import sag_study
-    from ris_nb.data.writer import make_refshapes
-    study, flavours = {"magnet": (magnet_study, ("refshapes", "refshapesg")), "sag": (sag_study, ("refshapes",))}[flags.name]
-    data = flags.folder / "data"
-    variants = study(data) if flags.steps is None else study(data, flags.steps)
-    if unknown := [name for name in flags.only or () if name not in variants]:
-        raise UsageError(f"the study has no variant {unknown[0][:40]!r}; there are: {'; '.join(variants)}")
-    for flavour in flavours:
-        if not (data / flavour).exists():
-            make_refshapes(data, flavour, progress=True)
-    chosen = {name: run for name, run in variants.items() if not flags.only or name in flags.only}
-    rows = run_study(chosen, flags.seeds, flags.folder / flags.name, flags.out or flags.folder / f"{flags.name}.json")
-    print(study_table(rows, ["refshapes oIoU", *(f"{flavour} mIoU" for flavour in flavours)]))
+    from ris_nb.studies.table import repeat_study
+    print(repeat_study(flags.name, flags.folder, flags.seeds, flags.steps, flags.only or (), flags.out))
     return 0
