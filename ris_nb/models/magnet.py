@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# %% auto #0
+__all__ = ['LockStep', 'supervise', 'shrink_mask', 'MagNet', 'magnet_tiny', 'magnet_swin_base']
+
+# %% ../../nbs/13_magnet.ipynb #003b
 from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import SPECIAL
@@ -30,9 +34,6 @@ from .released import load_released
 from .released_alignment import ReleasedLanguageAlignment
 from .released_magnet import released_magnet, released_magnet_key, released_magnet_sizes
 from ..registry import register_model
-
-# %% auto #0
-__all__ = ['LockStep', 'supervise', 'shrink_mask', 'MagNet', 'magnet_tiny', 'magnet_swin_base']
 
 # %% ../../nbs/13_magnet.ipynb #012
 class LockStep(nn.Module):
