@@ -17,7 +17,7 @@ __all__ = ['SCHEMES', 'ModalityFusion', 'relevance_map']
 
 # %% ../../nbs/15_modality_fusion.ipynb #016a
 def _own(x: Tensor, text: Tensor, which: Tensor | None) -> Tensor:
-    """Of a table x (N, ...) of images, the row of each sentence's own image (B, ...)."""
+    """The rows of x (N, ...) that belong to the sentences' own images: (B, ...)."""
     if which is None and len(text) != len(x):
         raise RISError(f"{len(text)} sentences cannot be matched with {len(x)} images one by one: give `which`")
     return x if which is None else x[which]
