@@ -19,7 +19,7 @@ from ..metrics import SegmentationMetrics
 
 # %% auto #0
 __all__ = ['SIZE_GROUPS', 'LENGTH_GROUPS', 'Record', 'score', 'size_group', 'length_group', 'score_by', 'bootstrap', 'Report',
-           'make_report', 'report_tables']
+           'write_text', 'make_report', 'markdown_table', 'percent']
 
 # %% ../../nbs/workshop/report.ipynb #006
 @dataclass(frozen=True)
@@ -119,14 +119,14 @@ class Report:
 
     def markdown(self) -> str:
         """The scores as Markdown tables, in percent."""
-        return report_tables(self)
+        return _report_tables(self)
 
     def save(self, path: str | Path, records: str | Path | None = None) -> Path:
         """Write the report as JSON; its records, too, as JSON lines, if a path for them is given. Whole or not at all."""
         body = {name: value for name, value in vars(self).items() if name != "records"}
-        _write(path, json.dumps(body, indent=1) + "\n")
+        write_text(path, json.dumps(body, indent=1) + "\n")
         if records is not None:
-            _write(records, "".join(json.dumps(asdict(record)) + "\n" for record in self.records))
+            write_text(records, "".join(json.dumps(asdict(record)) + "\n" for record in self.records))
         return Path(path)
 
     @classmethod
@@ -140,7 +140,8 @@ class Report:
             raise RISError(f"{path}: not a report of an evaluation ({type(error).__name__}); `ris-nb evaluate` writes one") from error
 
 # %% ../../nbs/workshop/report.ipynb #035
-def _write(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8 whole or not at all: a kill in between leaves what was there."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -155,24 +156,26 @@ def make_report(records: Sequence[Record], resolution: str, **facts) -> Report:
                   by_size=score_by(records, size_group, SIZE_GROUPS), by_length=score_by(records, length_group, LENGTH_GROUPS))
 
 # %% ../../nbs/workshop/report.ipynb #036
-def _table(head: Sequence, rows: Iterable[Sequence]) -> str:
+def markdown_table(head: Sequence, rows: Iterable[Sequence]) -> str:
+    """A Markdown table of a head and rows, whose cells are printed by `str`."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A fraction in percent, with one digit behind the point."""
     return f"{100 * value:.1f}"
 
 
-def report_tables(report: Report) -> str:
+def _report_tables(report: Report) -> str:
     """A line that says what was measured, then tables of scores: overall, by kind, by size, by length; in percent."""
     names = ", ".join(name for name in (f"{report.data} {report.split}".strip(), report.checkpoint) if name)
     shuffled = "" if report.shuffled is None else f", expressions shuffled among images (seed {report.shuffled})"
     first = (f"{names}: {report.expressions} expressions of {report.images} images in {report.seconds:.1f} s, "
              f"masks compared at the {report.resolution} size{shuffled}")
-    rows = [[name, _percent(value), " to ".join(map(_percent, report.interval.get(name, [])))] for name, value in report.scores().items()]
-    parts = [first, _table(["score", "%", "95 % interval"], rows)]
+    rows = [[name, percent(value), " to ".join(map(percent, report.interval.get(name, [])))] for name, value in report.scores().items()]
+    parts = [first, markdown_table(["score", "%", "95 % interval"], rows)]
     for title, groups in (("kind", report.by_kind), ("size", report.by_size), ("length", report.by_length)):
-        rows = [[name or "(none)", g["expressions"], _percent(g["oIoU"]), _percent(g["mIoU"])] for name, g in groups.items()]
-        parts.append(_table([title, "expressions", "oIoU %", "mIoU %"], rows))
+        rows = [[name or "(none)", g["expressions"], percent(g["oIoU"]), percent(g["mIoU"])] for name, g in groups.items()]
+        parts.append(markdown_table([title, "expressions", "oIoU %", "mIoU %"], rows))
     return "\n\n".join(parts) + "\n"

@@ -17,12 +17,17 @@ from ..contract import RISError
 from .released import read_released, released_encoder_sizes, released_pwam_key, released_swin_key
 
 # %% auto #0
-__all__ = ['RELEASED_WEIGHTS', 'RELEASED_PARTS', 'fetch_released', 'released_image_alignment_key',
+__all__ = ['RELEASED_WEIGHTS', 'RELEASED_PARTS', 'list_weights', 'fetch_released', 'released_image_alignment_key',
            'released_language_alignment_key', 'released_mask_decoder_key', 'released_magnet', 'released_magnet_key',
            'released_magnet_sizes']
 
 # %% ../../nbs/workshop/released_magnet.ipynb #051
 RELEASED_WEIGHTS = "yxchng/magnet_weights"
+
+
+def list_weights(repository: str) -> list[str]:
+    """The names of the files of weights in a repository of the Hugging Face Hub; one of `HUB_ERRORS` where it can't be listed."""
+    return [name for name in list_repo_files(repository) if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]
 
 
 def fetch_released(place: str) -> Path:
@@ -33,7 +38,7 @@ def fetch_released(place: str) -> Path:
     owner, repository, *file = place.split("/", 2)
     repository = f"{owner}/{repository}"
     try:
-        files = file or [name for name in list_repo_files(repository) if name.endswith((".pth", ".pt", ".bin", ".safetensors"))]
+        files = file or list_weights(repository)
         if len(files) == 1:
             return Path(hf_hub_download(repository, files[0]))
     except HUB_ERRORS as error:

@@ -14,7 +14,7 @@ import torch
 from ..training.config import TrainConfig
 
 # %% auto #0
-__all__ = ['device_name', 'expectation']
+__all__ = ['device_name', 'read_json', 'expectation']
 
 # %% ../../nbs/workshop/expectation.ipynb #048
 def device_name() -> str:
@@ -26,7 +26,8 @@ def device_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _read(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """The content of a JSON file, or None where it holds none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -46,7 +47,7 @@ def expectation(model: str, config: TrainConfig, processes: int = 1, device: str
     data/results/bench of the repository; an installed package has none).
     """
     device, folder = device or device_name(), Path(folder or Path(__file__).parents[2] / "data/results/bench")
-    found = [report for path in sorted(folder.glob("*.json")) if isinstance(report := _read(path), dict) and report.get("device") == device]
+    found = [report for path in sorted(folder.glob("*.json")) if isinstance(report := read_json(path), dict) and report.get("device") == device]
     rows = [(row, entry) for report in found for entry in [report["models"].get(model, {"rows": []})] for row in entry["rows"]
             if row["part"] == "training step" and row["variant"] in ("as in fit", "+ fused adamw")]
     if config.steps is None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..contract import RISError
-from ..evaluation.report import Report, _table
-from .expectation import _read
+from ..evaluation.report import Report, markdown_table
+from .expectation import read_json
 from ..show import PREDICTION, TRUTH
 from ..studies.runner import show_study, study_table
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['COURSE', 'read_published', 'our_results', 'benchmark_table', 'results_markdown', 'study_fields', 'show_published',
-           'results_figure']
+__all__ = ['read_published', 'our_results', 'benchmark_table', 'results_markdown', 'study_fields', 'results_figure']
 
 # %% ../../nbs/workshop/published.ipynb #070
 def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:
@@ -33,7 +32,7 @@ def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:
     return json.loads(Path(path or Path(__file__).with_name("published.json")).read_text(encoding="utf-8"))
 
 
-def _study(path: Path, rows: list) -> list[dict]:
+def _checked_study(path: Path, rows: list) -> list[dict]:
     for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("variant"), str):
             raise RISError(f"{path}: a row of this study has no variant's name; `ris-nb study` writes such files")
@@ -52,9 +51,9 @@ def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[
     reports, studies = {}, {}
     for place in map(Path, places):
         for path in sorted([*place.rglob("report.json"), *place.glob("*.json")]) if place.is_dir() else [place] if place.exists() else []:
-            found = _read(path)
+            found = read_json(path)
             if isinstance(found, list) and found and isinstance(found[0], dict) and "variant" in found[0]:
-                studies[path] = _study(path, found)
+                studies[path] = _checked_study(path, found)
             elif path.name == "report.json" or path == place:
                 reports[path] = Report.load(path)
     return {path: report for path, report in reports.items() if report.shuffled is None}, studies
@@ -78,7 +77,7 @@ def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
               *(f"{row['scores'][split]:.2f}" if split in row["scores"] else "" for split in splits), *[""] * len(asked), row["source"]] for row in rows]
     lines += [[name, "", "", *[""] * len(splits), *(scores.get(split, "") for split in asked), "measured here"] for name, scores in ours.items()]
     head = ["", "learns from", "trained on", *(f"{split}, published" for split in splits), *(f"{split}, ours" for split in asked), "source"]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 # %% ../../nbs/workshop/published.ipynb #075
 def results_markdown(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> str:
@@ -92,11 +91,11 @@ def results_markdown(published: Mapping, reports: Iterable[Report], studies: Map
     for study in published["studies"]:
         lines = [[name, *(f"{scores[metric]:.2f}" for metric in ("oIoU", "mIoU"))] for name, scores in study["rows"].items()]
         parts += [f"## {study['title']}: published", f"{study['dataset']} ({study['split_by']}) {study['split']}, in percent; {study['source']}",
-                  _table(["", "oIoU", "mIoU"], lines)]
+                  markdown_table(["", "oIoU", "mIoU"], lines)]
     others = [report for report in reports if report.data not in {data for data, _ in groups}]
     if others:
         lines = [[r.checkpoint, r.data, r.split, r.expressions, f"{100 * r.oIoU:.1f}", f"{100 * r.mIoU:.1f}"] for r in others]
-        parts += ["## Measured here, on data that papers don't use", _table(["", "data", "split", "expressions", "oIoU", "mIoU"], lines)]
+        parts += ["## Measured here, on data that papers don't use", markdown_table(["", "data", "split", "expressions", "oIoU", "mIoU"], lines)]
     for name, rows in studies.items():
         parts += [f"## Measured here: the study {name}", study_table(rows, study_fields(rows)).strip()]
     return "\n\n".join(parts) + "\n"
@@ -107,14 +106,14 @@ def study_fields(rows: Sequence[dict]) -> list[str]:
     return [name for name in rows[0] if re.fullmatch(r"\S+ [om]IoU", name) and all(name in row for row in rows)]
 
 # %% ../../nbs/workshop/published.ipynb #078
-COURSE = {"LAVT": (TRUTH, "o"), "MagNet": ("#009E73", "D"), "SaG": ("#CC79A7", "s")}  # colours of Okabe and Ito; marks
+_COURSE = {"LAVT": (TRUTH, "o"), "MagNet": ("#009E73", "D"), "SaG": ("#CC79A7", "s")}  # colours of Okabe and Ito; marks
 
 
-def show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
+def _show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
     """The published val scores of the models of this course in one metric, a line for each data set."""
-    rows = [row for row in published["benchmarks"] if row["method"] in COURSE and row["metric"] == metric and "val" in row["scores"]]
+    rows = [row for row in published["benchmarks"] if row["method"] in _COURSE and row["metric"] == metric and "val" in row["scores"]]
     names = list(dict.fromkeys(f"{row['dataset']} ({row['split_by']})" for row in rows))
-    for method, (colour, mark) in COURSE.items():
+    for method, (colour, mark) in _COURSE.items():
         mine = [row for row in rows if row["method"] == method]
         if not mine: continue
         ax.plot([row["scores"]["val"] for row in mine], [names.index(f"{row['dataset']} ({row['split_by']})") for row in mine],
@@ -131,7 +130,7 @@ def results_figure(published: Mapping, reports: Iterable[Report], studies: Mappi
     count = 2 + bool(reports) + len(studies)
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 4.2), squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], ("oIoU", "mIoU")):
-        show_published(published, metric, ax)
+        _show_published(published, metric, ax)
     if reports:
         ax = axes[0, 2]
         for y, report in enumerate(reports):

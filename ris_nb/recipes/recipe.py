@@ -23,8 +23,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 
 # %% auto #0
-__all__ = ['RECIPE_FILES', 'TYPE_NAMES', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'recipe_flags',
-           'read_recipe', 'plan', 'check_complete', 'untouched_norms', 'check_pretrained', 'per_sentence']
+__all__ = ['RECIPE_FILES', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'recipe_flags', 'read_recipe', 'plan',
+           'check_complete', 'untouched_norms', 'check_pretrained', 'per_sentence']
 
 # %% ../../nbs/24_full_scale.ipynb #011
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ def _read_setting(given: object, file: str) -> Setting:
     return Setting(tuple(value) if isinstance(value, list) else value, source)
 
 # %% ../../nbs/24_full_scale.ipynb #033c
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list", dict: "a table", type(None): "nothing"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list", dict: "a table", type(None): "nothing"}
 
 
 def _name_of(kind: object) -> str:
     if get_origin(kind) is Literal: return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType): return " or ".join(map(_name_of, get_args(kind)))
-    return TYPE_NAMES.get(get_origin(kind) or kind, str(kind))
+    return _TYPE_NAMES.get(get_origin(kind) or kind, str(kind))
 
 
 def _check_type(where: str, setting: Setting, kind: object) -> None:

@@ -16,20 +16,17 @@ from .recipe import RECIPE_FILES, Recipe, Setting, read_recipe, schedule, source
 from ..training.config import TINY_RECIPE
 
 # %% auto #0
-__all__ = ['LAVT_CODE', 'LAVT_PAPER', 'DEMO', 'DEMO_SCRIPTS', 'MAGNET_CODE', 'SAG_CODE', 'LAVT_SETTINGS', 'SWIN_B', 'BERT_BASE',
-           'LAVT_NETWORK', 'UNC', 'UMD', 'LAVT_SETS', 'RECIPES', 'BORROWED', 'MAGNET_SETTINGS', 'MAGNET_NETWORK',
-           'MAGNET_SETS', 'SAG_SETTINGS', 'SAG_NETWORK', 'SCRIPT', 'NO_SCRIPT', 'SAG_SETS', 'COUNTED_FROM', 'on_data',
-           'sag_recipe', 'tiny', 'list_recipes', 'find_recipe']
+__all__ = ['LAVT_CODE', 'DEMO', 'RECIPES', 'BORROWED', 'COUNTED_FROM', 'list_recipes', 'find_recipe']
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #017a
-LAVT_CODE, LAVT_PAPER = "LAVT's released code", "LAVT, CVPR 2022"
+LAVT_CODE, _LAVT_PAPER = "LAVT's released code", "LAVT, CVPR 2022"
 DEMO = "ELIA, the MagNet authors' earlier demo"
-DEMO_SCRIPTS = f"scripts of {DEMO}, for refcoco+ and refcocog (google)"
-MAGNET_CODE, SAG_CODE = "MagNet's released code", "SaG's released code"
+_DEMO_SCRIPTS = f"scripts of {DEMO}, for refcoco+ and refcocog (google)"
+_MAGNET_CODE, _SAG_CODE = "MagNet's released code", "SaG's released code"
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #020
-LAVT_SETTINGS = {
-    **sourced(LAVT_PAPER, model="lavt_swin_base"),
+_LAVT_SETTINGS = {
+    **sourced(_LAVT_PAPER, model="lavt_swin_base"),
     **sourced(f"Swin-B of ImageNet-22k and bert-base-uncased: {LAVT_CODE}", pretrained=True),
     **sourced(f"an item is an object, with one of its sentences: {LAVT_CODE}", each="object"),
     **sourced(f"the optimiser gets BERT's layers 0 to 9 alone: {LAVT_CODE}",
@@ -42,57 +39,57 @@ LAVT_SETTINGS = {
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #020a
-SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3)
-BERT_BASE = dict(bert_width=768, bert_layers=12, bert_heads=12, bert_ffn=3072, bert_dropout=0.1, bert_positions=512, vocab_size=30522)
-LAVT_NETWORK = {
+_SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3)
+_BERT_BASE = dict(bert_width=768, bert_layers=12, bert_heads=12, bert_ffn=3072, bert_dropout=0.1, bert_positions=512, vocab_size=30522)
+_LAVT_NETWORK = {
     **sourced(LAVT_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model", decoder_width=512, norm="instance"),
-    **sourced(f"Swin-B: {LAVT_CODE}", **SWIN_B),
-    **sourced(f"bert-base-uncased: {LAVT_CODE}", **BERT_BASE),
+    **sourced(f"Swin-B: {LAVT_CODE}", **_SWIN_B),
+    **sourced(f"bert-base-uncased: {LAVT_CODE}", **_BERT_BASE),
     **sourced("cross-entropy alone, as in the paper; the authors' later version adds Dice", dice=0.0),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #020c
-UNC, UMD = "the only division that was published", "our choice of the two divisions that the authors report: its splits share no image"
-LAVT_SETS = {"refcoco": Setting("unc", UNC), "refcoco+": Setting("unc", UNC), "refcocog": Setting("umd", UMD)}
+_UNC, _UMD = "the only division that was published", "our choice of the two divisions that the authors report: its splits share no image"
+_LAVT_SETS = {"refcoco": Setting("unc", _UNC), "refcoco+": Setting("unc", _UNC), "refcocog": Setting("umd", _UMD)}
 
 
-def on_data(dataset: str, split_by: Setting, epochs: Setting, each: str = "object") -> dict[str, Setting]:
+def _on_data(dataset: str, split_by: Setting, epochs: Setting, each: str = "object") -> dict[str, Setting]:
     """The settings in which a paper's recipes for several data sets differ."""
     return {"dataset": Setting(dataset, "the recipe's name"), "split_by": split_by, **schedule(dataset, split_by.value, epochs, each)}
 
 
 RECIPES = {f"lavt_{dataset}": Recipe(
-    f"LAVT on {dataset}", {**on_data(dataset, split_by, Setting(40, LAVT_CODE)), **LAVT_SETTINGS}, LAVT_NETWORK,
+    f"LAVT on {dataset}", {**_on_data(dataset, split_by, Setting(40, LAVT_CODE)), **_LAVT_SETTINGS}, _LAVT_NETWORK,
     Setting(8, f"{LAVT_CODE}, commands of its README"), ("text", "encoder.vision"), Setting(40, LAVT_CODE))
-    for dataset, split_by in LAVT_SETS.items()}
+    for dataset, split_by in _LAVT_SETS.items()}
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #022
 BORROWED = f"not known of MagNet; borrowed: {LAVT_CODE}, on which it is built"
-MAGNET_SETTINGS = {
-    **LAVT_SETTINGS,
+_MAGNET_SETTINGS = {
+    **_LAVT_SETTINGS,
     **sourced(BORROWED, val="val", best="oIoU", schedule="poly", power=0.9, warmup=0, clip=None, workers=8),
-    **sourced(MAGNET_CODE, image_size=480, split="train"),
+    **sourced(_MAGNET_CODE, image_size=480, split="train"),
     **sourced("MagNet, CVPR 2024", model="magnet_swin_base"),
-    **sourced(f"Swin-B of ImageNet-22k and bert-base-uncased: {DEMO_SCRIPTS}", pretrained=True),
-    **sourced(f"an item is an object, with one of its sentences: {MAGNET_CODE}", each="object"),
+    **sourced(f"Swin-B of ImageNet-22k and bert-base-uncased: {_DEMO_SCRIPTS}", pretrained=True),
+    **sourced(f"an item is an object, with one of its sentences: {_MAGNET_CODE}", each="object"),
     **sourced("our choice: all layers of BERT learn, for they read the image in between", freeze=("encoder.text.bert.embeddings",)),
-    **sourced(DEMO_SCRIPTS, lr=5e-5, weight_decay=1e-2),
-    **sourced(f"8 GPUs with 4 pairs each: {DEMO_SCRIPTS}", batch_size=32),
+    **sourced(_DEMO_SCRIPTS, lr=5e-5, weight_decay=1e-2),
+    **sourced(f"8 GPUs with 4 pairs each: {_DEMO_SCRIPTS}", batch_size=32),
     **sourced("our choice: less time and memory on a GPU; losses and weights stay float32", precision="bf16"),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #022a
-MAGNET_NETWORK = {
-    **sourced(MAGNET_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model"),
-    **sourced(f"Swin-B: {MAGNET_CODE}", **SWIN_B),
-    **sourced(f"bert-base-uncased: {MAGNET_CODE}", **BERT_BASE),
-    **sourced(MAGNET_CODE, grids=(1, 2, 3, 6), decoder="mask", decoder_width=256, decoder_heads=8, points=4, encoder_layers=4, encoder_ffn=1024,
+_MAGNET_NETWORK = {
+    **sourced(_MAGNET_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model"),
+    **sourced(f"Swin-B: {_MAGNET_CODE}", **_SWIN_B),
+    **sourced(f"bert-base-uncased: {_MAGNET_CODE}", **_BERT_BASE),
+    **sourced(_MAGNET_CODE, grids=(1, 2, 3, 6), decoder="mask", decoder_width=256, decoder_heads=8, points=4, encoder_layers=4, encoder_ffn=1024,
               decoder_layers=9, decoder_ffn=2048),
     **sourced("our choice: BERT's gates can open; in the released code they never do (chapter 13)", released=False),
     **sourced("our choice: recalled from the paper, not checked; ELIA imports a loss whose own weights are 5 and 5", bce=2.0, dice=2.0),
-    **sourced(f"of each of three terms, at the temperatures 0.1, 0.1 and 0.3 of `alignment_loss`: {DEMO_SCRIPTS}", alignment=0.5),
+    **sourced(f"of each of three terms, at the temperatures 0.1, 0.1 and 0.3 of `alignment_loss`: {_DEMO_SCRIPTS}", alignment=0.5),
     **sourced("our choice: of 14,400 pixels, to bound the memory of their comparisons", alignment_pixels=1024),
-    **sourced(DEMO_SCRIPTS, grounding=1.0),
+    **sourced(_DEMO_SCRIPTS, grounding=1.0),
     "predictor": Setting(
         dict(width=512, layers=8, heads=8, ffn=3072, dropout=0.1, std=0.02, grid=4, rate=0.15, replace=0.9, at_least_one=True,
              see=("image", "mask"), mask_encoder="centre"),
@@ -101,63 +98,63 @@ MAGNET_NETWORK = {
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #022b
-MAGNET_SETS = LAVT_SETS | {"refcocog": Setting("umd", f"{UMD}; the script of {DEMO} is for google's")}
+_MAGNET_SETS = _LAVT_SETS | {"refcocog": Setting("umd", f"{_UMD}; the script of {DEMO} is for google's")}
 RECIPES |= {f"magnet_{dataset}": Recipe(
-    f"MagNet on {dataset}", {**on_data(dataset, split_by, Setting(40, DEMO_SCRIPTS)), **MAGNET_SETTINGS}, MAGNET_NETWORK,
-    Setting(4, DEMO_SCRIPTS), ("encoder.text", "encoder.vision"), Setting(40, DEMO_SCRIPTS)) for dataset, split_by in MAGNET_SETS.items()}
+    f"MagNet on {dataset}", {**_on_data(dataset, split_by, Setting(40, _DEMO_SCRIPTS)), **_MAGNET_SETTINGS}, _MAGNET_NETWORK,
+    Setting(4, _DEMO_SCRIPTS), ("encoder.text", "encoder.vision"), Setting(40, _DEMO_SCRIPTS)) for dataset, split_by in _MAGNET_SETS.items()}
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #024
-SAG_SETTINGS = {
+_SAG_SETTINGS = {
     **sourced("SaG, ICCV 2023, table 3: its best row; the released scripts train 12 Gaussians of 3 slots (sag_vit_small_scripts)",
               model="sag_vit_small"),
-    **sourced(f"ViT-S/16 of ImageNet-21k and 1k, at 384 pixels, and bert-base-uncased: {SAG_CODE}", pretrained=True),
-    **sourced(f"an item is a sentence: {SAG_CODE}", each="sentence"),
-    **sourced(f"{SAG_CODE}, which looks at the masks of val to choose the weights to keep; --val none never looks", val="val", best="mIoU"),
-    **sourced(SAG_CODE, image_size=384, split="train", batch_size=32, lr=1e-5, weight_decay=1e-4, schedule="cosine", warmup=5000,
+    **sourced(f"ViT-S/16 of ImageNet-21k and 1k, at 384 pixels, and bert-base-uncased: {_SAG_CODE}", pretrained=True),
+    **sourced(f"an item is a sentence: {_SAG_CODE}", each="sentence"),
+    **sourced(f"{_SAG_CODE}, which looks at the masks of val to choose the weights to keep; --val none never looks", val="val", best="mIoU"),
+    **sourced(_SAG_CODE, image_size=384, split="train", batch_size=32, lr=1e-5, weight_decay=1e-4, schedule="cosine", warmup=5000,
               warmup_kind="loss", clip=0.1, seed=1),
-    **sourced(f"our choice: {SAG_CODE} has float16 and scales the loss, which bfloat16 needn't", precision="bf16"),
+    **sourced(f"our choice: {_SAG_CODE} has float16 and scales the loss, which bfloat16 needn't", precision="bf16"),
     **sourced("our choice, not measured: watch `waiting` in the log", workers=8),
-    "save_every": LAVT_SETTINGS["save_every"],
+    "save_every": _LAVT_SETTINGS["save_every"],
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #024a
-SAG_NETWORK = {
+_SAG_NETWORK = {
     **sourced("SaG, ICCV 2023, table 3: the best row, found on refcoco", gaussians=18, per_gaussian=2),
     **sourced("SaG, ICCV 2023, table 3: the best of four ways to make a mask, found on refcoco", scheme="weighted"),
     **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", slots="entity", competition="slots", interaction=True,
               discovery=True, fusion=True),
-    **sourced(SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep", drop_path=0.1, dropout=0.1, threshold=0.5,
+    **sourced(_SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep", drop_path=0.1, dropout=0.1, threshold=0.5,
               resolution="original", mean=(0.5,) * 3, std=(0.5,) * 3),
-    **sourced(f"ViT-S/16, its positions made for 480 pixels: {SAG_CODE}", vit_width=384, vit_depth=12, vit_heads=6, patch=16, vit_image_size=480),
-    **sourced(f"bert-base-uncased: {SAG_CODE}", **BERT_BASE),
-    **sourced(f"sizes: {SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512,
+    **sourced(f"ViT-S/16, its positions made for 480 pixels: {_SAG_CODE}", vit_width=384, vit_depth=12, vit_heads=6, patch=16, vit_image_size=480),
+    **sourced(f"bert-base-uncased: {_SAG_CODE}", **_BERT_BASE),
+    **sourced(f"sizes: {_SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512,
               decoder_table=50),
-    **sourced(f"the ViT learns at a tenth of the rate: {SAG_CODE}", lr_factors={"vision": 0.1}),
-    **sourced(f"our choice: {SAG_CODE} draws the slots of a test image anew each time, ours with one noise for all", noise="seeded"),
-    **sourced(f"our choice: {SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),
+    **sourced(f"the ViT learns at a tenth of the rate: {_SAG_CODE}", lr_factors={"vision": 0.1}),
+    **sourced(f"our choice: {_SAG_CODE} draws the slots of a test image anew each time, ours with one noise for all", noise="seeded"),
+    **sourced(f"our choice: {_SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #024b
-SCRIPT = f"{SAG_CODE}: its scripts for RefCOCO, RefCOCO+ and RefCOCOg (google)"
-NO_SCRIPT = f"our choice, as for refcoco: {SAG_CODE} reads PhraseCut but has no script for it"
-SAG_SETS = {"refcoco": Setting("unc", UNC), "refcoco+": Setting("unc", UNC), "refcocog": Setting("google", SCRIPT),
-            "phrasecut": Setting("authors", UNC)}
+_SCRIPT = f"{_SAG_CODE}: its scripts for RefCOCO, RefCOCO+ and RefCOCOg (google)"
+_NO_SCRIPT = f"our choice, as for refcoco: {_SAG_CODE} reads PhraseCut but has no script for it"
+_SAG_SETS = {"refcoco": Setting("unc", _UNC), "refcoco+": Setting("unc", _UNC), "refcocog": Setting("google", _SCRIPT),
+            "phrasecut": Setting("authors", _UNC)}
 
 
-def sag_recipe(dataset: str, split_by: Setting) -> Recipe:
+def _sag_recipe(dataset: str, split_by: Setting) -> Recipe:
     """SaG's recipe for a data set; for PhraseCut, what the scripts for the others say is our choice."""
     scripts = dataset != "phrasecut"
-    epochs = Setting(50, SCRIPT if scripts else NO_SCRIPT)
-    settings = {name: s if scripts or s.source != SAG_CODE else Setting(s.value, NO_SCRIPT) for name, s in SAG_SETTINGS.items()}
-    device = Setting(32, f"{SAG_CODE}: the sentences of a step are compared with all of its images, so they can't come in micro-batches")
-    settings = {**on_data(dataset, split_by, epochs, "sentence"), **settings}
-    return Recipe(f"SaG on {dataset}", settings, SAG_NETWORK, device, ("text", "vision"), epochs)
+    epochs = Setting(50, _SCRIPT if scripts else _NO_SCRIPT)
+    settings = {name: s if scripts or s.source != _SAG_CODE else Setting(s.value, _NO_SCRIPT) for name, s in _SAG_SETTINGS.items()}
+    device = Setting(32, f"{_SAG_CODE}: the sentences of a step are compared with all of its images, so they can't come in micro-batches")
+    settings = {**_on_data(dataset, split_by, epochs, "sentence"), **settings}
+    return Recipe(f"SaG on {dataset}", settings, _SAG_NETWORK, device, ("text", "vision"), epochs)
 
 
-RECIPES |= {f"sag_{dataset}": sag_recipe(dataset, split_by) for dataset, split_by in SAG_SETS.items()}
+RECIPES |= {f"sag_{dataset}": _sag_recipe(dataset, split_by) for dataset, split_by in _SAG_SETS.items()}
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #026
-def tiny(model: str, chapter: int, part: str, settings: Mapping, **more) -> Recipe:
+def _tiny(model: str, chapter: int, part: str, settings: Mapping, **more) -> Recipe:
     """How a tiny model of the library was trained."""
     source = f"our choice, for minutes on two CPU cores: chapter {chapter}"
     values = dict(dataset="refshapes", model=model, pretrained=True, **{**settings, **more})
@@ -165,9 +162,9 @@ def tiny(model: str, chapter: int, part: str, settings: Mapping, **more) -> Reci
 
 
 RECIPES |= {
-    "lavt_tiny": tiny("lavt_tiny", 8, "encoder.vision", TINY_RECIPE),
-    "magnet_tiny": tiny("magnet_tiny", 13, "encoder.vision", TINY_RECIPE, steps=4000, validate_every=1000),
-    "sag_tiny": tiny("sag_tiny", 17, "vision", TINY_RECIPE, steps=1000, lr=5e-4),
+    "lavt_tiny": _tiny("lavt_tiny", 8, "encoder.vision", TINY_RECIPE),
+    "magnet_tiny": _tiny("magnet_tiny", 13, "encoder.vision", TINY_RECIPE, steps=4000, validate_every=1000),
+    "sag_tiny": _tiny("sag_tiny", 17, "vision", TINY_RECIPE, steps=1000, lr=5e-4),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #026b

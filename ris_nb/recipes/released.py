@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from huggingface_hub import list_repo_files
-
 from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
 from ..models.base import RISModel
+from ..models.lavt import LAVT
+from ..models.magnet import MagNet
+from ..models.released import read_released
+from ..models.released_magnet import RELEASED_WEIGHTS, fetch_released, list_weights
+from ..models.sag import SaG
 
 # %% auto #0
 __all__ = ['RELEASED', 'find_released', 'released_model']
@@ -27,16 +30,15 @@ RELEASED = {  # name -> what the names of the files in the authors' repository s
 
 def find_released(name: str) -> str:
     """The place of a checkpoint of `RELEASED` on the Hub, "owner/repository/file". `RISError` where it isn't clear which file it is."""
-    from ris_nb.models.released_magnet import RELEASED_WEIGHTS as repository
     try:
-        files = [file for file in list_repo_files(repository) if file.endswith((".pth", ".pt", ".bin", ".safetensors"))]
+        files = list_weights(RELEASED_WEIGHTS)
     except HUB_ERRORS as error:
-        raise out_of_reach(f"{name}: {repository}", error, "go online, or give the path of a checkpoint") from error
+        raise out_of_reach(f"{name}: {RELEASED_WEIGHTS}", error, "go online, or give the path of a checkpoint") from error
     found = [file for file in files if re.search(RELEASED[name], Path(file).name.lower())]
     if len(found) != 1:
-        raise RISError(f"{len(found)} of the files of {repository} may be {name}; name one: " +
-                       ", ".join(f"{repository}/{file}" for file in (found or files)[:6]))
-    return f"{repository}/{found[0]}"
+        raise RISError(f"{len(found)} of the files of {RELEASED_WEIGHTS} may be {name}; name one: " +
+                       ", ".join(f"{RELEASED_WEIGHTS}/{file}" for file in (found or files)[:6]))
+    return f"{RELEASED_WEIGHTS}/{found[0]}"
 
 # %% ../../nbs/workshop/authors_weights.ipynb #067
 def released_model(source: str, **overrides) -> RISModel:
@@ -45,11 +47,6 @@ def released_model(source: str, **overrides) -> RISModel:
     source: a name in `RELEASED`, the path of a file, or "owner/repository/file" on the Hugging Face Hub. overrides: see
     `MagNet.from_released` and its siblings. Raises `RISError` where it can't be had or is none of them.
     """
-    from ris_nb.models.lavt import LAVT
-    from ris_nb.models.released import read_released
-    from ris_nb.models.magnet import MagNet
-    from ris_nb.models.released_magnet import fetch_released
-    from ris_nb.models.sag import SaG
     marks = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG}  # in the names of entries
     place = find_released(source) if source in RELEASED else source
     on_the_hub = not Path(place).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+/.+", place) and not place.startswith(".")

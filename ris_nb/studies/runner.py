@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..evaluation.report import _percent, _table, _write
+from ..evaluation.report import markdown_table, percent, write_text
 from ..show import PREDICTION, TRUTH
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def run_study(variants: dict[str, Callable[[int, Path], dict]], seeds: Iterable[
         for name, run in variants.items():
             place = folder / name / str(seed)
             if not (place / "result.json").exists():
-                _write(place / "result.json", json.dumps(run(seed, place)))
+                write_text(place / "result.json", json.dumps(run(seed, place)))
                 rows = gather_study(variants, folder)
-                _write(results, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                write_text(results, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     return rows
 
 
@@ -63,8 +63,8 @@ def study_table(rows: Sequence[dict], fields: Sequence[str]) -> str:
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
         cells = [seed_interval([row[field] for row in mine]) for field in fields]
-        lines.append([name, len(mine), *(_percent(mean) + ("" if np.isnan(half) else f" ± {_percent(half)}") for mean, half in cells)])
-    return _table(["variant", "runs", *fields], lines) + "\n"
+        lines.append([name, len(mine), *(percent(mean) + ("" if np.isnan(half) else f" ± {percent(half)}") for mean, half in cells)])
+    return markdown_table(["variant", "runs", *fields], lines) + "\n"
 
 
 def show_study(rows: Sequence[dict], field: str, ax: plt.Axes | None = None) -> plt.Axes:
