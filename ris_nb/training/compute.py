@@ -26,7 +26,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype
 
 
 def compute_output(model: Callable[[Batch], Output], batch: Batch, precision: str, *args, **kwargs) -> Output:
-    """`model(batch, *args, **kwargs)` with matrix products in `precision` (of "bf16" and "fp16"; else as they are); all values are float32."""
+    """`model(batch, *args, **kwargs)` with matrix products in `precision` ("bf16", "fp16"; else as they are). All values are float32."""
     from accelerate.utils import convert_to_fp32
     with torch.autocast(batch.image.device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST):
         output = model(batch, *args, **kwargs)
@@ -35,7 +35,7 @@ def compute_output(model: Callable[[Batch], Output], batch: Batch, precision: st
 
 @contextmanager
 def in_precision(model: nn.Module, precision: str):
-    """For the length of a block, `model(batch)` is computed in `precision`, as `compute_output` does it: for a validation as in training."""
+    """For the length of a block, `model(batch)` is computed in `precision` by `compute_output`: a validation as in training."""
     forward = model.forward
     if precision in AUTOCAST:
         model.forward = lambda batch, *args, **kwargs: compute_output(forward, batch, precision, *args, **kwargs)
@@ -73,8 +73,8 @@ def use_checkpointing(model: nn.Module) -> None:
     """Switches on gradient checkpointing in all parts of `model` with `set_grad_checkpointing(enable)`. `RISError` where there is none."""
     parts = [part for part in model.modules() if callable(getattr(part, "set_grad_checkpointing", None))]
     if not parts:
-        raise RISError(f"checkpointing: {type(model).__name__} offers none (a method set_grad_checkpointing(enable), as timm's models have): "
-                       "leave it out, and save memory by accumulate")
+        raise RISError(f"checkpointing: {type(model).__name__} offers none (a method set_grad_checkpointing(enable), "
+                       "as timm's models have): leave it out, and save memory by accumulate")
     for part in parts:
         part.set_grad_checkpointing(True)
 

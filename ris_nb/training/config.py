@@ -5,7 +5,6 @@
 # %% ../../nbs/workshop/training_config.ipynb #imp-e
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass, replace
 from typing import Literal

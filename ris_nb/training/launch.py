@@ -30,16 +30,19 @@ def check_launch(precision: str | None = None) -> None:
     def asked(name: str, usual: str = "no") -> str:
         return os.environ.get(f"ACCELERATE_{name}", usual).lower()
 
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM"), ("PARALLELISM_CONFIG", "a parallelism config")):
+    spread = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM", "PARALLELISM_CONFIG": "a parallelism config"}
+    for name, what in spread.items():
         if asked(f"USE_{name}") in ("true", "1"):
             raise RISError(f"accelerate launch asks for {what}, but each process here holds the whole model: launch without it; "
                            "where memory is short, raise --accumulate")
     mixed, pieces, compiler = asked("MIXED_PRECISION"), asked("GRADIENT_ACCUMULATION_STEPS", "1"), asked("DYNAMO_BACKEND")
     if mixed not in (("no", "bf16", "fp16") if precision is None else ("no", precision)):
         raise RISError(f"accelerate launch asks for mixed precision {mixed}, but this command computes in precision "
-                       f"{precision or 'no, bf16 or fp16'}: launch without --mixed_precision; training has a flag of its own, --precision bf16 or fp16")
+                       f"{precision or 'no, bf16 or fp16'}: launch without --mixed_precision; training has a flag of its own, "
+                       "--precision bf16 or fp16")
     if pieces not in ("1", "auto"):
-        raise RISError(f"accelerate launch asks for {pieces} gradient accumulation steps: launch without them and give --accumulate {pieces}")
+        raise RISError(f"accelerate launch asks for {pieces} gradient accumulation steps: "
+                       f"launch without them and give --accumulate {pieces}")
     if compiler not in ("no", ""):
         raise RISError(f"accelerate launch asks for the compiler {compiler}: launch without --dynamo_backend; "
                        "training has a flag of its own, --compile")
@@ -64,8 +67,8 @@ def check_reached(model: nn.Module) -> None:
     """`RISError` that names parameters without a gradient after a backward pass, for which other processes would wait."""
     idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
     if idle:
-        raise RISError(f"no loss reaches {len(idle)} of the model's parameters, the first is {idle[0]}, and several processes exchange a gradient "
-                       "for each: freeze them (requires_grad_(False), or --freeze and the part), or train in one process")
+        raise RISError(f"no loss reaches {len(idle)} of the model's parameters, the first is {idle[0]}, and several processes exchange "
+                       "a gradient for each: freeze them (requires_grad_(False), or --freeze and the part), or train in one process")
 
 # %% ../../nbs/workshop/launch.ipynb #110
 @contextmanager

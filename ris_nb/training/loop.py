@@ -58,8 +58,8 @@ def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches
                          factor: float = 1.0, scaler: torch.amp.GradScaler | None = None) -> dict[str, torch.Tensor]:
     """Adds to `.grad` the gradient of the mean loss of the next `accumulate` micro-batches, averaged over processes.
 
-    The gradient is multiplied by `factor`, and by the scale of the `scaler`. Returns this process's mean of every loss term and of their sum, "loss", without
-    the factor: detached scalars, still on the device.
+    The gradient is multiplied by `factor`, and by the scale of the `scaler`. Returns this process's mean of every loss term and of
+    their sum, "loss", without these: detached scalars, still on the device.
     """
     means, scale = {}, scaler.scale if scaler else lambda loss: loss
     for k in range(accumulate):
@@ -131,7 +131,8 @@ def start_run(run: Run) -> None:
     run.accelerator.wait_for_everyone()  # all have read before the first writes
     if run.accelerator.is_main_process:
         settings, lines = asdict(run.config), [line for line in read_log(run.folder) if line["step"] <= run.step]
-        for name, text in (("train.json", json.dumps(settings, indent=1)), ("log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))):
+        texts = {"train.json": json.dumps(settings, indent=1), "log.jsonl": "".join(json.dumps(line) + "\n" for line in lines)}
+        for name, text in texts.items():
             with replacing(run.folder / name) as file:
                 file.write_text(text)
         drop_weights(folder for step, folder in kept_weights(run.folder).items() if step > run.step)
@@ -144,7 +145,8 @@ def measure(run: Run) -> dict[str, float]:
     seconds, steps = time.perf_counter() - run.began[0], run.step - run.began[1]
     scale = {"scale": run.scaler.get_scale()} if run.scaler.is_enabled() else {}
     return {**run.meter.read(run.accelerator), "lr": max(group["lr"] for group in run.optimizer.param_groups), **scale,
-            "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"), "waiting": round(run.batches.waited / seconds, 3)}
+            "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"),
+            "waiting": round(run.batches.waited / seconds, 3)}
 
 
 def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
@@ -238,7 +240,8 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
     or data, something that machine or model don't offer, numbers that are not finite, a full disk, another process lost.
     """
     if config.patience and validate is None:
-        raise RISError(f"patience {config.patience} counts validations, and there is nothing to validate on: leave it out, or give validate")
+        raise RISError(f"patience {config.patience} counts validations, and there is nothing to validate on: "
+                       "leave it out, or give validate")
     config = config.for_samples(len(dataset))
     run, loss_step = prepare(model, dataset, config, Path(run_dir), resume)
     batches, hidden = iter(run.batches), not progress or not run.accelerator.is_main_process

@@ -53,7 +53,8 @@ def check_finite(meter: Meter, accelerator: Accelerator, saved: bool = True) -> 
     lines = accelerator.gather(meter.watch[None])  # (processes, 1 + names)
     for step, *numbers in lines[~lines.isfinite().all(1)].tolist():
         terms = ", ".join(f"{name} {number:.4g}" for name, number in zip(meter.names, numbers))
-        raise RISError(f"step {int(step)} is not finite ({terms}): {'what was saved before is good' if saved else 'nothing was saved yet'}; "
+        left = "what was saved before is good" if saved else "nothing was saved yet"
+        raise RISError(f"step {int(step)} is not finite ({terms}): {left}; "
                        "train again with a lower lr, a warmup or a clip")
 
 # %% ../../nbs/workshop/meter.ipynb #101

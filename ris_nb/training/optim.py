@@ -62,7 +62,7 @@ def layer_factors(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
 
 # %% ../../nbs/workshop/optim.ipynb #030a
 def rate_factors(model: nn.Module, layer_decay: float) -> dict[nn.Parameter, float]:
-    """What multiplies the learning rate of single parameters: `lr_factors` of the `RISModel`s that `model` is or holds, times layer-wise decay."""
+    """What multiplies the learning rate of single parameters: `lr_factors` of the `RISModel`s in `model`, times layer-wise decay."""
     factors = {}
     for part in model.modules():
         for name, factor in sorted(part.lr_factors.items(), key=lambda item: item[0].count(".")) if isinstance(part, RISModel) else ():

@@ -72,7 +72,8 @@ def open_trackers(names: Sequence[str], run_dir: Path, step: int, config: dict) 
         except Exception as error:
             if name != "wandb" or not isinstance(error, import_module("wandb").Error):
                 raise
-            raise RISError(f"trackers: wandb doesn't start ({str(error).splitlines()[0][:150]}); log in, or set WANDB_MODE=offline") from error
+            reason = str(error).partition("\n")[0][:150]
+            raise RISError(f"trackers: wandb doesn't start ({reason}); log in, or set WANDB_MODE=offline") from error
         trackers.append(tracker)
     return trackers
 
