@@ -1,11 +1,13 @@
 """LAVT: the same numbers as the released network, and clear errors for what is not its checkpoint."""
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import find_case, load_case, make_inputs, released_state
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from ris_nb.contract import Batch, RISError
 from ris_nb.data.tokenizer import SPECIAL
@@ -145,6 +147,29 @@ def test_released_model_saves_and_loads(state, case, tmp_path):
         assert torch.equal(load_model(tmp_path)(Batch(image, ids, words)).score, model(Batch(image, ids, words)).score)
     with pytest.raises(RISError, match="knows no words"):
         model.predict([image[0].clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy()], ["a ball"])
+
+
+def test_a_saved_model_answers_as_before(tmp_path):
+    model, photo = small(), np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    first, second = again.predict([photo], ["red ball"])[0], model.predict([photo], ["red ball"])[0]
+    assert type(again) is LAVT and np.array_equal(first, second) and first.shape == (50, 70)
+
+
+def test_flops_are_the_released_networks_without_padding_and_the_last_gate():
+    with torch.device("meta"):
+        model = create_model("lavt_swin_base", vocabulary=SPECIAL).eval()
+        one = torch.ones(1, 20, dtype=torch.int64)
+        image, f = torch.empty(1, 3, 480, 480), torch.empty(1, 15, 15, 1024)
+        with FlopCounterMode(display=False) as ours:
+            model(Batch(image, one, one.bool()))
+        with FlopCounterMode(display=False) as gate:
+            model.encoder.gates[-1](f)
+    # two projections, 4 C^2 multiplications a cell, in 18 blocks of stage 3 (30 -> 36 cells a side) and 2 of stage 4 (15 -> 24)
+    padding = sum(blocks * 2 * 4 * width**2 * (padded**2 - cells**2)
+                  for cells, padded, width, blocks in ((30, 36, 512, 18), (15, 24, 1024, 2)))
+    assert (ours.get_total_flops() + gate.get_total_flops() + padding) / 1e9 == pytest.approx(398.0, abs=0.1)  # the released network's
 
 
 def test_every_trainable_parameter_gets_a_gradient():
