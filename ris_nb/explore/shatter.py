@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ipywidgets as widgets
 import numpy as np
@@ -75,8 +75,8 @@ def shatter(viewer: Viewer, discovery: EntityDiscovery, photo: Image.Image, draw
 def gather(viewer: Viewer, slots: Tensor, expression: str) -> Tensor:
     """How much of each slot a sentence reads, A_fuse (K,) of sum one. `RISError` for a sentence without a word."""
     model, batch = viewer.model, viewer.batch(expression)
-    text = model.sentence(model.text(batch.ids, batch.words)[:, 0])
-    return model.fusion(text, *model.fusion.project(slots[None]))[1][0]
+    V, _, A_slot = batch.encoded
+    return model(replace(batch, encoded=(V, slots[None], A_slot))).extra["A_fuse"][0]
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #074
 def slot_names(count: int, per_gaussian: int) -> list[str]:
