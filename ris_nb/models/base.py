@@ -38,7 +38,11 @@ def evaluating(model: nn.Module):
 
 # %% ../../nbs/workshop/model.ipynb #n04
 class Contract(Checkpointed):
-    """What every model must write, `forward`, `losses` and `masks`, and what it may write, for pictures and for speed."""
+    """What every model must write, `forward`, `losses` and `masks`, and what it may write, for pictures and for speed.
+
+    Training asks for two more, where a model or a part of it has them, by timm's names: `set_grad_checkpointing(enable)`, to save
+    memory, and `group_matcher(coarse)`, patterns of parameter names that tell its layers, for layer-wise learning rates.
+    """
 
     needs_masks = True  # does training look at masks? Data sets for a model that doesn't are built with masks=False
 
