@@ -127,7 +127,7 @@ class Scene:
 
 # %% ../../nbs/02_shapes.ipynb #021
 def _draw_kind(dice: Dice, things: list[Thing], split: str) -> tuple[str, str]:
-    """A colour and a shape; often those of an earlier thing, so that scenes hold distractors."""
+    """Draw a colour and a shape; often those of an earlier thing, so that scenes hold distractors."""
     if split == "testC" and not things:
         return dice.pick(HELD_OUT)
     while True:
@@ -145,7 +145,7 @@ def _has_room(things: list[Thing], colour: str, x: int, y: int, radius: int) -> 
 
 # %% ../../nbs/02_shapes.ipynb #022
 def _draw_things(dice: Dice, split: str) -> list[Thing]:
-    """4 to 8 things, few more often than many, in the order of painting; one that finds no room in 20 tries is left out."""
+    """Draw 4 to 8 things in the order of painting, small numbers more often; a thing that finds no room in 20 tries is left out."""
     things = []
     for _ in range(4 + min(dice.roll(5), dice.roll(5))):
         colour, shape = _draw_kind(dice, things, split)
@@ -267,7 +267,7 @@ _ANYTHING = ("thing", "one")
 
 
 def say(phrase: Phrase, roll: Callable[[int], int] = lambda sides: 0) -> str:
-    """The words of a phrase; `roll(2)` chooses between two wordings (the first ones by default)."""
+    """Put a phrase into words; `roll(2)` chooses between two wordings (the first ones by default)."""
     words = ["the"]
     if phrase.superlative:
         words.append(_SUPERLATIVES[phrase.superlative][roll(2)])
@@ -335,7 +335,7 @@ def referent(phrase: Phrase, things: list[Thing]) -> Thing | None:
 
 # %% ../../nbs/02_shapes.ipynb #047
 def shorter(phrase: Phrase) -> Iterator[Phrase]:
-    """All phrases with one modifier less, its own or one of its anchors'. Nouns stay."""
+    """Yield every phrase with one modifier less, its own or one of its anchors'. Nouns stay."""
     for name in ("colour", "size", "superlative"):
         if getattr(phrase, name):
             yield phrase._replace(**{name: None})
