@@ -11,7 +11,7 @@ from ris_nb.contract import RISError
 from ris_nb.encoders.language import TextEncoder
 from ris_nb.encoders.vision import Swin
 from ris_nb.models.alignment import ImageAlignment, LanguageAlignment, _sample_pixels, alignment_loss, alignment_terms
-from ris_nb.models.fast_maps import enlarge_grids, enlarging_matrix, pool_grids, pooling_matrix
+from ris_nb.models.fast_maps import _enlarging_matrix, _pooling_matrix, enlarge_grids, pool_grids
 from ris_nb.models.released import released_swin_key
 from ris_nb.models.released_alignment import ReleasedLanguageAlignment
 from ris_nb.models.released_magnet import released_image_alignment_key, released_language_alignment_key
@@ -137,7 +137,7 @@ def test_keys_have_a_home():
 
 
 def test_pooling_after_inference_can_be_trained_through():
-    pooling_matrix.cache_clear(), enlarging_matrix.cache_clear()
+    _pooling_matrix.cache_clear(), _enlarging_matrix.cache_clear()
     x, l = data((9, 8))
     m = ImageAlignment(16, 24)
     with torch.inference_mode():

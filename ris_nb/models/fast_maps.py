@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['pooling_matrix', 'enlarging_matrix', 'pool_grids', 'enlarge_grids', 'projected_scale']
+__all__ = ['pool_grids', 'enlarge_grids', 'projected_scale']
 
 # %% ../../nbs/workshop/fast_maps.ipynb #017
 @lru_cache(maxsize=64)
-def pooling_matrix(size: int, grids: tuple[int, ...], device: torch.device) -> Tensor:
+def _pooling_matrix(size: int, grids: tuple[int, ...], device: torch.device) -> Tensor:
     """Adaptive average pooling of one axis to every one of `grids` at once: (sum of grids, size), rows sum to one.
 
     Cell i of g covers positions floor(i * size / g) to ceil((i + 1) * size / g) - 1, as in `F.adaptive_avg_pool2d`.
@@ -27,7 +27,7 @@ def pooling_matrix(size: int, grids: tuple[int, ...], device: torch.device) -> T
 
 # %% ../../nbs/workshop/fast_maps.ipynb #017b
 @lru_cache(maxsize=64)
-def enlarging_matrix(size: int, grids: tuple[int, ...], device: torch.device) -> Tensor:
+def _enlarging_matrix(size: int, grids: tuple[int, ...], device: torch.device) -> Tensor:
     """Linear interpolation of one axis from every one of `grids`, corners on corners: (size, sum of grids).
 
     The columns of one grid sum to one in each row, so the whole row sums to the number of grids.
@@ -40,17 +40,17 @@ def enlarging_matrix(size: int, grids: tuple[int, ...], device: torch.device) ->
 def pool_grids(x: Tensor, grids: tuple[int, ...]) -> list[Tensor]:
     """Mean vectors of the regions of each g x g grid: (B, H, W, D) -> a (B, g, g, D) for every g of `grids`."""
     B, H, W, D = x.shape
-    rows = pooling_matrix(H, grids, x.device).to(x.dtype) @ x.flatten(2)  # (B, sum of grids, W * D)
-    columns = pooling_matrix(W, grids, x.device).to(x.dtype).split(grids)
+    rows = _pooling_matrix(H, grids, x.device).to(x.dtype) @ x.flatten(2)  # (B, sum of grids, W * D)
+    columns = _pooling_matrix(W, grids, x.device).to(x.dtype).split(grids)
     return [c @ r for c, r in zip(columns, rows.view(B, -1, W, D).split(grids, 1))]
 
 
 def enlarge_grids(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """The sum of square maps (B, g, g, D), each enlarged bilinearly to `size`, corners on corners: (B, H, W, D)."""
     grids, device, dtype = tuple(m.shape[1] for m in maps), maps[0].device, maps[0].dtype
-    columns = enlarging_matrix(size[1], grids, device).to(dtype).split(grids, 1)
+    columns = _enlarging_matrix(size[1], grids, device).to(dtype).split(grids, 1)
     rows = torch.cat([c @ m for c, m in zip(columns, maps)], 1)  # (B, sum of grids, W, D)
-    return (enlarging_matrix(size[0], grids, device).to(dtype) @ rows.flatten(2)).view(len(rows), *size, -1)
+    return (_enlarging_matrix(size[0], grids, device).to(dtype) @ rows.flatten(2)).view(len(rows), *size, -1)
 
 # %% ../../nbs/workshop/fast_maps.ipynb #044
 def projected_scale(c: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:

@@ -17,7 +17,7 @@ from ..contract import RISError
 from .released import read_released, released_encoder_sizes, released_pwam_key, released_swin_key
 
 # %% auto #0
-__all__ = ['RELEASED_WEIGHTS', 'RELEASED_PARTS', 'list_weights', 'fetch_released', 'released_image_alignment_key',
+__all__ = ['RELEASED_WEIGHTS', 'list_weights', 'fetch_released', 'released_image_alignment_key',
            'released_language_alignment_key', 'released_mask_decoder_key', 'released_magnet', 'released_magnet_key',
            'released_magnet_sizes']
 
@@ -74,7 +74,7 @@ def released_language_alignment_key(key: str) -> str | None:
     return name and f"{stage}.{name}"
 
 # %% ../../nbs/workshop/released_magnet.ipynb #d088
-RELEASED_PARTS = {
+_RELEASED_PARTS = {
     r"pixel_decoder\.input_proj\.(\d+)\.([01])": r"pixel_decoder.projections.\1.\2",
     r"pixel_decoder\.transformer\.level_embed": r"pixel_decoder.level_embed",
     r"pixel_decoder\.transformer\.encoder\.layers\.(\d+)\.self_attn\.(sampling_offsets|attention_weights|value_proj|output_proj)":
@@ -101,7 +101,7 @@ RELEASED_PARTS = {
 # %% ../../nbs/workshop/released_magnet.ipynb #d089
 def released_mask_decoder_key(key: str) -> str | None:
     """Our name for an entry `classifier.pixel_decoder...` or `classifier.predictor...` of a released MagNet, or None."""
-    for pattern, name in RELEASED_PARTS.items():
+    for pattern, name in _RELEASED_PARTS.items():
         if match := re.match(r"classifier\." + pattern, key):
             return match.expand(name) + key[match.end():]
     return None
