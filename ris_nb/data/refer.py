@@ -99,7 +99,7 @@ class Sentence:
     sent_id: int = -1
 
 def _read_naming(referral: Referral, read: Callable, *args):
-    """Call `read(*args)`; errors name the referral."""
+    """Call `read(*args)`; its errors become a `RISError` that names the referral."""
     mask = f"the mask of referral {referral.ref_id} in {referral.image_path.name}"
     if not referral.has_mask:
         raise RISError(f"{mask} was asked for, but the data set has none: choose data with masks, "
@@ -151,14 +151,14 @@ class Referral:
 SPLIT_NAMES = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
 
 def _in_split(asked: str, split: str) -> bool:
-    """Whether a referral of `split` belongs to the split asked for, by the rules of the REFER toolbox."""
+    """Return whether a referral of `split` belongs to the split asked for, by the rules of the REFER toolbox."""
     if asked in ("testA", "testB", "testC"): return asked[-1] in split   # so "testAB" counts for both
     if asked == "test": return "test" in split
     return asked in SPLIT_NAMES and asked == split
 
 # %% ../../nbs/03_refer.ipynb #055a
 class Referrals:
-    """What every source of referrals has: `root`, `dataset`, `split_by`, the names of its `splits`, and `referrals(split)`."""
+    """What every data set of referrals has: `root`, `dataset`, `split_by`, the names of its `splits`, and `referrals(split)`."""
     def __init__(self, root: Path, dataset: str, split_by: str, referrals: Iterable[Referral]):
         self.root, self.dataset, self.split_by, self._referrals = root, dataset, split_by, list(referrals)
         present = {referral.split for referral in self._referrals}
@@ -184,7 +184,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, tuple[int, int, int]]] = {   # images
 }
 
 # %% ../../nbs/03_refer.ipynb #062
-# the toolbox's own, then two that are common
+# the toolbox's own, then two common ones
 _PHOTO_FOLDERS = ("images/mscoco/images/train2014", "images/train2014", "train2014")
 _PHRASECUT_SPLITS = ("train", "val", "miniv", "test")   # miniv is a small part of val
 
@@ -258,7 +258,7 @@ def _index(instances: dict, folder: Path, wanted: set | None = None) -> tuple[di
     return annotations, images, {c["id"]: str(c["name"]) for c in instances.get("categories", ())}
 
 def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
-    """Refs, annotations and images as referrals. ValueError tells what is wrong with which of them."""
+    """Join refs, annotations and images into referrals. ValueError says which entry is wrong, and how."""
     try:
         annotations, images, categories = _index(instances, folder, {ref["ann_id"] for ref in refs})
     except _MALFORMED as error:
@@ -277,7 +277,7 @@ class ReferData(Referrals):
     """A data set in the layout of the REFER toolbox: RefCOCO, RefCOCO+, RefCOCOg, RefShapes.
 
     Reads `root/<dataset>/refs(<split_by>).p` and `root/<dataset>/instances.json`; images lie in `root/images/mscoco/images/train2014`
-    for refcoco*, in `root/images/<dataset>` otherwise. Without `split_by` it takes the only one there is.
+    for refcoco*, in `root/images/<dataset>` otherwise. Without `split_by` it takes the only division there is.
     Raises `RISError` where something is missing, corrupt or contradictory. Images and masks are read only when asked for.
     """
     def __init__(self, root: str | Path, dataset: str = "refcoco", split_by: str | None = None):
