@@ -92,7 +92,7 @@ def build_model(settings: RunSettings, referrals: list, seed: int = 0, **network
     torch.manual_seed(seed)
     return _create(name, settings, {**network, **settings.network, **{key: value for key, value in asked.items() if value is not None}})
 
-
+# %% ../../nbs/workshop/run.ipynb #070b
 def _create(name: str, settings: RunSettings, arguments: dict) -> RISModel:
     try:
         return create_model(name, settings.pretrained, **arguments)
@@ -182,7 +182,7 @@ def claim_folder(folder: Path, settings: RunSettings, config: TrainConfig, comma
     with replacing(path) as part:
         part.write_text(json.dumps(command, indent=1))
 
-
+# %% ../../nbs/workshop/run.ipynb #073b
 def leave_folder(folder: Path) -> None:
     """After a run that failed before its first save: take away its settings and its log, so that a corrected line can begin there."""
     if not any((folder / name).exists() for name in ("state.pt", "model.safetensors")):
@@ -214,6 +214,16 @@ def folder_of(settings: RunSettings) -> Path:
     named = Path(settings.recipe).stem if settings.recipe else settings.model or f"{Path(settings.from_).name}_tuned"
     return settings.out or Path("runs") / named
 
+# %% ../../nbs/workshop/run.ipynb #077b
+def _model_and_pairs(data: Referrals, settings: RunSettings, seed: int) -> tuple[RISModel, ReferralDataset]:
+    """The model and what it learns from."""
+    referrals = data.referrals(settings.split)
+    if settings.each == "sentence":
+        referrals = per_sentence(referrals)
+    model = recipe_model(settings, data, referrals, seed) if settings.recipe else build_model(settings, referrals, seed)
+    model.freeze(settings.freeze)
+    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
+
 # %% ../../nbs/workshop/run.ipynb #077a
 def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: Iterable[str | Path] = ()) -> list[dict]:
     """Train what the settings say on a split of the data; returns the lines of the run's log. The folder of the run keeps the rest.
@@ -222,12 +232,7 @@ def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: 
     """
     if settings.from_ is None:
         settings = replace(settings, model=settings.model or DEFAULT_MODEL)
-    referrals = data.referrals(settings.split)
-    if settings.each == "sentence":
-        referrals = per_sentence(referrals)
-    model = recipe_model(settings, data, referrals, config.seed) if settings.recipe else build_model(settings, referrals, config.seed)
-    model.freeze(settings.freeze)
-    dataset = ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
+    model, dataset = _model_and_pairs(data, settings, config.seed)
     config = config.for_samples(len(dataset))
     accelerator = make_accelerator(config.precision)
     validate = validation(settings, config, data, model, accelerator.num_processes)
