@@ -156,7 +156,8 @@ class ReferralDataset(Dataset):
         i, draw = index if isinstance(index, tuple) else (index, 0)
         group = self._groups[i] if self.every else [self.referrals[i]]
         pairs = [(referral, sentence) for referral in group for sentence in referral.sentences]
-        return encode_item(pairs if self.every else [pairs[draw % len(pairs)]], self.tokenizer, self.transform, self.masks, truth=self.every)
+        chosen = pairs if self.every else [pairs[draw % len(pairs)]]
+        return encode_item(chosen, self.tokenizer, self.transform, self.masks, truth=self.every)
 
 # %% ../../nbs/04_batches.ipynb #055
 def collate(items: Sequence[Batch]) -> Batch:

@@ -47,7 +47,8 @@ class Contract(Checkpointed):
     needs_masks = True  # does training look at masks? Data sets for a model that doesn't are built with masks=False
 
     def _must(self, method: str) -> RISError:
-        return RISError(f"{type(self).__name__} has no {method}: a model must define forward(batch), losses(output, batch) and masks(output, sizes)")
+        return RISError(f"{type(self).__name__} has no {method}: a model must define forward(batch), losses(output, batch) "
+                        "and masks(output, sizes)")
 
     def forward(self, batch: Batch) -> Output:
         """A score map for each expression, and what the other methods need. `batch.encoded`: see `encode_image`."""
