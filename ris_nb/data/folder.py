@@ -34,7 +34,7 @@ def _parse_line(line: bytes) -> dict:
 
 # %% ../../nbs/23_your_own_data.ipynb #085
 def _find_annotation(root: Path, entry: dict, coco: tuple | None) -> tuple:
-    """The COCO annotation that a line names: (size, category, bbox, segmentation)."""
+    """Find the COCO annotation that a line names: (size, category, bbox, segmentation)."""
     if coco is None: raise ValueError(f"it names an annotation, but {root / 'annotations.json'} is missing")
     annotations, images, categories = coco
     annotation = annotations.get(entry["annotation"])
@@ -47,7 +47,7 @@ def _find_annotation(root: Path, entry: dict, coco: tuple | None) -> tuple:
             annotation.get("segmentation"))
 
 def _find_mask(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
-    """What a line marks: (size, category, bbox, segmentation)."""
+    """Find what a line marks: (size, category, bbox, segmentation)."""
     if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
     if entry.get("annotation") is not None: return _find_annotation(root, entry, coco)
     if entry.get("mask") is None: return size, "", None, None
@@ -96,7 +96,7 @@ class _FolderReader:
 
 # %% ../../nbs/23_your_own_data.ipynb #090
 class FolderData(Referrals):
-    """A folder of one's own: photos, masks, and `expressions.jsonl` with one JSON object a line.
+    """A folder of your own: photos, masks, and `expressions.jsonl` with one JSON object on each line.
 
     `{"image": "photos/a.jpg", "expression": "the mug on the left", "mask": "masks/a.png"}`, or `"annotation": 7` in place of
     the mask: an id in `annotations.json` (COCO format). With neither, the sentence has no mask. `"split"` is "train" unless given.
