@@ -110,7 +110,7 @@ def _path_below(root: Path, name: str) -> Path:
     return root / name
 
 def _image_size(path: Path) -> tuple[int, int]:
-    """(H, W) from the head of an image file; no pixel is decoded."""
+    """Return (H, W) from the header of an image file; no pixel is decoded."""
     try:
         with Image.open(path) as image: return image.height, image.width
     except FileNotFoundError:

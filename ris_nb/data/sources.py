@@ -17,7 +17,7 @@ __all__ = ['open_data']
 
 # %% ../../nbs/workshop/sources.ipynb #096
 def open_data(root: str | Path, dataset: str | None = None, split_by: str | None = None) -> ReferData | PhraseCutData | FolderData:
-    """The referrals below `root`: a folder of one's own where it has an `expressions.jsonl`, PhraseCut or a REFER data set otherwise.
+    """The referrals below `root`: a folder of your own where it has an `expressions.jsonl`, PhraseCut or a REFER data set otherwise.
 
     `dataset` may be left out where there is one. Raises `RISError`: what is missing, where it was looked for and how to get it.
     """

@@ -99,8 +99,8 @@ def make_refshapes(root: str | Path, flavour: str = "refshapes", counts: dict[st
                    size: int = GRID, seed: int = 0, progress: bool = False) -> Path:
     """Write a flavour of RefShapes as a REFER data root and return the root.
 
-    `counts` maps splits to numbers of scenes (default `COUNTS`; a split left out gets none). A set that is already
-    there is left alone; one of other parameters is a RISError. The refs come last: until they are there, there is no set.
+    `counts` maps splits to numbers of scenes (default `COUNTS`; a split left out gets none). A data set that is
+    already there is left alone; one made with other parameters is a RISError. The refs are written last and complete the set.
     """
     recipe = _check_recipe(flavour, COUNTS if counts is None else counts, size, seed)
     root = Path(root)
