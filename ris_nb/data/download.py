@@ -42,7 +42,7 @@ def _check_mirrors(files: list[str], annotations: list[dict], photos: list[str],
 def read_mirrors(path: str | Path | None = None) -> dict[str, dict]:
     """The mirror list: for each data set its `files`, `annotations` (archives: url, sha256 or null), `photos` and `by_hand`.
 
-    Without a path, the list that comes with the library. Raises `RISError` for one that can't be read or says nonsense.
+    Without a path, the list that comes with the library. Raises `RISError` for one that can't be read or has a wrong entry.
     """
     path = Path(path or Path(__file__).with_name("mirrors.json"))
     try:

@@ -179,7 +179,7 @@ def _fetch_photo(job: Job, servers: _Servers, path: Path, size: tuple[int, int])
     return reason
 
 # %% ../../nbs/workshop/prepare.ipynb #057
-_GIVE_UP = 20   # photos in a row that no server gives
+_GIVE_UP = 20   # photos in a row that no server delivers
 
 def fetch_photos(job: Job, needed: dict[Path, tuple[int, int]]):
     """Fetch photos, `job.parallel` at a time. Raises `RISError` at the end when some are missing, and earlier when none arrive."""
@@ -255,7 +255,7 @@ def _run_job(job: Job, coco: Path | None) -> Prepared:
 # %% ../../nbs/workshop/prepare.ipynb #066
 @contextmanager
 def _locked_folder(root: Path):
-    """A locked folder, `root/.prepare`, for unfinished files. Afterwards it is deleted, unless half an archive waits there."""
+    """A locked folder, `root/.prepare`, for unfinished files. Afterwards it is deleted, unless it holds an unfinished archive."""
     made = not root.exists()
     folder = _check_below(root, root / ".prepare/lock").parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,7 +282,7 @@ def prepare(dataset: str, root: str | Path, coco: str | Path | None = None, mirr
 
     Annotations come from the first mirror (`read_mirrors(mirrors)`) whose archive has the SHA-256 that the list names, or the counts
     that were `published`. Photos are those that references name: links into the folder `coco` where it has them, fetched otherwise,
-    `parallel` at a time. A second call goes on where the first ended. Writes below `root` alone. Raises `RISError`.
+    `parallel` at a time. A second call continues where the first ended. Writes only below `root`. Raises `RISError`.
     """
     root, listed = Path(root), read_mirrors(mirrors)
     if dataset not in listed: raise RISError(f"no mirrors for {dataset!r}; there are {', '.join(listed)}")
