@@ -248,8 +248,10 @@ def _referral(ref: dict, annotation: dict, image: tuple, categories: dict) -> Re
 # %% ../../nbs/03_refer.ipynb #065
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}, {ascii(str(error))[1:-1][:150]}"
+
 
 def _index(instances: dict, folder: Path, wanted: set | None = None) -> tuple[dict, dict, dict]:
     """Annotations, images as (id, path, size) and category names by id; only `wanted` annotations, to keep memory low."""
@@ -257,6 +259,7 @@ def _index(instances: dict, folder: Path, wanted: set | None = None) -> tuple[di
     images = {i["id"]: (i["id"], _path_below(folder, i["file_name"]), _size(i)) for i in instances["images"]}
     return annotations, images, {c["id"]: str(c["name"]) for c in instances.get("categories", ())}
 
+# %% ../../nbs/03_refer.ipynb #065s0
 def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
     """Join refs, annotations and images into referrals. ValueError says which entry is wrong, and how."""
     try:

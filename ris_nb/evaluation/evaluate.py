@@ -95,7 +95,7 @@ def share_loader(dataset: ReferralDataset, batch_size: int = 32, workers: int = 
     return DataLoader(dataset, batch_sampler=shares(len(dataset), batch_size), collate_fn=collate, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
-
+# %% ../../nbs/09_evaluation.ipynb #039s0
 @torch.no_grad()
 def run_share(model: RISModel, loader: DataLoader, progress: bool, pairs: int | None = None) -> list[Record]:
     """The records of this process's share of a data set, the model in evaluation mode meanwhile."""

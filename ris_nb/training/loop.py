@@ -235,13 +235,12 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
     """Trains `model` on `dataset` (in training mode) and returns the history: the lines of `log.jsonl`.
 
     `validate(model)`, called in every process, gives a dict of floats with `config.best` in it. Afterwards the model holds the last weights
-    (with `config.ema` their average); `load_model(run_dir)` gives the best validated ones, or the last where nothing validates. Resuming a
-    finished run returns its history; resuming an empty folder starts from the beginning. RISError: a folder in use, another config, model
-    or data, something that machine or model don't offer, numbers that are not finite, a full disk, another process lost.
+    (with `config.ema` their average); `load_model(run_dir)` gives the best validated ones, or the last where nothing validates.
+    Resuming a finished run returns its history, and an empty folder starts from the beginning. RISError: a folder in use, another
+    config, model or data, what machine or model don't offer, numbers that are not finite, a full disk, another process lost.
     """
     if config.patience and validate is None:
-        raise RISError(f"patience {config.patience} counts validations, and there is nothing to validate on: "
-                       "leave it out, or give validate")
+        raise RISError(f"patience {config.patience} counts validations, and nothing validates: leave it out, or give validate")
     config = config.for_samples(len(dataset))
     run, loss_step = prepare(model, dataset, config, Path(run_dir), resume)
     batches, hidden = iter(run.batches), not progress or not run.accelerator.is_main_process
@@ -251,8 +250,6 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
         while not run.done:
             finish_step(run, take_step(run, loss_step, batches), validate, bar)
         run.accelerator.wait_for_everyone()
-    if run.ema:
-        model.load_state_dict(run.ema.module.state_dict())
-    for tracker in run.trackers:
-        tracker.finish()
+    if run.ema: model.load_state_dict(run.ema.module.state_dict())
+    for tracker in run.trackers: tracker.finish()
     return read_log(run_dir)
