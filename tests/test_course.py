@@ -74,7 +74,7 @@ def long_cells(path: Path) -> list[str]:
     found = []
     for cell in code(path):
         lines = len(cell["text"].splitlines())
-        imports = isinstance(parse(cell).body[0], (ast.Import, ast.ImportFrom)) and all(
+        imports = isinstance((parse(cell).body or [None])[0], (ast.Import, ast.ImportFrom)) and all(
             isinstance(node, (ast.Import, ast.ImportFrom, ast.If)) for node in parse(cell).body)
         if lines > LINES + 5 * cell["text"].startswith("%%writefile") and not imports and not flagged(cell, "hide_input"):
             whole = flagged(cell, "export") and any(isinstance(node, ast.ClassDef) and node.name in LONG for node in parse(cell).body)

@@ -749,3 +749,10 @@ def test_what_machine_or_model_does_not_offer_is_refused_before_anything_is_writ
     with pytest.raises(RISError, match=words) as caught:
         fit(toy(), Colours(), replace(CONFIG, **change), tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_losses_that_no_parameter_changes_are_told_in_one_line(tmp_path):
+    model = toy()
+    model.losses = lambda output, batch: {"mask": output.score.detach().mean()}
+    with pytest.raises(RISError, match="no gradient comes from mask"):
+        fit(model, Colours(), CONFIG, tmp_path / "run", progress=False)

@@ -48,7 +48,7 @@ class Contract(Checkpointed):
 
     def _must(self, method: str) -> RISError:
         return RISError(f"{type(self).__name__} has no {method}: a model must define forward(batch), losses(output, batch) "
-                        "and masks(output, sizes)")
+                        "and masks(output, sizes, threshold=None)")
 
     def forward(self, batch: Batch) -> Output:
         """A score map for each expression, and what the other methods need. `batch.encoded`: see `encode_image`."""

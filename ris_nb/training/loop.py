@@ -67,6 +67,8 @@ def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches
         with accelerator.no_sync(loss_step) if k + 1 < accumulate else nullcontext():
             terms = loss_step(batch)
             loss = sum(terms.values())
+            if not loss.requires_grad:
+                raise RISError(f"no gradient comes from {', '.join(terms)}: no loss term depends on a parameter that trains; freeze less")
             scale(loss * (factor / accumulate)).backward()
         for name, value in {"loss": loss, **terms}.items():
             means[name] = means.get(name, 0) + value.detach().float() / accumulate
