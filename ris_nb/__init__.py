@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {  # module -> what of it is public
     "contract": "Batch Output RISError",
-    "registry": "create_model list_models load_model register_model shipped_checkpoint",
+    "registry": "create_model import_file list_models load_model register_model shipped_checkpoint",
     "checkpoint": "Checkpointed replacing",
     "metrics": "SegmentationMetrics intersection_union iou",
     "show": "draw_mask overlay show_referral",
@@ -17,7 +17,7 @@ _ROOMS = {  # module -> what of it is public
     "data.phrasecut": "PhraseCutData",
     "data.folder": "FolderData",
     "data.sources": "open_data",
-    "data.check": "check_data count_split published_counts",
+    "data.check": "check_data",
     "data.prepare": "prepare",
     "data.tokenizer": "Tokenizer build_vocabulary read_vocabulary",
     "data.batches": "ReferralDataset Transform collate encode_item make_batch make_loader read_image",
@@ -46,12 +46,14 @@ _ROOMS = {  # module -> what of it is public
     "evaluation.floors": "Floor",
     "evaluation.cases": "show_answers show_cases",
     "studies.runner": "run_study seed_interval show_study study_table",
-    "studies.magnet": "magnet_study",
-    "studies.sag": "sag_study",
-    "recipes.recipes": "RECIPES Recipe find_recipe list_recipes",
+    "studies.table": "STUDIES repeat_study",
+    "recipes.recipe": "Recipe Setting plan read_recipe",
+    "recipes.recipes": "RECIPES find_recipe list_recipes",
+    "recipes.run": "RunSettings train",
     "recipes.expectation": "expectation",
     "recipes.published": "read_published results_markdown",
     "recipes.released": "released_model",
+    "testing": "check_model",
 }
 _HOME = {name: module for module, names in _ROOMS.items() for name in names.split()}
 __all__ = sorted(_HOME)
