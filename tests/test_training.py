@@ -650,7 +650,7 @@ def test_patience_ends_a_run_and_more_of_it_goes_on(tmp_path):
     fit(toy(), Colours(), patient, tmp_path / "a", lambda model: {"oIoU": next(rest), "mIoU": 0.0}, resume=True, progress=False)
     fit(toy(), Colours(), patient, tmp_path / "b", scores(), progress=False)
     assert same(outcome(tmp_path / "a"), outcome(tmp_path / "b")) and read_log(tmp_path / "a")[-1]["step"] == 12
-    with pytest.raises(RISError, match="patience 2 counts validations, and there is nothing to validate on"):
+    with pytest.raises(RISError, match="patience 2 counts validations, and nothing validates"):
         fit(toy(), Colours(), config, tmp_path / "c", progress=False)
 
 
