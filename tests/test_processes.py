@@ -47,6 +47,7 @@ def train(rank, root, folder, dies_at=-1):
 
     def deadly(seed, step, rank):
         if step == dies_at and rank == 2:
+            folder.with_suffix(".died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         original(seed, step, rank)
 
@@ -101,9 +102,8 @@ def test_four_processes_train_the_weights_of_one_lose_a_rank_and_two_go_on(tmp_p
     in_processes(1, train, root, one)
 
     code, errors = torchrun(4, root, four, DIES_AT)
-    died = max(path.stat().st_mtime for path in four.iterdir())  # the last line of the log, one step before
-    assert code != 0 and time.time() - died < 60  # some seconds, but on a busy machine
-    assert re.search(r"rank +: 2 .*\n.*exitcode +: -9", errors)  # torchrun names the process that began it
+    died = four.with_suffix(".died").stat().st_mtime
+    assert code != 0 and time.time() - died < 60, errors  # some seconds, but on a busy machine
     told = [path.read_text() for path in four.glob("*.error")]  # of those that torchrun had not stopped by then
     assert len(told) + errors.count("via signal SIGTERM") >= 3, errors  # each of the other three was told or stopped
     assert all(re.fullmatch(r"step 14: another process of this training is gone, .* to resume", line) for line in told), told
