@@ -20,7 +20,7 @@ from torch import nn
 from .contract import RISError
 
 # %% auto #0
-__all__ = ['HUB_ERRORS', 'out_of_reach', 'replacing', 'Checkpointed']
+__all__ = ['replacing', 'Checkpointed']
 
 # %% ../nbs/workshop/checkpoint.ipynb #033x
 HUB_ERRORS = (OSError, HFValidationError, *HfHubHTTPError.__bases__)  # of files, of names, and of the network by whatever client

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 # %% auto #0
-__all__ = ['AllReduce', 'global_moments', 'SyncBatchNorm2d', 'sync_batchnorm', 'gather_images', 'processes', 'shares', 'gather']
+__all__ = ['sync_batchnorm']
 
 # %% ../nbs/workshop/distributed.ipynb #067
 class AllReduce(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .contract import RISError
 
 # %% auto #0
-__all__ = ['THRESHOLDS', 'intersection_union', 'iou', 'SegmentationMetrics']
+__all__ = ['intersection_union', 'iou', 'SegmentationMetrics']
 
 # %% ../nbs/01_task.ipynb #024
 def intersection_union(prediction, truth) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ris_nb.models.base import RISModel
 
 # %% auto #0
-__all__ = ['ENTRY_POINTS', 'register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint', 'load_model']
+__all__ = ['register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint', 'load_model']
 
 # %% ../nbs/workshop/registry.ipynb #083
 _CLASSES: dict[str, type[RISModel]] = {}

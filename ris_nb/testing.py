@@ -18,7 +18,7 @@ from .models.base import RISModel
 from .registry import load_model
 
 # %% auto #0
-__all__ = ['toy_batch', 'check_model']
+__all__ = ['check_model']
 
 # %% ../nbs/workshop/testing.ipynb #n04
 def _toy_words(model: RISModel, count: int = 5) -> list[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import ris_nb
+
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIBRARY = ROOT / "nbs", ROOT / "ris_nb"
 CHAPTERS = sorted(NBS.glob("[0-9][0-9]_*.ipynb"))
@@ -77,7 +79,7 @@ def long_cells(path: Path) -> list[str]:
         imports = isinstance((parse(cell).body or [None])[0], (ast.Import, ast.ImportFrom)) and all(
             isinstance(node, (ast.Import, ast.ImportFrom, ast.If)) for node in parse(cell).body)
         if lines > LINES + 5 * cell["text"].startswith("%%writefile") and not imports and not flagged(cell, "hide_input"):
-            whole = flagged(cell, "export") and any(isinstance(node, ast.ClassDef) and node.name in LONG for node in parse(cell).body)
+            whole = flagged(cell, "exporti?") and any(isinstance(node, ast.ClassDef) and node.name in LONG for node in parse(cell).body)
             found += [] if whole else [f"{cell['id']}: {lines}"]
     return found
 
@@ -111,7 +113,7 @@ def test_a_chapter_ends_with_a_link_to_the_next(path):
 def test_visible_code_of_a_chapter_imports_no_private_name(path):
     """What a chapter exports may share private names with other modules of its room."""
     for cell in code(path):
-        if not flagged(cell, "hide_input") and not flagged(cell, "export"):
+        if not flagged(cell, "hide_input") and not flagged(cell, "exporti?"):
             for node in ast.walk(parse(cell)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == LIBRARY.name:
                     assert [a.name for a in node.names if a.name.startswith("_")] == [], cell["id"]
@@ -219,3 +221,12 @@ def test_a_notebook_exports_one_module():
     assert len(modules) == len(set(modules)) and {f"ris_nb.{name}" for name in modules} == {name_of(path) for path in MODULES}
     others = [(path.name, cell["id"]) for path in NOTEBOOKS for cell in code(path) if re.search(r"^#\|\s*exporti?[ \t]+\S", cell["text"], re.M)]
     assert others == []
+
+
+def test_few_names_are_public():
+    """`#| export` makes a name public, `#| exporti` does not: what `import ris_nb` gives, what chapters take by name, and little else."""
+    public = {(module.relative_to(LIBRARY).as_posix(), name) for module in MODULES for node in ast.parse(module.read_text(encoding="utf-8")).body
+              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for name in ast.literal_eval(node.value)}
+    assert len(public) <= 200
+    missing = {(module.replace(".", "/") + ".py", name) for module, names in ris_nb._ROOMS.items() for name in names.split()} - public
+    assert missing == set()

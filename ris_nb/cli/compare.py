@@ -16,7 +16,7 @@ from .flags import Several, answering_models, machine
 from .predict import ask
 
 # %% auto #0
-__all__ = ['Compare', 'run_compare']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_compare.ipynb #132b
 @dataclass

@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from .errors import SEEDS, UsageError, within
 
 # %% auto #0
-__all__ = ['Shapes', 'run_shapes', 'Check', 'table', 'beside_published', 'run_check', 'Prepare', 'run_prepare']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_data.ipynb #034
 @dataclass

@@ -9,8 +9,7 @@ import re
 from dataclasses import fields
 
 # %% auto #0
-__all__ = ['TYRO_SAYS', 'SEEDS', 'MAX_IMAGE_SIZE', 'MAX_BATCH', 'MAX_WORKERS', 'UsageError', 'error_line', 'check_words',
-           'within', 'not_empty', 'one_line', 'out_of_memory']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_errors.ipynb #021
 class UsageError(Exception):

@@ -15,7 +15,7 @@ from .errors import MAX_BATCH, MAX_WORKERS, SEEDS, UsageError, within
 from .flags import Answering, Data, answering_model, machine
 
 # %% auto #0
-__all__ = ['Evaluate', 'write_report', 'home_of', 'run_evaluate']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #096a
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from .errors import UsageError, not_empty, within
 from .flags import Several, answering_models
 
 # %% auto #0
-__all__ = ['Explore', 'write_page', 'run_explore']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_explore.ipynb #135a
 @dataclass

@@ -15,7 +15,7 @@ from tyro.conf import UseAppendAction, arg
 from .errors import UsageError
 
 # %% auto #0
-__all__ = ['Own', 'Data', 'Answering', 'answering_model', 'Several', 'answering_models', 'rank_and_world', 'machine']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_flags.ipynb #061
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from .flags import Own
 from .main import parse
 
 # %% auto #0
-__all__ = ['Models', 'run_models', 'Recipes', 'run_recipes']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_models.ipynb #093
 @dataclass

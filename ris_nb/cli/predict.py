@@ -16,7 +16,7 @@ from .errors import UsageError
 from .flags import Answering, answering_model, machine
 
 # %% auto #0
-__all__ = ['Predict', 'say_unread', 'ask', 'run_predict']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_predict.ipynb #117
 @dataclass

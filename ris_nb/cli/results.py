@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from .errors import UsageError
 
 # %% auto #0
-__all__ = ['PICTURES', 'Results', 'run_results']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_results.ipynb #110a
 @dataclass

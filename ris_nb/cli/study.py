@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from .errors import SEEDS, not_empty, within
 
 # %% auto #0
-__all__ = ['Study', 'run_the_study']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_study.ipynb #113
 @dataclass

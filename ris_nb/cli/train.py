@@ -28,7 +28,7 @@ from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.trackers import check_trackers
 
 # %% auto #0
-__all__ = ['Train', 'read_arguments', 'train_flags', 'check_train', 'remembered', 'settings_of', 'ending', 'run_train']
+__all__ = []
 
 # %% ../../nbs/workshop/cli_train.ipynb #062
 @dataclass(kw_only=True)

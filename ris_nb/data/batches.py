@@ -21,8 +21,7 @@ from .refer import Referral, Sentence
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'read_image', 'Transform', 'encode_item', 'ReferralDataset', 'collate', 'DrawSampler',
-           'make_loader', 'make_batch']
+__all__ = ['read_image', 'Transform', 'encode_item', 'ReferralDataset', 'collate', 'make_loader', 'make_batch']
 
 # %% ../../nbs/04_batches.ipynb #010
 def _open_image(source) -> Image.Image:

@@ -16,7 +16,7 @@ from .refer import PUBLISHED, Referral, Referrals, _datasets, _splits_by
 from .sources import open_data
 
 # %% auto #0
-__all__ = ['published_counts', 'count_split', 'photo_problem', 'check_data']
+__all__ = ['check_data']
 
 # %% ../../nbs/workshop/check.ipynb #099
 def published_counts(dataset: str, split_by: str, split: str) -> dict[str, int] | None:

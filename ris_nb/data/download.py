@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['read_mirrors', 'Patience', 'TemporaryError', 'PermanentError', 'file_size', 'download', 'unpack']
+__all__ = ['read_mirrors']
 
 # %% ../../nbs/workshop/download.ipynb #006
 def _check_mirrors(files: list[str], annotations: list[dict], photos: list[str], by_hand: str):

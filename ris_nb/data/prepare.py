@@ -30,7 +30,7 @@ from .refer import PUBLISHED, Referrals, photo_folders
 from .sources import open_data
 
 # %% auto #0
-__all__ = ['count_differences', 'sha256', 'Job', 'fetch_photos', 'Prepared', 'prepare']
+__all__ = ['prepare']
 
 # %% ../../nbs/workshop/prepare.ipynb #043
 def _open_all(root: Path, dataset: str, published: dict = PUBLISHED) -> list[Referrals]:

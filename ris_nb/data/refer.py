@@ -17,7 +17,7 @@ from ..contract import RISError
 from .pickles import _image_size, _path_below, _read_json, load_plain_pickle
 
 # %% auto #0
-__all__ = ['SPLIT_NAMES', 'PUBLISHED', 'read_mask', 'Sentence', 'Referral', 'Referrals', 'photo_folders', 'ReferData']
+__all__ = ['PUBLISHED', 'read_mask', 'Sentence', 'Referral', 'Referrals', 'ReferData']
 
 # %% ../../nbs/03_refer.ipynb #039
 def _rle_counts(text: bytes) -> list[int]:

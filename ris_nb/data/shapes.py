@@ -16,8 +16,8 @@ import numpy as np
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['GRID', 'COLOURS', 'SHAPES', 'SIZES', 'FLAVOURS', 'SPLITS', 'ROUND', 'HELD_OUT', 'MARGIN', 'stencil', 'Dice', 'Thing',
-           'Scene', 'make_scene', 'Phrase', 'say', 'beats', 'holds', 'denote', 'referent', 'shorter', 'is_minimal']
+__all__ = ['GRID', 'COLOURS', 'SHAPES', 'SIZES', 'FLAVOURS', 'SPLITS', 'ROUND', 'HELD_OUT', 'Thing', 'Scene', 'make_scene',
+           'Phrase', 'referent']
 
 # %% ../../nbs/02_shapes.ipynb #008
 GRID = 64                # scenes are laid out on 64 x 64 units, whatever their size in pixels

@@ -21,7 +21,7 @@ from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['SPECIAL', 'BERT_UNCASED', 'build_vocabulary', 'TokenizerPieces', 'read_vocabulary', 'Tokenizer']
+__all__ = ['SPECIAL', 'BERT_UNCASED', 'build_vocabulary', 'read_vocabulary', 'Tokenizer']
 
 # %% ../../nbs/workshop/tokenizer.ipynb #027
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

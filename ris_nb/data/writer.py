@@ -20,7 +20,7 @@ from .shapes import FLAVOURS, GRID, SHAPES, SPLITS, Scene, _check_scene, make_sc
 from .speaker import Expression, refer
 
 # %% auto #0
-__all__ = ['COUNTS', 'make_refshapes']
+__all__ = ['make_refshapes']
 
 # %% ../../nbs/workshop/writer.ipynb #079
 COUNTS = {"train": 12000, "val": 500, "testA": 300, "testB": 300, "testC": 500}     # scenes, unless you say otherwise

@@ -12,7 +12,7 @@ from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['additive_mask', 'pretrained_bert', 'TextEncoder']
+__all__ = ['TextEncoder']
 
 # %% ../../nbs/05_language.ipynb #025
 def additive_mask(words: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -20,8 +20,7 @@ from ..data.shapes import COLOURS, SHAPES, SIZES, Scene, make_scene
 from .vision import Swin, ViT
 
 # %% auto #0
-__all__ = ['NAMES', 'TINY_SWIN', 'TAGS', 'TINY_VIT', 'name_map', 'Namer', 'learn_names', 'pretrained_namer', 'tags', 'Tagger',
-           'window_patches', 'new_tagger', 'learn_tags', 'centre_tokens', 'pretrained_tagger']
+__all__ = ['TINY_SWIN', 'learn_names', 'pretrained_namer', 'pretrained_tagger']
 
 # %% ../../nbs/workshop/pretraining.ipynb #081
 NAMES = ("background", *(f"{size} {shape}" for shape in SHAPES for size in SIZES))

@@ -19,8 +19,7 @@ from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['to_windows', 'from_windows', 'attend_windows', 'shift_mask', 'window_order', 'SwinBlock', 'init_weights',
-           'pretrained_timm', 'Swin', 'resize_positions', 'ViT']
+__all__ = ['Swin', 'ViT']
 
 # %% ../../nbs/06_vision.ipynb #010
 def to_windows(x: Tensor, window: int) -> Tensor:

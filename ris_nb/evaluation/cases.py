@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['pick_cases', 'show_record', 'show_cases', 'show_answers']
+__all__ = ['pick_cases', 'show_cases', 'show_answers']
 
 # %% ../../nbs/workshop/cases.ipynb #072
 def pick_cases(records: Sequence[Record], count: int = 4) -> dict[str, list[Record]]:

@@ -27,8 +27,7 @@ from ..metrics import intersection_union
 from ..models.base import RISModel, evaluating
 
 # %% auto #0
-__all__ = ['PIXELS', 'pairs_at_once', 'cut', 'score_batch', 'device_of', 'machine_facts', 'share_loader', 'run_share', 'evaluate',
-           'shuffle_expressions']
+__all__ = ['evaluate', 'shuffle_expressions']
 
 # %% ../../nbs/09_evaluation.ipynb #016
 PIXELS = 16 * 480**2  # one image for each expression of a forward pass: leaves full-size models room on a GPU of 24 GB (chapter 24)

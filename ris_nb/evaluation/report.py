@@ -18,8 +18,7 @@ from ..contract import RISError
 from ..metrics import SegmentationMetrics
 
 # %% auto #0
-__all__ = ['SIZE_GROUPS', 'LENGTH_GROUPS', 'Record', 'score', 'size_group', 'length_group', 'score_by', 'bootstrap', 'Report',
-           'write_text', 'make_report', 'markdown_table', 'percent']
+__all__ = ['Record', 'score', 'bootstrap', 'Report', 'write_text', 'make_report']
 
 # %% ../../nbs/workshop/report.ipynb #006
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..models.base import RISModel
 from ..registry import load_model
 
 # %% auto #0
-__all__ = ['Latest', 'fingerprint', 'Remembered', 'Viewer', 'shipped', 'viewers_of', 'word_effects', 'Answer', 'answer']
+__all__ = ['Viewer', 'shipped']
 
 # %% ../../nbs/workshop/explore_answers.ipynb #010
 class Latest:

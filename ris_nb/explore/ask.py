@@ -25,8 +25,7 @@ from ..models.base import RISModel
 from ..show import overlay
 
 # %% auto #0
-__all__ = ['READS', 'word_buttons', 'read_upload', 'ask_parts', 'draw_answer', 'same_place', 'row_of_pictures', 'AskPanel',
-           'ask_panel']
+__all__ = []
 
 # %% ../../nbs/workshop/explore_ask.ipynb #039
 def word_buttons(expression: widgets.Text, words: Sequence[str]) -> widgets.HBox:

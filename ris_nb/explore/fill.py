@@ -32,8 +32,7 @@ from ..registry import load_model, shipped_checkpoint
 from ..show import overlay
 
 # %% auto #0
-__all__ = ['POINTER', 'SEES', 'Pointable', 'stroke_points', 'paint', 'shift', 'mean_below', 'WordGame', 'hide_word', 'guess_word',
-           'shipped_game', 'fill_parts', 'picture_and_bars', 'MovableMask', 'FillPanel', 'fill_panel']
+__all__ = ['SEES', 'hide_word', 'guess_word', 'shipped_game']
 
 # %% ../../nbs/workshop/explore_fill.ipynb #051
 POINTER = """

@@ -19,8 +19,7 @@ from ..models.alignment import alignment_terms
 from ..models.c3_loss import c3_loss, c3_similarity
 
 # %% auto #0
-__all__ = ['SENTENCES', 'FAN', 'MARKERS', 'unit', 'c3_points', 'alignment_points', 'svg_text', 'svg_circle', 'svg_table',
-           'svg_bars', 'loss_parts', 'LossPanel', 'loss_panel']
+__all__ = []
 
 # %% ../../nbs/workshop/explore_losses.ipynb #085
 def unit(degrees: Tensor | Sequence[float]) -> Tensor:

@@ -18,7 +18,7 @@ from ..models.base import RISModel
 from ..models.entity_slots import EntitySlots
 
 # %% auto #0
-__all__ = ['explore']
+__all__ = []
 
 # %% ../../nbs/25_explore.ipynb #096
 def explore(models: Mapping[str, RISModel] | None = None) -> widgets.Tab:

@@ -25,8 +25,7 @@ from .answers import Latest
 from ..show import TRUTH
 
 # %% auto #0
-__all__ = ['SIDE', 'PALETTE', 'shown', 'png', 'heat', 'coloured', 'bars', 'Panel', 'picture_part', 'scene_at', 'scene_parts',
-           'offer', 'offer_examples', 'unread']
+__all__ = ['picture_part', 'scene_at']
 
 # %% ../../nbs/workshop/explore_panel.ipynb #028
 SIDE = 224  # of pictures in a panel, in pixels

@@ -17,7 +17,7 @@ from .fast_maps import enlarge_grids, pool_grids, projected_scale
 from .lavt import PWAM, LanguageGate
 
 # %% auto #0
-__all__ = ['RegionBranch', 'ImageAlignment', 'LanguageAlignment', 'alignment_terms', 'alignment_loss', 'sentence_vector']
+__all__ = ['ImageAlignment', 'LanguageAlignment', 'alignment_loss']
 
 # %% ../../nbs/11_alignment.ipynb #024
 class RegionBranch(nn.Module):

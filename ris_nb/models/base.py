@@ -22,7 +22,7 @@ from ..data.tokenizer import BERT_UNCASED, Tokenizer, TokenizerPieces, _bert_pie
 from ..registry import _CLASSES, _enter
 
 # %% auto #0
-__all__ = ['evaluating', 'Contract', 'RISModel']
+__all__ = ['evaluating', 'RISModel']
 
 # %% ../../nbs/workshop/model.ipynb #072
 @contextmanager

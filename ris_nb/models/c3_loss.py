@@ -15,7 +15,7 @@ from torch import Tensor
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['c3_similarity', 'c3_loss', 'image_codes', 'same_image']
+__all__ = ['c3_similarity', 'c3_loss']
 
 # %% ../../nbs/16_c3_loss.ipynb #013
 def c3_similarity(text: Tensor, z: Tensor, detach: bool = True) -> Tensor:

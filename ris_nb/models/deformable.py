@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['gathered_sample']
+__all__ = []
 
 # %% ../../nbs/workshop/deformable.ipynb #021
 def _bordered(value: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:

@@ -15,8 +15,7 @@ from ..contract import RISError
 from .mask_decoder import sine_positions
 
 # %% auto #0
-__all__ = ['SLOT_KINDS', 'compete', 'EntitySlots', 'RandomSlots', 'QuerySlots', 'split_heads', 'merge_heads', 'FeedForward',
-           'Aggregation', 'Interaction', 'EntityDiscovery', 'reconstruction_loss', 'start_as_kmeans']
+__all__ = ['SLOT_KINDS', 'EntitySlots', 'RandomSlots', 'QuerySlots', 'EntityDiscovery', 'reconstruction_loss']
 
 # %% ../../nbs/14_entity_slots.ipynb #012
 def compete(scores: Tensor, competition: str = "slots") -> tuple[Tensor, Tensor]:

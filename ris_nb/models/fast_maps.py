@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['pool_grids', 'enlarge_grids', 'projected_scale']
+__all__ = []
 
 # %% ../../nbs/workshop/fast_maps.ipynb #017
 @lru_cache(maxsize=64)

@@ -26,8 +26,7 @@ from .released import load_released, released_lavt, released_lavt_key, released_
 from ..registry import register_model
 
 # %% auto #0
-__all__ = ['NORMS', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'LAVT', 'lavt_tiny',
-           'lavt_swin_base']
+__all__ = ['NORMS', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'LAVT']
 
 # %% ../../nbs/07_lavt.ipynb #015
 class InstanceNorm(nn.Module):

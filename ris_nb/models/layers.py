@@ -18,8 +18,7 @@ from ..encoders.language import TextEncoder
 from ..encoders.vision import Swin
 
 # %% auto #0
-__all__ = ['SWIN_B', 'BERT_BASE', 'upsample', 'score_masks', 'mask_loss', 'dice_loss', 'word_rows', 'keep_sizes',
-           'start_pretrained', 'fetch_swin_and_bert', 'read_attention']
+__all__ = ['upsample', 'score_masks', 'mask_loss', 'dice_loss']
 
 # %% ../../nbs/workshop/layers.ipynb #047
 def upsample(score: Tensor, size: tuple[int, int]) -> Tensor:

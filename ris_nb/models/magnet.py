@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
-__all__ = ['LockStep', 'supervise', 'shrink_mask', 'MagNet', 'magnet_tiny', 'magnet_swin_base']
+__all__ = ['LockStep', 'MagNet']
 
 # %% ../../nbs/13_magnet.ipynb #003b
 from ..contract import Batch, Output, RISError

@@ -18,8 +18,7 @@ from ..contract import RISError
 from .deformable import gathered_sample
 
 # %% auto #0
-__all__ = ['grid_sampled', 'deformable_sample', 'sine_positions', 'DeformableAttention', 'DeformableLayer', 'PixelDecoder',
-           'QueryAttention', 'QueryLayer', 'MaskDecoder']
+__all__ = ['deformable_sample', 'DeformableAttention', 'PixelDecoder', 'MaskDecoder']
 
 # %% ../../nbs/12_mask_decoder.ipynb #016
 def grid_sampled(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:

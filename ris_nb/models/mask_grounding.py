@@ -19,8 +19,8 @@ from ..data.tokenizer import SPECIAL
 from .base import evaluating
 
 # %% auto #0
-__all__ = ['IGNORE', 'MASK_ENCODERS', 'SOURCES', 'TINY_PREDICTOR', 'mask_words', 'mask_centre', 'CentreEncoder', 'GridEncoder',
-           'WordPredictor', 'mask_grounding_loss', 'Grounded', 'masked_word_guesses', 'masked_word_accuracy']
+__all__ = ['IGNORE', 'SOURCES', 'TINY_PREDICTOR', 'mask_words', 'WordPredictor', 'mask_grounding_loss', 'Grounded',
+           'masked_word_accuracy']
 
 # %% ../../nbs/10_mask_grounding.ipynb #017
 IGNORE = -1

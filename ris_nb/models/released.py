@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['RELEASED_PWAM', 'read_released', 'released_swin_key', 'released_pwam_key', 'released_lavt_key', 'released_lavt',
-           'released_encoder_sizes', 'released_lavt_sizes', 'load_released']
+__all__ = []
 
 # %% ../../nbs/workshop/released.ipynb #071
 def read_released(source: Mapping | str | Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from .alignment import LanguageAlignment
 from .lavt import InstanceNorm
 
 # %% auto #0
-__all__ = ['ReleasedLanguageAlignment']
+__all__ = []
 
 # %% ../../nbs/workshop/released_alignment.ipynb #003
 class ReleasedLanguageAlignment(LanguageAlignment):

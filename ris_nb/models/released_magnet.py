@@ -17,9 +17,7 @@ from ..contract import RISError
 from .released import read_released, released_encoder_sizes, released_pwam_key, released_swin_key
 
 # %% auto #0
-__all__ = ['RELEASED_WEIGHTS', 'list_weights', 'fetch_released', 'released_image_alignment_key',
-           'released_language_alignment_key', 'released_mask_decoder_key', 'released_magnet', 'released_magnet_key',
-           'released_magnet_sizes']
+__all__ = []
 
 # %% ../../nbs/workshop/released_magnet.ipynb #051
 RELEASED_WEIGHTS = "yxchng/magnet_weights"

@@ -16,8 +16,7 @@ from ..contract import RISError
 from .released import read_released
 
 # %% auto #0
-__all__ = ['RELEASED_PARTS', 'UNUSED', 'released_slots_key', 'released_decoder_key', 'released_fusion_key', 'released_sag_key',
-           'released_sag', 'released_sag_sizes']
+__all__ = []
 
 # %% ../../nbs/workshop/released_sag.ipynb #103
 _LAYERS = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "out"}

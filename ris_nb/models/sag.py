@@ -31,7 +31,7 @@ from .repainting import SlotDecoder, reconstruct
 from ..registry import register_model
 
 # %% auto #0
-__all__ = ['VIT_S', 'relevance_masks', 'SaG', 'sag_tiny', 'sag_vit_small', 'sag_vit_small_scripts', 'PatchEntities', 'DotFusion']
+__all__ = ['relevance_masks', 'SaG']
 
 # %% ../../nbs/17_sag.ipynb #013
 def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['read_published', 'our_results', 'benchmark_table', 'results_markdown', 'study_fields', 'results_figure']
+__all__ = ['read_published', 'our_results', 'benchmark_table', 'results_markdown', 'study_fields']
 
 # %% ../../nbs/workshop/published.ipynb #070
 def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:

@@ -23,8 +23,7 @@ if sys.version_info >= (3, 11):
     import tomllib
 
 # %% auto #0
-__all__ = ['RECIPE_FILES', 'Setting', 'Recipe', 'micro_batches', 'sourced', 'schedule', 'recipe_flags', 'read_recipe', 'plan',
-           'check_complete', 'untouched_norms', 'check_pretrained', 'per_sentence']
+__all__ = ['Setting', 'Recipe', 'read_recipe', 'plan']
 
 # %% ../../nbs/24_full_scale.ipynb #011
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..models.released_magnet import RELEASED_WEIGHTS, fetch_released, list_weig
 from ..models.sag import SaG
 
 # %% auto #0
-__all__ = ['RELEASED', 'find_released', 'released_model']
+__all__ = ['released_model']
 
 # %% ../../nbs/workshop/authors_weights.ipynb #064
 RELEASED = {  # name -> what the names of the files in the authors' repository say of the data set

@@ -35,8 +35,7 @@ from ..training.state import open_run
 from ..training.trackers import check_trackers
 
 # %% auto #0
-__all__ = ['DEFAULT_MODEL', 'LOOSE', 'RUN_FILES', 'RunSettings', 'build_model', 'validation', 'recipe_model', 'check_command',
-           'read_command', 'claim_folder', 'leave_folder', 'check_start', 'command_of', 'folder_of', 'train']
+__all__ = ['RunSettings', 'train']
 
 # %% ../../nbs/workshop/run.ipynb #062
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.loop import fit
 
 # %% auto #0
-__all__ = ['MAGNET_STUDY', 'study_model', 'magnet_study', 'study_scores']
+__all__ = []
 
 # %% ../../nbs/workshop/study_magnet.ipynb #077
 def study_model(kind: str, vocabulary: Sequence[str], **grounding) -> nn.Module:

@@ -28,7 +28,7 @@ from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.loop import fit
 
 # %% auto #0
-__all__ = ['SAG_FLOORS', 'SAG_RECIPE', 'SAG_STUDY', 'RandomRelevance', 'study_figures', 'floor_scores', 'sag_study', 'sag_scores']
+__all__ = ['SAG_FLOORS', 'SAG_RECIPE', 'SAG_STUDY', 'RandomRelevance', 'study_figures', 'floor_scores']
 
 # %% ../../nbs/workshop/study_sag.ipynb #045
 class RandomRelevance(RISModel):

@@ -18,8 +18,7 @@ from torch import nn
 from ..contract import Batch, Output, RISError
 
 # %% auto #0
-__all__ = ['AUTOCAST', 'compute_output', 'in_precision', 'matmuls', 'make_scaler', 'check_scale', 'use_checkpointing',
-           'check_device', 'compiling']
+__all__ = []
 
 # %% ../../nbs/workshop/compute.ipynb #011
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precision -> dtype of matrix products

@@ -12,7 +12,7 @@ from typing import Literal
 from ..contract import RISError
 
 # %% auto #0
-__all__ = ['CHOICES', 'TINY_RECIPE', 'TrainConfig', 'check_config', 'check_length']
+__all__ = ['TINY_RECIPE', 'TrainConfig']
 
 # %% ../../nbs/workshop/training_config.ipynb #017
 @dataclass

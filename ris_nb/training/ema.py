@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% auto #0
-__all__ = ['EMA']
+__all__ = []
 
 # %% ../../nbs/workshop/ema.ipynb #011
 class EMA(AveragedModel):

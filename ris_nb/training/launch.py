@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
-__all__ = ['check_launch', 'make_accelerator', 'check_reached', 'together']
+__all__ = []
 
 # %% ../../nbs/workshop/launch.ipynb #046a
 def check_launch(precision: str | None = None) -> None:

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
-__all__ = ['LossStep', 'accumulate_gradients', 'Run', 'save_run', 'start_run', 'measure', 'report', 'score_run', 'finish_step',
-           'prepare', 'take_step', 'fit']
+__all__ = ['fit']
 
 # %% ../../nbs/08_training.ipynb #043
 class LossStep(nn.Module):

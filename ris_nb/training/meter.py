@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
-__all__ = ['Meter', 'check_finite', 'Clocked']
+__all__ = []
 
 # %% ../../nbs/workshop/meter.ipynb #076
 class Meter:

@@ -14,7 +14,7 @@ from ..models.base import RISModel
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['UNDECAYED', 'schedule_factor', 'loss_factor', 'layer_factors', 'rate_factors', 'param_groups', 'optimizer_step']
+__all__ = ['schedule_factor', 'loss_factor', 'rate_factors', 'param_groups', 'optimizer_step']
 
 # %% ../../nbs/workshop/optim.ipynb #025
 def schedule_factor(config: TrainConfig, step: int) -> float:

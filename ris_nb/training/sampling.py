@@ -17,7 +17,7 @@ from ..data.batches import DrawSampler, collate
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['sample_stream', 'GlobalBatches', 'training_loader', 'seed_step']
+__all__ = ['GlobalBatches']
 
 # %% ../../nbs/workshop/sampling.ipynb #051
 def sample_stream(n: int, seed: int, position: int = 0):

@@ -20,8 +20,7 @@ from ..contract import RISError
 from .config import TrainConfig
 
 # %% auto #0
-__all__ = ['FREE', 'save_state', 'load_state', 'append_log', 'read_log', 'open_run', 'kept_weights', 'keep_weights',
-           'drop_weights']
+__all__ = ['append_log', 'read_log']
 
 # %% ../../nbs/workshop/state.ipynb #080
 def save_state(run_dir: Path, state: dict) -> None:

@@ -17,7 +17,7 @@ from ..contract import RISError
 from .state import read_log
 
 # %% auto #0
-__all__ = ['CSVTracker', 'check_trackers', 'open_trackers', 'wandb_id']
+__all__ = []
 
 # %% ../../nbs/workshop/trackers.ipynb #098
 class CSVTracker:
