@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator  # where it is used it is imported: importing it costs seconds
 
 # %% auto #0
-__all__ = []
+__all__ = ['make_accelerator']
 
 # %% ../../nbs/workshop/launch.ipynb #046a
 def check_launch(precision: str | None = None) -> None:
