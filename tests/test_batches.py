@@ -23,7 +23,8 @@ from ris_nb import registry
 from ris_nb.checkpoint import replacing
 from ris_nb.contract import Batch, Output, RISError
 from ris_nb.data import tokenizer
-from ris_nb.data.batches import IMAGENET_MEAN, IMAGENET_STD, DrawSampler, ReferralDataset, Transform, make_loader, read_image
+from ris_nb.data.batches import IMAGENET_MEAN, IMAGENET_STD, DrawSampler, ReferralDataset, Transform, make_loader
+from ris_nb.data.images import read_image
 from ris_nb.data.refer import Referral, Sentence
 from ris_nb.data.tokenizer import SPECIAL, Tokenizer, build_vocabulary, read_vocabulary
 from ris_nb.models.base import RISModel, evaluating

@@ -46,7 +46,7 @@ def run_compare(flags: Compare) -> int:
         flags.models = ("magnet_tiny", "sag_tiny")
     import matplotlib.pyplot as plt
     from ris_nb.checkpoint import replacing
-    from ris_nb.data.batches import read_image
+    from ris_nb.data.images import read_image
     from ris_nb.evaluation.cases import show_answers
     photo, device = read_image(flags.photo, upright=True), machine().device
     models = {name: model.to(device) for name, model in answering_models(flags).items()}

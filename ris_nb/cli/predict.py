@@ -68,7 +68,7 @@ def run_predict(flags: Predict) -> int:
     import numpy as np
     from PIL import Image
     from ris_nb.checkpoint import replacing
-    from ris_nb.data.batches import read_image
+    from ris_nb.data.images import read_image
     from ris_nb.show import overlay
     photo = read_image(flags.photo, upright=True)
     model = answering_model(flags).to(machine().device)

@@ -5,70 +5,23 @@
 # %% ../../nbs/04_batches.ipynb #003
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..contract import Batch, RISError
+from .images import read_image
 from .refer import Referral, Sentence
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['read_image', 'Transform', 'encode_item', 'ReferralDataset', 'collate', 'make_loader', 'make_batch']
-
-# %% ../../nbs/04_batches.ipynb #010
-def _open_image(source) -> Image.Image:
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        source.load()
-        return source
-    with Image.open(source) as image:
-        image.load()  # open() alone reads the header only
-        return image
-
-
-def _complaint(source, error: Exception) -> str:
-    """What is wrong with an image that PIL can't open, and the way out."""
-    known = {FileNotFoundError: "no such image; check the path", IsADirectoryError: "is a folder, not an image; name a file in it"}
-    if type(error) in known:
-        return known[type(error)]
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        return f"over {Image.MAX_IMAGE_PIXELS:,} pixels, perhaps a decompression bomb; scale it down"
-    reason = "the data ends early" if "truncated" in str(error).lower() else f"corrupt data, {type(error).__name__}"
-    if isinstance(source, np.ndarray):
-        reason = "an array must be uint8 of shape (H, W) or (H, W, 3)"
-    elif isinstance(error, Image.UnidentifiedImageError):
-        reason = "no image format that PIL knows"
-    return f"can't be read as an image ({reason}); replace it or leave it out"
-
-# %% ../../nbs/04_batches.ipynb #011
-def read_image(source: str | Path | Image.Image | np.ndarray, upright: bool = False) -> Image.Image:
-    """The RGB image of a file, a PIL image, or a uint8 array (H, W) or (H, W, 3).
-
-    Pixels stay as they are stored, because annotations refer to stored pixels. `upright=True` turns a photo as its EXIF
-    orientation asks. Raises `RISError` for a missing, truncated or corrupt file, one that is no image, one of more than
-    `PIL.Image.MAX_IMAGE_PIXELS` pixels, and more than 8 bits a channel.
-    """
-    name = source if isinstance(source, (str, Path)) else "the image"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = _open_image(source)
-    except Exception as error:  # on broken data PIL's decoders raise almost anything
-        raise RISError(f"{name}: {_complaint(source, error)}") from (None if isinstance(error, FileNotFoundError) else error)
-    if image.mode.startswith(("I", "F")):
-        raise RISError(f"{name}: has more than 8 bits a channel (mode {image.mode}); save it as 8-bit RGB")
-    if upright:
-        image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies, even to the same mode
+__all__ = ['Transform', 'encode_item', 'ReferralDataset', 'collate', 'make_loader', 'make_batch']
 
 # %% ../../nbs/04_batches.ipynb #n01
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -206,7 +159,7 @@ def make_loader(dataset: ReferralDataset, batch_size: int, seed: int = 0, worker
 # %% ../../nbs/04_batches.ipynb #075
 def make_batch(images: Sequence[str | Path | Image.Image | np.ndarray], expressions: Sequence[str],
                tokenizer: Tokenizer, transform: Transform) -> Batch:
-    """The `Batch` of a question: expressions[i] speaks of images[i], and an image given again is read once."""
+    """The `Batch` of a question: expressions[i] refers to images[i], and an image given again is read once."""
     if isinstance(images, (str, Path)) or isinstance(expressions, str) or not 0 < len(images) == len(expressions):
         raise RISError("give a list of images and a list of as many expressions, at least one of each")
     keys = [str(image) if isinstance(image, (str, Path)) else id(image) for image in images]

@@ -15,7 +15,8 @@ import torch
 
 from ..checkpoint import replacing
 from ..contract import RISError
-from ..data.batches import ReferralDataset, collate, make_batch, read_image
+from ..data.batches import ReferralDataset, collate, make_batch
+from ..data.images import read_image
 from .evaluate import device_of
 from .report import Record, Report
 from ..models.base import RISModel, evaluating

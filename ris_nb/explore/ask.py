@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..contract import RISError
-from ..data.batches import read_image
+from ..data.images import read_image
 from ..data.tokenizer import SPECIAL
 from .answers import Answer, Remembered, Viewer, answer, viewers_of
 from .panel import Panel, coloured, heat, offer, offer_examples, picture_part, png, scene_parts, shown, unread
