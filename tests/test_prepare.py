@@ -579,7 +579,7 @@ def test_one_at_a_time(world):
     world.server.faults["/refcoco.zip"] = ["stall"]
     with ThreadPoolExecutor() as pool:
         first = pool.submit(world.prepare)
-        while not world.server.requests: time.sleep(0.01)
+        while not (world.server.requests or first.done()): time.sleep(0.01)
         with pytest.raises(RISError, match="another call prepares"): world.prepare()
         first.result()
     world.complete()
