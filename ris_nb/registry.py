@@ -49,7 +49,7 @@ def _enter(table: dict, thing) -> None:
         raise RISError(f"{thing.__module__}.{thing.__qualname__}: the name belongs to {known.__module__}.{known.__qualname__} already; choose another")
     table[thing.__name__] = thing
 
-
+# %% ../nbs/workshop/registry.ipynb #083b
 def register_model(function: Callable[..., RISModel]) -> Callable[..., RISModel]:
     """Decorator: the function, called with `pretrained=False, **overrides`, makes the model of its own name.
 
@@ -72,7 +72,7 @@ def _written(pattern: str) -> dict[str, str]:
 
 _FUNCTION, _CLASS = r"^@register_model\ndef (\w+)", r"^class (\w+)"  # patterns for `_written`
 
-
+# %% ../nbs/workshop/registry.ipynb #n03b
 @contextmanager
 def _naming_packages(name: str):
     try:
@@ -105,7 +105,7 @@ def _load_entry_points() -> None:
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:150]
 
-
+# %% ../nbs/workshop/registry.ipynb #n04b
 def _look_up(name: str, table: dict, pattern: str, elsewhere: bool = False):
     """What `table` holds under a name, after importing the module of the library that enters it; `elsewhere`: installed packages,
     too. None where nobody does."""
@@ -117,6 +117,13 @@ def _look_up(name: str, table: dict, pattern: str, elsewhere: bool = False):
     return table.get(name)
 
 # %% ../nbs/workshop/registry.ipynb #n06
+def _mistake(path: str | Path, file: Path, error: Exception) -> RISError:
+    """What to say of an exception that running a file has raised, with the line of that file."""
+    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)]
+    line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
+    return RISError(f"{path}, line {line}: {type(error).__name__}: {_first_line(error)}; mend the file")
+
+# %% ../nbs/workshop/registry.ipynb #n06b
 def import_file(path: str | Path) -> None:
     """Import a Python file, so that the models that it registers and the classes that it defines are known. Twice is once.
 
@@ -138,9 +145,7 @@ def import_file(path: str | Path) -> None:
         del sys.modules[name]
         if isinstance(error, RISError) or not isinstance(error, Exception):
             raise
-        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(file)]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
-        raise RISError(f"{path}, line {line}: {type(error).__name__}: {_first_line(error)}; mend the file") from error
+        raise _mistake(path, file, error) from error
     finally:
         sys.path.remove(str(file.parent))
 
@@ -150,7 +155,7 @@ def list_models() -> list[str]:
     _load_entry_points()
     return sorted({*_MODELS, *_written(_FUNCTION)})
 
-
+# %% ../nbs/workshop/registry.ipynb #085b
 def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
     """A model by its name; `pretrained=True` fetches weights for its encoders, `overrides` are arguments of its class.
 
@@ -170,7 +175,7 @@ def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
         known = _arguments(kind)
         raise RISError(f"{name} has no argument {found[2]!r}; it takes {', '.join(get_close_matches(found[2], known) or known)}") from None
 
-
+# %% ../nbs/workshop/registry.ipynb #085c
 def _arguments(kind: type) -> list[str]:
     """The names of the arguments that a class takes; where it hands on `**shared`, those of its bases, too."""
     known = {}
@@ -203,6 +208,16 @@ def _fetch_config(name: str) -> Path:
         raise out_of_reach(f"{here}; and it", error, "check the path, or train one") from error
 
 # %% ../nbs/workshop/registry.ipynb #n10
+def _read_config(source: str | Path, file: Path) -> dict:
+    """A checkpoint's config.json as a dict, or `RISError` where there is none or it is broken."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RISError(f"{source}: no checkpoint here (it has no config.json); check the path, or train one") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise RISError(f"{file}: can't be read as a model's settings ({type(error).__name__}); copy it again") from error
+
+# %% ../nbs/workshop/registry.ipynb #n10b
 def load_model(source: str | Path) -> RISModel:
     """A saved model, in evaluation mode on the CPU. `source`: a folder that `save_pretrained` wrote, the name of a trained
     model that comes with the library, or a repository on the Hugging Face Hub, "owner/name"; looked for in this order.
@@ -212,13 +227,7 @@ def load_model(source: str | Path) -> RISModel:
     place, name = Path(source), str(source)
     if not place.exists() and name in _shipped():
         place = shipped_checkpoint(name)
-    file = place / "config.json" if place.exists() or isinstance(source, Path) else _fetch_config(name)
-    try:
-        config = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        raise RISError(f"{source}: no checkpoint here (it has no config.json); check the path, or train one") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise RISError(f"{file}: can't be read as a model's settings ({type(error).__name__}); copy it again") from error
+    config = _read_config(source, place / "config.json" if place.exists() or isinstance(source, Path) else _fetch_config(name))
     kind = _look_up(str(config.get("class")), _CLASSES, _CLASS, elsewhere="class" in config)
     if kind is None:
         known = {name for name, module in _written(r"^class (\w+)\(RISModel\)").items()} | _CLASSES.keys()

@@ -34,7 +34,7 @@ def _toy_words(model: RISModel, count: int = 5) -> list[str]:
         raise RISError(f"the vocabulary of {type(model).__name__} spells no word: give it another, or build it with the words of some data")
     return [found[i % len(found)] for i in range(count)]
 
-
+# %% ../nbs/workshop/testing.ipynb #n04b
 def toy_batch(model: RISModel) -> Batch:
     """Random images (2, 3, S, S) and three sentences of the model's words, `which` = [1, 0, 1]; masks where it trains on them."""
     dice, side = torch.Generator().manual_seed(0), model.image_size
@@ -56,7 +56,7 @@ def _near(a: Tensor, b: Tensor) -> bool:
     """Equal up to what other kernels of the same arithmetic may differ by."""
     return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()))
 
-
+# %% ../nbs/workshop/testing.ipynb #n06b
 @torch.no_grad()
 def _check_forward(model: RISModel, batch: Batch) -> None:
     """forward gives an Output with a finite score (B, h, w) for each sentence, the same when asked twice in evaluation mode"""
@@ -70,7 +70,7 @@ def _check_forward(model: RISModel, batch: Batch) -> None:
         _expect(right, model, f"{name} must have {dims} dimensions, the first of {len(batch)} sentences, not {getattr(value, 'shape', value)}")
     _expect(torch.equal(model(batch).score, score), model, "forward gives two answers to one question in evaluation mode: something is drawn at random")
 
-
+# %% ../nbs/workshop/testing.ipynb #n06c
 @torch.no_grad()
 def _check_which(model: RISModel, batch: Batch) -> None:
     """`which` means the same as giving an image again for each sentence"""
@@ -104,7 +104,7 @@ def _check_masks(model: RISModel, batch: Batch) -> None:
         raise RISError(f"{type(model).__name__}: masks must take a threshold, masks(output, sizes, threshold=None) ({error})") from error
     _expect(marked[0] >= marked[1], model, "a threshold of 0.8 marks more pixels than one of 0.2")
 
-
+# %% ../nbs/workshop/testing.ipynb #n07b
 def _check_losses(model: RISModel, batch: Batch) -> None:
     """losses are finite scalars whose sum has a gradient for every parameter that trains; they can be had without gradients, too"""
     trained = model.for_training().train()
@@ -123,7 +123,7 @@ def _check_losses(model: RISModel, batch: Batch) -> None:
     broken = [name for name, parameter in trained.named_parameters() if parameter.grad is not None and not parameter.grad.isfinite().all()]
     _expect(not broken, model, f"the gradient of {broken[:1]} is not finite")
 
-
+# %% ../nbs/workshop/testing.ipynb #n07c
 def _check_predict(model: RISModel, batch: Batch) -> None:
     """predict answers at the photos' own sizes and leaves each part in its mode"""
     photos = [np.zeros((30, 41, 3), np.uint8), np.full((17, 12, 3), 200, np.uint8)]
@@ -157,7 +157,7 @@ def _check_saving(model: RISModel, batch: Batch) -> None:
         settings = [(m.vocabulary, m.image_size, m.max_words, m.mean, m.std, m.resolution, m.frozen, m.lr_factors) for m in (model, other)]
         _expect(settings[0] == settings[1], model, f"a setting is not the same after {way}: hand all shared arguments on to RISModel.__init__")
 
-
+# %% ../nbs/workshop/testing.ipynb #n08b
 def _check_freeze(model: RISModel, batch: Batch) -> None:
     """a frozen part stays frozen, and is remembered by a checkpoint"""
     parts = [name for name, part in model.named_children() if any(p.requires_grad for p in part.parameters())]
@@ -189,7 +189,7 @@ def _check_offers(model: RISModel, batch: Batch) -> None:
     maps = model.slot_maps(output)
     _expect(maps is None or maps.dim() == 4 and len(maps) == len(batch.image), model, f"slot_maps must be (N, K, h, w), not {getattr(maps, 'shape', maps)}")
 
-
+# %% ../nbs/workshop/testing.ipynb #n10b
 _CHECKS = (_check_forward, _check_which, _check_padding, _check_masks, _check_losses, _check_predict, _check_saving, _check_freeze, _check_offers)
 
 
