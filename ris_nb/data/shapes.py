@@ -184,10 +184,10 @@ _NET = 1 + 4 * _NODES * _NODES      # random bytes it takes
 
 
 @lru_cache(maxsize=8)
-def _ramp(size: int) -> np.ndarray:
-    """Weight of each node for each pixel, in 64ths: float32 (size, 5) of whole numbers; each row sums to 64."""
-    steps = (2 * np.arange(size) + 1) * 32 * (_NODES - 1) // size
-    ramp = np.zeros((size, _NODES), np.float32)
+def _ramp(size: int, nodes: int = _NODES) -> np.ndarray:
+    """Weight of each node for each pixel, in 64ths: float32 (size, nodes) of whole numbers; each row sums to 64."""
+    steps = (2 * np.arange(size) + 1) * 32 * (nodes - 1) // size
+    ramp = np.zeros((size, nodes), np.float32)
     ramp[np.arange(size), steps // 64] = 64 - steps % 64
     ramp[np.arange(size), steps // 64 + 1] = steps % 64
     return ramp
