@@ -28,7 +28,7 @@ _ROOMS = {  # module -> what of it is public
     "models.base": "RISModel evaluating",
     "models.layers": "dice_loss mask_loss score_masks upsample",
     "models.lavt": "LAVT LanguageGate LanguageSwin PWAM SimpleDecoder",
-    "models.mask_grounding": "Grounded WordPredictor mask_grounding_loss mask_words masked_word_accuracy",
+    "models.mask_grounding": "Grounded MaskGrounding WordPredictor mask_grounding_loss mask_words masked_word_accuracy",
     "models.alignment": "ImageAlignment LanguageAlignment alignment_loss",
     "models.mask_decoder": "DeformableAttention MaskDecoder PixelDecoder deformable_sample",
     "models.magnet": "LockStep MagNet",

@@ -21,7 +21,8 @@ import ipywidgets as widgets
 from ris_nb.contract import RISError
 from ris_nb.explore.answers import Remembered, Viewer, shipped
 from ris_nb.explore.ask import ask_panel, same_place
-from ris_nb.explore.fill import SEES, Pointable, WordGame, fill_panel, guess_word, hide_word, mean_below, paint, shift
+from ris_nb.explore.fill import SEES, Pointable, WordGame, fill_panel, guess_word, hide_word, paint, shift
+from ris_nb.models.mask_grounding import mean_below
 from ris_nb.explore.losses import c3_points, loss_panel
 from ris_nb.explore.page import explore as explore_
 from ris_nb.explore.panel import SIDE, Panel, bars, coloured, png, scene_at, shown as shown_

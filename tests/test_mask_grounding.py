@@ -12,8 +12,9 @@ from ris_nb.data.tokenizer import SPECIAL
 from ris_nb.models.base import RISModel
 from ris_nb.models.lavt import LAVT
 from ris_nb.models.layers import mask_loss, score_masks, upsample
-from ris_nb.models.mask_grounding import (IGNORE, MASK_ENCODERS, SOURCES, TINY_PREDICTOR, Grounded, WordPredictor, mask_centre,
-                                          mask_grounding_loss, mask_words, masked_word_accuracy, masked_word_guesses)
+from ris_nb.models.mask_grounding import (IGNORE, MASK_ENCODERS, MASK_TOKENS, SOURCES, TINY_PREDICTOR, Grounded, MaskGrounding,
+                                          WordPredictor, mask_centre, mask_grounding_loss, mask_words, masked_word_accuracy,
+                                          masked_word_guesses)
 from ris_nb.registry import create_model, load_model
 from ris_nb.training.config import TrainConfig
 from ris_nb.training.loop import LossStep, fit
@@ -153,6 +154,34 @@ def test_loss_does_not_depend_on_the_split():
     torch.testing.assert_close(mask_grounding_loss(logits, targets), torch.stack(parts).mean())
 
 
+@pytest.mark.parametrize("segment", ["masked", "full"])
+def test_a_loop_of_ones_own_gets_what_grounded_gets(segment):
+    grounded, batch = toy(segment=segment, mask_encoder="pooled").train(), some_batch()
+    torch.manual_seed(3)
+    theirs = grounded.losses(grounded(batch), batch)
+    torch.manual_seed(3)
+    host, game = grounded.host, grounded.game
+    hidden, targets = game.hide(batch)
+    output = host(hidden)
+    grounding = game.loss(output, batch, targets)
+    ours = {**host.losses(output if segment == "masked" else host(batch), batch), "grounding": grounding}
+    assert list(ours) == list(theirs) and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not any(name.startswith("host") for name, _ in game.named_parameters())  # the host is looked at, not kept
+
+
+def test_two_passes_segment_the_full_sentence_and_play_on_the_masked_one():
+    grounded, batch, seen = toy(segment="full").train(), some_batch(), []
+    grounded.host.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].ids))
+    output = grounded(batch)
+    asked = output.extra["word_targets"] != IGNORE
+    assert len(seen) == 2 and not torch.equal(seen[0], batch.ids) and torch.equal(seen[1], batch.ids)
+    assert torch.equal(seen[0][~asked], batch.ids[~asked])
+    sum(grounded.losses(output, batch).values()).backward()
+    assert all(p.grad is not None for p in grounded.parameters())
+    with pytest.raises(RISError, match="gives the same word_features"):
+        MaskGrounding(Reader(), **PREDICTOR)
+
+
 def test_one_pass_of_the_host_on_the_masked_sentence():
     grounded, batch, calls = toy().train(), some_batch(), []
     grounded.host.register_forward_hook(lambda *_: calls.append(1))
@@ -165,8 +194,8 @@ def test_one_pass_of_the_host_on_the_masked_sentence():
     assert list(grounded.losses(output, batch)) == ["mask", "grounding"]
 
 
-@pytest.mark.parametrize("see", [(), ("image",), ("mask",), SOURCES])
-@pytest.mark.parametrize("encoder", MASK_ENCODERS)
+@pytest.mark.parametrize("see, encoder", [(see, encoder) for see in [(), ("image",), ("mask",), SOURCES] for encoder in MASK_TOKENS
+                                          if see != ("mask",) or encoder != "pooled"])
 def test_every_parameter_learns(see, encoder):
     grounded, batch = toy(see=see, mask_encoder=encoder).train(), some_batch()
     sum(grounded.losses(grounded(batch), batch).values()).backward()
@@ -196,7 +225,9 @@ def test_without_masks():
 
 
 @pytest.mark.parametrize("options, message", [(dict(see=("sound",)), "image, mask"), (dict(weight=-1), "at least 0"),
-                                              (dict(heads=3), "heads must divide"), (dict(mask_encoder="box"), "centre, grid")])
+                                              (dict(heads=3), "heads must divide"), (dict(mask_encoder="box"), "centre, grid, pooled"),
+                                              (dict(see=("mask",), mask_encoder="pooled"), "sees no image"),
+                                              (dict(segment="both"), "'masked' or 'full'")])
 def test_bad_arguments(options, message):
     with pytest.raises(RISError, match=message):
         toy(**options)

@@ -36,7 +36,7 @@ from ris_nb.models import lavt
 from ris_nb.models.alignment import alignment_loss
 from ris_nb.models.lavt import LAVT
 from ris_nb.models.magnet import MagNet
-from ris_nb.models.mask_grounding import Grounded
+from ris_nb.models.mask_grounding import MaskGrounding
 from ris_nb.models.sag import SaG
 from ris_nb.recipes.expectation import expectation
 from ris_nb.recipes.published import benchmark_table, our_results, read_published, results_figure, results_markdown
@@ -121,7 +121,7 @@ def test_every_argument_of_the_network_has_a_value_and_a_source(name):
     arguments = inspect.signature(CLASSES[name.partition("_")[0]].__init__).parameters
     assert set(arguments) - ELSEWHERE == set(network) - ELSEWHERE and all(setting.source for setting in network.values())
     if "predictor" in network:
-        asked = set(inspect.signature(Grounded.__init__).parameters) - {"self", "host", "weight"}
+        asked = set(inspect.signature(MaskGrounding.__init__).parameters) - {"self", "host", "weight"}
         assert set(network["predictor"].value) == asked and all(word in network["predictor"].source for word in asked)
         temperatures = inspect.signature(alignment_loss).parameters["temperatures"].default
         assert "{}, {} and {}".format(*temperatures) in network["alignment"].source

@@ -14,12 +14,11 @@ import anywidget
 import ipywidgets as widgets
 import numpy as np
 import torch
-import torch.nn.functional as F
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_model as load_weights, save_model as save_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import replacing
 from ..contract import Batch, Output
@@ -27,7 +26,7 @@ from ..data.shapes import Scene
 from .answers import Remembered, Viewer
 from .panel import PALETTE, Panel, bars, offer, offer_examples, png, scene_parts, unread
 from ..models.base import RISModel
-from ..models.mask_grounding import SOURCES, TINY_PREDICTOR, Grounded, mask_grounding_loss
+from ..models.mask_grounding import TINY_PREDICTOR, Grounded, mask_grounding_loss
 from ..registry import load_model, shipped_checkpoint
 from ..show import overlay
 
@@ -113,24 +112,16 @@ def shift(mask: np.ndarray, right: int, down: int) -> np.ndarray:
     moved[max(0, down):H + min(0, down), max(0, right):W + min(0, right)] = mask[max(0, -down):H + min(0, -down), max(0, -right):W + min(0, -right)]
     return moved
 
-# %% ../../nbs/workshop/explore_fill.ipynb #057
-def mean_below(features: Tensor, mask: Tensor) -> Tensor:
-    """The mean of features (B, D, h, w) below masks (B, H, W) bool, cells weighted by what is covered: (B, 1, D). Zeros below nothing."""
-    covered = F.adaptive_avg_pool2d(mask[:, None].float(), features.shape[2:])  # (B, 1, h, w)
-    return ((features * covered).sum((2, 3)) / covered.sum((2, 3)).clamp(min=1e-6))[:, None]
-
 # %% ../../nbs/workshop/explore_fill.ipynb #057s0
 class WordGame(Grounded):
     """Mask Grounding's game (MagNet, CVPR 2024) over a finished model: the host stays as it is and a predictor learns to play.
 
-    The mask's token is what lies below it, `mean_below`. In training the predictor sees, by chance in each step, words alone (a
-    quarter of the steps), words and image (a quarter), or all. Its checkpoint is `predictor.safetensors`.
+    The mask's token is "pooled". In training the predictor sees, by chance in each step, words alone (a quarter of the steps), words and
+    image (a quarter), or all. Its checkpoint is `predictor.safetensors`.
     """
 
     def __init__(self, host: RISModel):
-        super().__init__(host.requires_grad_(False), replace=1.0, see=("image",), dropout=0.0, **TINY_PREDICTOR)
-        self.see = SOURCES
-        self.predictor.mask_in = nn.Linear(self.predictor.pixel_in.in_features, TINY_PREDICTOR["width"])
+        super().__init__(host.requires_grad_(False), replace=1.0, mask_encoder="pooled", dropout=0.0, **TINY_PREDICTOR)
 
     def train(self, mode: bool = True) -> WordGame:
         super().train(mode)
@@ -139,11 +130,7 @@ class WordGame(Grounded):
 
     def guess(self, output: Output, batch: Batch, see: Sequence[str]) -> Tensor:
         """As in `Grounded`; in training from a part of `see`, by chance."""
-        if self.training:
-            see = see[:int(torch.randint(4, ()))]
-        pixels = output.pixel_features
-        below = mean_below(pixels, batch.mask) if "mask" in see else None
-        return self.predictor(output.word_features, batch.words, pixels if "image" in see else None, below)
+        return super().guess(output, batch, see[:int(torch.randint(4, ()))] if self.training else see)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """{"grounding": `mask_grounding_loss`}: the host has nothing to learn."""

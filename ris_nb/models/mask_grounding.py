@@ -19,8 +19,8 @@ from ..data.tokenizer import SPECIAL
 from .base import evaluating
 
 # %% auto #0
-__all__ = ['IGNORE', 'SOURCES', 'TINY_PREDICTOR', 'mask_words', 'WordPredictor', 'mask_grounding_loss', 'Grounded',
-           'masked_word_accuracy']
+__all__ = ['IGNORE', 'SOURCES', 'TINY_PREDICTOR', 'mask_words', 'WordPredictor', 'mask_grounding_loss', 'MaskGrounding',
+           'Grounded', 'masked_word_accuracy']
 
 # %% ../../nbs/10_mask_grounding.ipynb #017
 IGNORE = -1
@@ -88,7 +88,14 @@ class GridEncoder(nn.Module):
         return self.mlp(shares.flatten(2))
 
 
+def mean_below(features: Tensor, mask: Tensor) -> Tensor:
+    """The mean of features (B, D, h, w) below masks (B, H, W) bool, cells weighted by what is covered: (B, 1, D). Zeros below nothing."""
+    covered = F.adaptive_avg_pool2d(mask[:, None].float(), features.shape[2:])  # (B, 1, h, w)
+    return ((features * covered).sum((2, 3)) / covered.sum((2, 3)).clamp(min=1e-6))[:, None]
+
+
 MASK_ENCODERS = {"centre": CentreEncoder, "grid": GridEncoder}
+MASK_TOKENS = (*MASK_ENCODERS, "pooled")
 
 # %% ../../nbs/10_mask_grounding.ipynb #038
 def _initialise(module: nn.Module, std: float | None) -> None:
@@ -107,6 +114,8 @@ class WordPredictor(nn.Module):
     """Predicts hidden words from the other words, the image and the mask (Mask Grounding, CVPR 2024).
 
     word_width, pixel_width: of what comes in; `pixel_width` None builds no image part, `mask_encoder` None no mask part.
+    mask_encoder: the mask's token is its "centre" or its "grid" of shares, through two layers; or "pooled", the mean of the pixel
+    features below the mask, projected.
     width, layers, heads, ffn, dropout: of a BERT-like transformer. grid: the image is `grid` x `grid` tokens.
     length: words at most. std: of the weights at the start, or None for Xavier's rule, which a narrow predictor needs: see the
     chapter. The defaults are those of the first author's demo.
@@ -116,10 +125,12 @@ class WordPredictor(nn.Module):
                  ffn: int = 3072, grid: int = 4, mask_encoder: str | None = "centre", dropout: float = 0.1, length: int = 20,
                  std: float | None = 0.02):
         super().__init__()
-        if width % heads or mask_encoder not in (None, *MASK_ENCODERS):
-            raise RISError(f"heads must divide width and mask_encoder be one of {', '.join(MASK_ENCODERS)}, "
+        if width % heads or mask_encoder not in (None, *MASK_TOKENS):
+            raise RISError(f"heads must divide width and mask_encoder be one of {', '.join(MASK_TOKENS)}, "
                            f"not {heads}, {width} and {mask_encoder!r}")
-        self.grid = grid
+        if mask_encoder == "pooled" and pixel_width is None:
+            raise RISError("a pooled mask token is a mean of pixel features, and this predictor sees no image: let it, or take another token")
+        self.grid, self.pooled = grid, mask_encoder == "pooled"
         self.word_in, self.word_place = nn.Linear(word_width, width), nn.Parameter(torch.zeros(length, width))
         if pixel_width is not None:
             self.pixel_in, self.pixel_place = nn.Linear(pixel_width, width), nn.Parameter(torch.zeros(grid**2, width))
@@ -129,7 +140,7 @@ class WordPredictor(nn.Module):
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-12), nn.Linear(width, vocab_size))
         _initialise(self, std)
         if mask_encoder is not None:  # its biases start at random: without them the norm would leave no distance from (0, 0)
-            self.mask_in = MASK_ENCODERS[mask_encoder](width)
+            self.mask_in = nn.Linear(pixel_width, width) if self.pooled else MASK_ENCODERS[mask_encoder](width)
 
     def forward(self, word_features: Tensor, words: Tensor, pixel_features: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """word_features (B, L, E), words (B, L), pixel_features (B, D, h, w), mask (B, H, W) -> logits (B, L, vocab_size).
@@ -141,7 +152,7 @@ class WordPredictor(nn.Module):
             cells = F.adaptive_avg_pool2d(pixel_features, self.grid).flatten(2).mT  # (B, grid**2, D)
             tokens.append(self.pixel_in(cells) + self.pixel_place)
         if mask is not None:
-            tokens.append(self.mask_in(mask))
+            tokens.append(self.mask_in(mean_below(pixel_features, mask) if self.pooled else mask))
         tokens = torch.cat(tokens, 1)  # (B, T, width)
         padding = F.pad(~words, (0, tokens.shape[1] - words.shape[1]))  # (B, T): cells and mask are never padding
         tokens = self.layers(self.dropout(self.norm(tokens)), src_key_padding_mask=padding)
@@ -186,14 +197,20 @@ def _in_game(batch: Batch) -> Tensor:
     return batch.words if batch.mask is None else batch.words & batch.mask.any(2).any(1)[:, None]
 
 # %% ../../nbs/10_mask_grounding.ipynb #060a
-class Grounded(nn.Module):
-    """A model in training with Mask Grounding (MagNet, CVPR 2024): any `host` of the contract that yields `word_features`
-    (and `pixel_features`, if the predictor is to see the image).
+class MaskGrounding(nn.Module):
+    """Mask Grounding (MagNet, CVPR 2024) as a loss for any training loop around a `host`, which it looks at and does not keep.
 
-    In training mode `forward` hides words, runs the host once on what is left and lets a `WordPredictor` guess. The host's batch then has
-    no `expression`, in which the words could still be read. Nothing is hidden in a sentence whose mask is empty. In evaluation mode it is
-    the host. All other attributes are the host's, `save_pretrained` too: a checkpoint holds the host alone. weight: of the loss. rate, replace, at_least_one: of `mask_words`. see: what the predictor sees besides
-    the words, of "image" and "mask". The rest: of `WordPredictor`; `TINY_PREDICTOR` suits the tiny models.
+        hidden, targets = game.hide(batch)
+        output = host(hidden)
+        loss = sum(host.losses(output, batch).values()) + game.loss(output, batch, targets)
+
+    Here the host segments the sentence with holes. To segment the full sentence, take its losses from a pass `host(batch)`. The output for
+    `loss` always is that for `hidden`: O are its `word_features` and P its `pixel_features`, taken after the words have entered them, so
+    that those of a full sentence would give the hidden word away. (The paper's P comes from the image encoder alone.)
+
+    weight: of the loss. rate, replace, at_least_one: of `mask_words`. see: what the predictor sees besides the words, of "image" and
+    "mask". The rest: of `WordPredictor`; `TINY_PREDICTOR` suits the tiny models. RISError: a host without such features or without
+    [MASK] in its vocabulary, and one whose word features are the same when a word is hidden.
     """
 
     def __init__(self, host: nn.Module, weight: float = 1.0, rate: float = 0.15, replace: float = 0.9, at_least_one: bool = True,
@@ -205,7 +222,7 @@ class Grounded(nn.Module):
         if missing := [piece for piece in SPECIAL if piece not in host.vocabulary]:
             raise RISError(f"the vocabulary of {type(host).__name__} lacks {', '.join(missing)}, which Mask Grounding needs to hide words; "
                            "give it a BERT vocabulary")
-        self.host, self.weight, self.rate, self.replace, self.at_least_one = host, weight, rate, replace, at_least_one
+        self.weight, self.rate, self.replace, self.at_least_one = weight, rate, replace, at_least_one
         self.see, self.mask_id = tuple(see), host.vocabulary.index("[MASK]")
         self.register_buffer("special", torch.tensor([host.vocabulary.index(piece) for piece in SPECIAL]), persistent=False)
         word_width, pixel_width = _feature_widths(host, "image" in see, self.mask_id)
@@ -213,30 +230,64 @@ class Grounded(nn.Module):
                                        mask_encoder if "mask" in see else None, dropout, host.max_words, std)
         self.to(next(host.parameters()).device)
 
-    def __getattr__(self, name: str):
-        """What this module doesn't have is asked of the host: `tokenizer`, `transform`, `masks`, `predict`, `save_pretrained`..."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "host":  # not there yet
-                raise
-            return getattr(self.host, name)
+    def hide(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with hidden words, and the targets (B, L) of `mask_words`. Nothing is hidden in a sentence whose mask is empty.
 
-    def forward(self, batch: Batch) -> Output:
-        """The host's output; in training for a batch with hidden words, with `word_logits` and `word_targets` in `extra`."""
-        if not self.training:
-            return self.host(batch)
+        The hidden batch has no `expression`, in which a host could still read the words.
+        """
         ids, targets = mask_words(batch.ids, _in_game(batch), self.special, self.mask_id, self.rate, self.replace, self.at_least_one)
-        output = self.host(replace(batch, ids=ids, expression=None))
-        logits = self.guess(output, batch, self.see)
-        return replace(output, extra={**output.extra, "word_logits": logits, "word_targets": targets})
+        return replace(batch, ids=ids, expression=None), targets
 
-    def guess(self, output: Output, batch: Batch, see: Sequence[str]) -> Tensor:
-        """What the predictor makes of the host's output: logits (B, L, vocabulary). `see` may be less than it was built for."""
+    def forward(self, output: Output, batch: Batch, see: Sequence[str] | None = None) -> Tensor:
+        """What the predictor makes of the host's output for hidden words: logits (B, L, vocabulary). `see`: less than it was built for."""
+        see = self.see if see is None else see
         if "mask" in see and batch.mask is None:
             raise RISError("Mask Grounding sees masks and this batch has none: read the data with masks=True or leave 'mask' out of see")
         return self.predictor(output.word_features, batch.words, output.pixel_features if "image" in see else None,
                               batch.mask if "mask" in see else None)
+
+    def loss(self, output: Output, batch: Batch, targets: Tensor) -> Tensor:
+        """The weighted loss of the guesses, a scalar: see `mask_grounding_loss`."""
+        return self.weight * mask_grounding_loss(self(output, batch), targets)
+
+# %% ../../nbs/10_mask_grounding.ipynb #060b
+class Grounded(nn.Module):
+    """A model in training with `MaskGrounding`, its `game`: any `host` of the contract that yields what the predictor sees.
+
+    In evaluation mode it is the host. In training mode `forward` hides words and lets the predictor guess, and `losses` has one term more,
+    "grounding". segment: the host's own losses are those of the "masked" sentence, in one pass, or of the "full" sentence; then the game
+    takes a second pass of the whole host. All other attributes are the game's or the host's, `save_pretrained` too: a checkpoint holds
+    the host alone. weight and the other options: of `MaskGrounding`.
+    """
+
+    def __init__(self, host: nn.Module, weight: float = 1.0, segment: str = "masked", **options):
+        super().__init__()
+        if segment not in ("masked", "full"):
+            raise RISError(f"segment must be 'masked' or 'full', the sentence whose mask is learned, not {segment!r}")
+        self.host, self.segment, self.game = host, segment, MaskGrounding(host, weight, **options)
+
+    def __getattr__(self, name: str):
+        """What this module doesn't have is asked of the game and then of the host: `predictor`, `tokenizer`, `masks`, `predict`..."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("host", "game"):  # not there yet
+                raise
+            return getattr(self.game if hasattr(self.game, name) else self.host, name)
+
+    def forward(self, batch: Batch) -> Output:
+        """The host's output; in training with `word_logits` and `word_targets` in `extra`."""
+        if not self.training:
+            return self.host(batch)
+        hidden, targets = self.game.hide(batch)
+        told = self.host(hidden)
+        logits = self.guess(told, batch, self.see)
+        output = told if self.segment == "masked" else self.host(replace(batch, expression=None))
+        return replace(output, extra={**output.extra, "word_logits": logits, "word_targets": targets})
+
+    def guess(self, output: Output, batch: Batch, see: Sequence[str]) -> Tensor:
+        """What the predictor makes of the host's output: logits (B, L, vocabulary). `see` may be less than it was built for."""
+        return self.game(output, batch, see)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
         """The host's losses, and "grounding", weighted, for an output of training mode."""

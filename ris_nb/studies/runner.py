@@ -34,27 +34,34 @@ def seed_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 def run_study(variants: dict[str, Callable[[int, Path], dict]], seeds: Iterable[int], folder: str | Path, results: str | Path) -> list[dict]:
     """Run each variant with each seed and gather the figures: one dict a run, with "variant" and "seed", in that order.
 
-    A variant is a function (seed, run folder) -> dict of figures. Its result is kept as FOLDER/variant/seed/result.json
-    and not computed again, so a study can be stopped and resumed, or shared by processes that are given different seeds.
-    `results` is a JSON file that is written anew after each run, with all results that are there.
+    A variant is a function (seed, run folder) -> dict of figures. Its result is kept as FOLDER/variant/seed/result.json and, with all
+    others, in the JSON file `results`, which is written anew after each run. What either holds is not computed again: a study can be
+    stopped and resumed, shared by processes that are given different seeds, and continued on another machine from `results` alone.
     """
-    rows, folder = gather_study(variants, folder), Path(folder)
+    rows, folder = gather_study(variants, folder, results), Path(folder)
     for seed in seeds:
         for name, run in variants.items():
             place = folder / name / str(seed)
-            if not (place / "result.json").exists():
+            if (name, seed) not in {(row["variant"], row["seed"]) for row in rows}:
                 write_text(place / "result.json", json.dumps(run(seed, place)))
-                rows = gather_study(variants, folder)
-                write_text(results, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                rows = gather_study(variants, folder, results)
+                others = [row for row in _kept(results) if row["variant"] not in variants]
+                write_text(results, "[\n" + ",\n".join(map(json.dumps, rows + others)) + "\n]\n")
     return rows
 
 
-def gather_study(variants: Iterable[str], folder: str | Path) -> list[dict]:
-    """The results that `run_study` has kept so far, by variant and seed."""
-    found = ((name, path) for name in variants for path in Path(folder, name).glob("*/result.json"))
-    rows = [{"variant": name, "seed": int(path.parent.name), **json.loads(path.read_text())} for name, path in found]
+def _kept(results: str | Path) -> list[dict]:
+    return json.loads(Path(results).read_text(encoding="utf-8")) if Path(results).exists() else []
+
+
+def gather_study(variants: Iterable[str], folder: str | Path, results: str | Path) -> list[dict]:
+    """What `run_study` has kept so far of these variants, in the run folders (which win) or in the file `results`, by variant and seed."""
     order = list(variants)
-    return sorted(rows, key=lambda row: (order.index(row["variant"]), row["seed"]))
+    rows = {(row["variant"], row["seed"]): row for row in _kept(results) if row["variant"] in order}
+    for name, path in ((name, path) for name in order for path in Path(folder, name).glob("*/result.json")):
+        seed = int(path.parent.name)
+        rows[name, seed] = {"variant": name, "seed": seed, **json.loads(path.read_text())}
+    return sorted(rows.values(), key=lambda row: (order.index(row["variant"]), row["seed"]))
 
 # %% ../../nbs/workshop/study_runner.ipynb #068
 def study_table(rows: Sequence[dict], fields: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..contract import RISError
 from ..data.writer import make_refshapes
+from .law import law_study
 from .magnet import magnet_study
 from .runner import run_study, study_table
 from .sag import sag_study
@@ -22,12 +23,15 @@ __all__ = ['STUDIES', 'StudyPlan', 'repeat_study']
 @dataclass(frozen=True)
 class StudyPlan:
     """variants: (data root, steps) -> the functions that `run_study` takes, by name; without steps, the study's own number.
-    flavours: of RefShapes, to train and score on."""
+    flavours: of RefShapes, to train and score on. fields: the figures that its table shows."""
     variants: Callable[..., dict]
     flavours: tuple[str, ...]
+    fields: tuple[str, ...]
 
 
-STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg")), "sag": StudyPlan(sag_study, ("refshapes",))}
+STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refshapes oIoU", "refshapes mIoU", "refshapesg mIoU")),
+           "sag": StudyPlan(sag_study, ("refshapes",), ("refshapes oIoU", "refshapes mIoU")),
+           "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU"))}  # it makes its own data
 
 # %% ../../nbs/workshop/study_table.ipynb #s03
 def repeat_study(name: str, folder: str | Path, seeds: Iterable[int] = (0, 1, 2), steps: int | None = None, only: Iterable[str] = (),
@@ -48,4 +52,4 @@ def repeat_study(name: str, folder: str | Path, seeds: Iterable[int] = (0, 1, 2)
             make_refshapes(data, flavour, progress=True)
     chosen = {variant: run for variant, run in variants.items() if not only or variant in only}
     rows = run_study(chosen, seeds, folder / name, out or folder / f"{name}.json")
-    return study_table(rows, ["refshapes oIoU", *(f"{flavour} mIoU" for flavour in study.flavours)])
+    return study_table(rows, study.fields)
