@@ -127,6 +127,8 @@ def test_schemes():
     for b in range(3):
         assert torch.equal(maps["max"][b], A_slot[b, A_fuse[b].argmax()]) and torch.equal(maps["min"][b], A_slot[b, A_fuse[b].argmin()])
     torch.testing.assert_close(maps["average"], torch.full((3, 10), 1 / 6))  # whatever the image and the sentence
+    torch.testing.assert_close(maps["area"], torch.einsum("bk,bkp->bp", A_fuse, A_slot / A_slot.sum(2, keepdim=True)))
+    torch.testing.assert_close(maps["area"].sum(1), torch.ones(3))  # attention to patches
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(relevance_map(A_fuse, A_slot), maps["weighted"])
     certain = F.one_hot(torch.tensor([2, 0, 5]), 6).float()
@@ -137,7 +139,7 @@ def test_misfits_are_named():
     fusion, (text, slots) = layer(), data()
     with pytest.raises(RISError, match="4 sentences cannot be matched with 3 images"):
         fusion(text, *fusion.project(slots))
-    with pytest.raises(RISError, match="weighted, max, min, average, not 'avg'"):
+    with pytest.raises(RISError, match="weighted, area, max, min, average, not 'avg'"):
         relevance_map(torch.ones(1, 2) / 2, torch.ones(1, 2, 3), "avg")
 
 

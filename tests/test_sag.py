@@ -504,7 +504,7 @@ def test_registered_sizes():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(noise="loud"), "noise must be one of seeded, mean"), (dict(scheme="best"), "scheme must be one of weighted, max, min, average"),
+    (dict(noise="loud"), "noise must be one of seeded, mean"), (dict(scheme="best"), "scheme must be one of weighted, area, max, min, average"),
     (dict(slots="none"), "slots are entity, random, query"), (dict(false_negatives="hide"), "keep, drop"),
     (dict(competition="words"), "competition"), (dict(reconstruction=-1.0), "at least 0"), (dict(discovery=False), "reconstruction must be 0"),
     (dict(temperature=0.0), "temperature"), (dict(width=30), "4 divides")])

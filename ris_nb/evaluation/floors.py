@@ -19,27 +19,33 @@ from ..models.base import RISModel
 __all__ = ['FLOORS', 'blind_choice', 'Floor']
 
 # %% ../../nbs/workshop/floors.ipynb #046
-FLOORS = ("whole image", "centre box", "random object")
+FLOORS = ("whole image", "centre box", "random object", "every object")
 
 
-def blind_choice(batch: Batch) -> list[int]:
-    """For each expression the number of a random expression of its image; drawn from image id and place alone."""
+def _companions(batch: Batch) -> list[tuple[int, list[int]]]:
+    """For each expression its image and the numbers of all expressions of that image, in their order."""
     which = range(len(batch)) if batch.which is None else batch.which.tolist()
     places: dict[int, list[int]] = {}
     for b, n in enumerate(which):
         places.setdefault(n, []).append(b)
+    return [(n, places[n]) for n in which]
+
+
+def blind_choice(batch: Batch) -> list[int]:
+    """For each expression the number of a random expression of its image; drawn from image id and place alone."""
     choice = []
-    for b, n in enumerate(which):
-        seed = zlib.crc32(f"{batch.image_id[n]} {places[n].index(b)}".encode())
-        choice.append(int(np.random.default_rng(seed).choice(places[n])))
+    for b, (n, same) in enumerate(_companions(batch)):
+        seed = zlib.crc32(f"{batch.image_id[n]} {same.index(b)}".encode())
+        choice.append(int(np.random.default_rng(seed).choice(same)))
     return choice
 
 # %% ../../nbs/workshop/floors.ipynb #047
 class Floor(RISModel):
     """A model that does not listen, to know what a score is worth.
 
-    `rule`: "whole image"; "centre box", the middle half of each side; or "random object", the true mask of a random
-    expression of the same image, so perfect outlines, chosen blindly.
+    `rule`: "whole image"; "centre box", the middle half of each side; "random object", the true mask of a random
+    expression of the same image, so perfect outlines, chosen blindly; or "every object", the true masks of all of them together:
+    it knows the ground, but no language. The last two are as fine as `batch.mask`.
     """
 
     def __init__(self, rule: str, image_size: int = 64, resolution: str = "model"):
@@ -51,6 +57,8 @@ class Floor(RISModel):
     def forward(self, batch: Batch) -> Output:
         if self.rule == "random object":
             return Output(score=batch.mask[blind_choice(batch)].float() - 0.5)
+        if self.rule == "every object":
+            return Output(score=torch.stack([batch.mask[same].any(0) for _, same in _companions(batch)]).float() - 0.5)
         height, width = batch.image.shape[-2:]
         top, left = (0, 0) if self.rule == "whole image" else (height // 4, width // 4)
         score = torch.full((len(batch), height, width), -0.5, device=batch.image.device)

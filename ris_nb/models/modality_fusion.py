@@ -73,20 +73,22 @@ class ModalityFusion(nn.Module):
         return self.read(text[None], k, v)
 
 # %% ../../nbs/15_modality_fusion.ipynb #046
-SCHEMES = ("weighted", "max", "min", "average")  # the paper's, then what it compares with
+SCHEMES = ("weighted", "area", "max", "min", "average")  # the paper's, ours, then what the paper compares with
 
 
 def relevance_map(A_fuse: Tensor, A_slot: Tensor, scheme: str = "weighted") -> Tensor:
     """How much each patch belongs to what the sentence means: A_fuse (B, K), A_slot (B, K, P) -> M (B, P), in [0, 1].
 
-    "weighted": the slots' maps, weighted by the sentence's attention (SaG, ICCV 2023); "max" and "min": the map of the
-    slot it attends to most, or least; "average": the mean of all maps, which is constant. RISError: another scheme.
+    "weighted": the slots' maps, weighted by the sentence's attention (SaG, ICCV 2023); "area", ours: the same, each map first
+    divided by its total; "max" and "min": the map of the slot it attends to most, or least; "average": the mean of all maps,
+    which is constant. RISError: another scheme.
     """
     if scheme not in SCHEMES:
         raise RISError(f"scheme must be one of {', '.join(SCHEMES)}, not {scheme!r}")
-    if scheme == "weighted":
-        return (A_fuse[..., None] * A_slot).sum(1)
     if scheme == "average":
         return A_slot.mean(1)
-    chosen = A_fuse.argmax(1) if scheme == "max" else A_fuse.argmin(1)
-    return A_slot[torch.arange(len(chosen), device=chosen.device), chosen]
+    if scheme in ("max", "min"):
+        chosen = A_fuse.argmax(1) if scheme == "max" else A_fuse.argmin(1)
+        return A_slot[torch.arange(len(chosen), device=chosen.device), chosen]
+    shares = A_fuse / (A_slot.sum(2) + 1e-7) if scheme == "area" else A_fuse
+    return (shares[..., None] * A_slot).sum(1)
