@@ -81,7 +81,7 @@ def rank_and_world() -> tuple[int, int]:
         raise UsageError(f"RANK={rank} of WORLD_SIZE={world} makes no sense: torchrun and accelerate launch set both; unset them for one process")
     return int(rank), int(world)
 
-
+# %% ../../nbs/workshop/cli_flags.ipynb #064c
 def machine(precision: str = "no"):
     """accelerate's view of the machine for a command that computes in `precision`; an error in one line where the launch asks for another.
 

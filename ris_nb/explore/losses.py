@@ -87,6 +87,13 @@ def svg_bars(title: str, values: dict[str, float]) -> str:
                    f'<rect x="68" y="{60 + 50 * i}" width="{100 * value / top:.1f}" height="22" fill="{PALETTE[i]}"/>']
     return "".join(shapes)
 
+# %% ../../nbs/workshop/explore_losses.ipynb #088b
+def svg_row(pictures: Sequence[str], told: str) -> str:
+    """Pictures of 220 x 240 side by side as one SVG; `told` is its description in words."""
+    places = "".join(f'<g transform="translate({230 * i} 0)">{picture}</g>' for i, picture in enumerate(pictures))
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{told}" viewBox="0 0 {230 * len(pictures)} 240" '
+            f'width="{230 * len(pictures)}" style="max-width:100%">{places}</svg>')
+
 # %% ../../nbs/workshop/explore_losses.ipynb #089
 def loss_parts() -> dict[str, widgets.Widget]:
     """The widgets of `LossPanel`."""
@@ -117,17 +124,12 @@ class LossPanel(Panel):
         pixels, sentence, mask = alignment_points(at["apart"], at["spread"], at["sentence"])
         terms = alignment_terms(pixels, sentence, mask, (at["pixel temperature"],) * 2 + (at["sentence temperature"],))[0].tolist()
         self.values = {"C3": c3_loss(t, z, temperature=at["temperature"], same=same).item(), **dict(zip(("inside", "outside", "language"), terms))}
-        self.draw([svg_circle("what sentences find", {f"t{b + 1}": t[b] for b in range(3)}, {f"image {n + 1}": z[n] for n in range(3)}),
-                   svg_table(f"softmax; C3 {self.values['C3']:.3f}, chance {math.log(3):.3f}", self.shares),
-                   svg_circle("pixels and a sentence", {"t": sentence[0]}, dict(zip(("inside", "outside"), pixels[0].permute(1, 2, 0)))),
-                   svg_bars("the three terms of alignment", dict(zip(("inside", "outside", "language"), terms)))])
-
-    def draw(self, pictures: Sequence[str]) -> None:
-        """Put pictures of 220 x 240 side by side."""
+        pictures = [svg_circle("what sentences find", {f"t{b + 1}": t[b] for b in range(3)}, {f"image {n + 1}": z[n] for n in range(3)}),
+                    svg_table(f"softmax; C3 {self.values['C3']:.3f}, chance {math.log(3):.3f}", self.shares),
+                    svg_circle("pixels and a sentence", {"t": sentence[0]}, dict(zip(("inside", "outside"), pixels[0].permute(1, 2, 0)))),
+                    svg_bars("the three terms of alignment", dict(zip(("inside", "outside", "language"), terms)))]
         told = ", ".join(f"{name} {value:.3f}" for name, value in self.values.items())
-        places = "".join(f'<g transform="translate({230 * i} 0)">{picture}</g>' for i, picture in enumerate(pictures))
-        self["picture"].value = (f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{told}" viewBox="0 0 {230 * len(pictures)} 240" '
-                                 f'width="{230 * len(pictures)}" style="max-width:100%">{places}</svg>')
+        self["picture"].value = svg_row(pictures, told)
         self.say(told)
 
     def figure(self) -> SVG:

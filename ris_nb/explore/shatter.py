@@ -69,7 +69,7 @@ def shatter(viewer: Viewer, discovery: EntityDiscovery, photo: Image.Image, draw
     slots, _, maps = discovery(viewer.encode(viewer.image)[0], grid, noise[None], history=True)
     return Shattered([A[0].unflatten(1, grid) for A in maps], slots[0])
 
-
+# %% ../../nbs/workshop/explore_shatter.ipynb #071b
 @torch.no_grad()
 def gather(viewer: Viewer, slots: Tensor, expression: str) -> Tensor:
     """How much of each slot a sentence reads, A_fuse (K,) of sum one. `RISError` for a sentence without a word."""
@@ -89,7 +89,7 @@ def slot_colours(count: int, per_gaussian: int) -> np.ndarray:
     light = 0.6 * (np.arange(count) % per_gaussian / per_gaussian)[:, None]
     return own + light * (1 - own)
 
-
+# %% ../../nbs/workshop/explore_shatter.ipynb #074b
 def draw_slots(picture: np.ndarray, maps: Tensor, colours: np.ndarray, lit: int = -1) -> np.ndarray:
     """A picture (H, W, 3) in the colours of the slots (K, h, w) that won each patch; or dark, with the patches of slot `lit` bright."""
     size = picture.shape[:2]
