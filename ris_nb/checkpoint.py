@@ -18,6 +18,7 @@ from safetensors.torch import load_model as load_weights, save_model as save_wei
 from torch import nn
 
 from .contract import RISError
+from .settings import Nested
 
 # %% auto #0
 __all__ = ['replacing', 'Checkpointed']
@@ -88,10 +89,10 @@ def _load_strictly(model: nn.Module, file: Path) -> None:
         raise RISError(f"{file}: not the weights of this {type(model).__name__}: {'; '.join(told)}")
 
 # %% ../nbs/workshop/checkpoint.ipynb #081
-class Checkpointed(nn.Module, PyTorchModelHubMixin):
+class Checkpointed(Nested, nn.Module, PyTorchModelHubMixin):
     """A module that `save_pretrained` writes to config.json and model.safetensors, whole or not at all.
 
-    The arguments of a subclass must be JSON values: they are the config.
+    The arguments of a subclass must be JSON values: they are the config. One whose default is a table is a group, see `Nested`.
     """
 
     _beside: dict[str, str] = {}  # argument -> the name of the file beside config.json that may hold it
@@ -141,7 +142,8 @@ class Checkpointed(nn.Module, PyTorchModelHubMixin):
             return Path(hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token,
                                         force_download=force_download, local_files_only=local_files_only))
 
-        arguments = {**config, **settings}
+        asked = {name: value for name, value in settings.items() if name not in config or value != config[name]}  # the mixin adds the config's own
+        arguments = cls.settings(config, asked)
         del arguments["class"]
         arguments |= {key: file(name) for key, name in cls._beside.items() if arguments.get(key) == name}
         try:

@@ -157,7 +157,8 @@ def list_models() -> list[str]:
 
 # %% ../nbs/workshop/registry.ipynb #085b
 def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
-    """A model by its name; `pretrained=True` fetches weights for its encoders, `overrides` are arguments of its class.
+    """A model by its name; `pretrained=True` fetches weights for its encoders, `overrides` are arguments of its class,
+    those in a group as a table or by a name with a dot.
 
     Raises `RISError` for a name or an argument that there isn't.
     """
@@ -170,7 +171,7 @@ def create_model(name: str, pretrained: bool = False, **overrides) -> RISModel:
     except TypeError as error:
         found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         kind = next((type(frame.f_locals["self"]) for frame, _ in walk_tb(error.__traceback__) if "self" in frame.f_locals), object)
-        if not found or found[2] not in overrides or found[1] not in [base.__name__ for base in kind.__mro__]:
+        if not found or found[2] not in {name.partition(".")[0] for name in overrides} or found[1] not in [base.__name__ for base in kind.__mro__]:
             raise
         known = _arguments(kind)
         raise RISError(f"{name} has no argument {found[2]!r}; it takes {', '.join(get_close_matches(found[2], known) or known)}") from None

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import SPECIAL, Tokenizer
-from ..encoders.language import TextEncoder
-from ..encoders.pretraining import TINY_SWIN, pretrained_namer
+from ..encoders.pretraining import TINY_SWIN
 from ..encoders.vision import Swin, init_weights
 from .base import RISModel
-from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_sizes, mask_loss, read_attention, score_masks,
-                                  start_pretrained, upsample, word_rows)
+from .layers import (TINY, TINY_ENCODERS, base_preset, dice_loss, mask_loss, preset, read_attention, score_masks,
+                                  text_encoder, upsample)
 from .released import load_released, released_lavt, released_lavt_key, released_lavt_sizes
 from ..registry import register_model
+from ..settings import SWIN_B, TEXT
 
 # %% auto #0
 __all__ = ['NORMS', 'InstanceNorm', 'PWAM', 'LanguageGate', 'LanguageSwin', 'SimpleDecoder', 'LAVT']
@@ -162,26 +162,27 @@ NORMS = {"instance": InstanceNorm, "layer": nn.LayerNorm}
 class LAVT(RISModel):
     """Language-aware vision transformer (LAVT, CVPR 2022): Swin reads the sentence at each of its four stages.
 
-    width, depths, heads, window, patch, drop_path: of `Swin`. bert_*: of `TextEncoder`. decoder_width: of
-    `SimpleDecoder` (default 4 * width). vocab_size: rows of the word table (default: the vocabulary's size).
-    image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors: of `RISModel`. norm: "instance" as in LAVT, or "layer" as in
-    MagNet (see `PWAM`). dice: weight of `dice_loss`, which the paper doesn't use. The defaults are the paper's.
+    | group | settings |
+    |---|---|
+    | vision | of `Swin` |
+    | text | of `TextEncoder`; vocab_size, the rows of its word table: by default one for each piece of the vocabulary |
+    | decoder | width of `SimpleDecoder`: by default 4 times that of the Swin |
+
+    norm: "instance" as in LAVT, or "layer" as in MagNet (see `PWAM`). dice: weight of `dice_loss`, which the paper doesn't use.
+    The rest: of `RISModel`. The defaults are the paper's.
     """
 
     def __init__(self, image_size: int = 480, vocabulary="bert-base-uncased", max_words: int = 20, mean=IMAGENET_MEAN,
-                 std=IMAGENET_STD, resolution: str = "model", width: int = 128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
-                 window: int = 12, patch: int = 4, drop_path: float = 0.3, bert_width: int = 768, bert_layers: int = 12,
-                 bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1, bert_positions: int = 512,
-                 vocab_size: int | None = None, decoder_width: int | None = None, norm: str = "instance", dice: float = 0.0,
+                 std=IMAGENET_STD, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
+                 decoder: Mapping = dict(width=None), norm: str = "instance", dice: float = 0.0,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         if norm not in NORMS or not dice >= 0:
             raise RISError(f"norm must be one of {', '.join(NORMS)} and dice at least 0, not {norm!r} and {dice}")
         self.dice = dice
-        self.text = TextEncoder(word_rows(self.vocabulary, vocab_size), bert_width, bert_layers, bert_heads, bert_ffn,
-                                bert_positions, bert_dropout)
-        self.encoder = LanguageSwin(Swin(width, depths, heads, window, patch, drop_path), bert_width, NORMS[norm])
-        self.decoder = SimpleDecoder(self.encoder.vision.widths, decoder_width or 4 * width)
+        self.text = text_encoder(text, self.vocabulary)
+        self.encoder = LanguageSwin(Swin(**vision), text["width"], NORMS[norm])
+        self.decoder = SimpleDecoder(self.encoder.vision.widths, decoder["width"] or 4 * vision["width"])
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -222,12 +223,12 @@ class LAVT(RISModel):
 
         `state`: a state dict with names `model.backbone...`, `model.classifier...`, `bert_model...`, one of parts
         {"model": ..., "bert_model": ...}, or the path of such a file (torch or .safetensors); also `lavt_one`, where BERT
-        is `model.text_encoder`. `overrides` are arguments of `LAVT` and win. Weights don't tell `bert_heads` (default
+        is `model.text_encoder`. `overrides` are arguments of `LAVT` and win. Weights don't tell `text.heads` (default
         width / 64), `image_size` (default 480) or `vocabulary` (without one, the model computes on ids but takes no
         texts). Raises `RISError` naming the first entries that are unknown, missing or misshapen.
         """
         state = released_lavt(state)
-        model = cls(**{"vocabulary": SPECIAL, **released_lavt_sizes(state), **overrides})
+        model = cls(**cls.settings({"vocabulary": SPECIAL}, released_lavt_sizes(state), overrides))
         load_released(model, state, released_lavt_key)
         return model.eval()
 
@@ -238,22 +239,11 @@ def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
 
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
-    if pretrained:
-        keep_sizes("lavt_tiny", "Swin", TINY_SWIN, overrides)
-    sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192,
-                 bert_dropout=0.0, bert_positions=32, decoder_width=32, norm="layer", dice=3.0,
-                 lr_factors={"encoder.vision": 0.2} if pretrained else {})
-    model = LAVT(**{**sizes, **overrides})
-    if pretrained:
-        start_pretrained(model, {"encoder.vision": pretrained_namer().swin})
-    return model
+    sizes = dict(TINY, vision=TINY_SWIN, decoder=dict(width=32), norm="layer", dice=3.0, lr_factors={"encoder.vision": 0.2} if pretrained else {})
+    return preset(LAVT, "lavt_tiny", sizes, overrides, TINY_ENCODERS if pretrained else {})
 
 # %% ../../nbs/07_lavt.ipynb #058y
 @register_model
 def lavt_swin_base(pretrained: bool = False, **overrides) -> LAVT:
     """The paper's LAVT: Swin-B with window 12 at 480 pixels, BERT-base; `pretrained` fetches both encoders, as the authors did."""
-    vision, text = fetch_swin_and_bert("lavt_swin_base", overrides) if pretrained else (None, None)
-    model = LAVT(**{**SWIN_B, **BERT_BASE, **overrides})
-    if pretrained:
-        start_pretrained(model, {"encoder.vision": vision, "text": text})
-    return model
+    return base_preset(LAVT, "lavt_swin_base", "text", pretrained, overrides)

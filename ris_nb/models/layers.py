@@ -6,16 +6,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Batch, Output, RISError
-from ..data.tokenizer import BERT_UNCASED, read_vocabulary
+from ..data.tokenizer import BERT_UNCASED, SPECIAL, read_vocabulary
 from ..encoders.language import TextEncoder
+from ..encoders.pretraining import TINY_SWIN, pretrained_namer
 from ..encoders.vision import Swin
+from .base import RISModel
+from ..settings import BERT_BASE, SWIN_B, flat
 
 # %% auto #0
 __all__ = ['upsample', 'score_masks', 'mask_loss', 'dice_loss']
@@ -61,27 +64,22 @@ def dice_loss(score: Tensor, mask: Tensor) -> Tensor:
     return (1 - (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)).mean()
 
 # %% ../../nbs/workshop/layers.ipynb #056x
-def word_rows(vocabulary: Sequence[str], rows: int | None) -> int:
-    """How many rows a word table has: `rows` if given, else one a piece. `RISError` where the pieces don't fit."""
-    rows = rows or len(vocabulary)
+def text_encoder(text: Mapping, vocabulary: Sequence[str]) -> TextEncoder:
+    """The `TextEncoder` of a group of settings; `vocab_size` None: a row for each piece. `RISError` where the pieces don't fit."""
+    rows = text["vocab_size"] or len(vocabulary)
     if len(vocabulary) > rows:
         raise RISError(f"a vocabulary of {len(vocabulary)} pieces does not fit a word table of {rows} rows")
-    return rows
+    return TextEncoder(**{**text, "vocab_size": rows})
 
 # %% ../../nbs/workshop/layers.ipynb #058
-SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4)
+def keep_sizes(name: str, part: str, sizes: Mapping, settings: Mapping) -> None:
+    """`RISError` where a part of model `name` is to have pretrained weights and the `settings` ask for other `sizes` than theirs."""
+    def plain(path, value):
+        return read_vocabulary(value) if path == "vocabulary" else list(value) if isinstance(value, (list, tuple)) else value
 
-
-BERT_BASE = dict(vocabulary=BERT_UNCASED, vocab_size=30522, bert_width=768, bert_layers=12, bert_heads=12, bert_ffn=3072, bert_positions=512)
-
-
-def keep_sizes(name: str, part: str, sizes: Mapping, overrides: Mapping) -> None:
-    """`RISError` where model `name` was asked for pretrained weights of a part and, by `overrides`, for other `sizes` than theirs."""
-    def plain(size, value):
-        return read_vocabulary(value) if size == "vocabulary" else list(value) if isinstance(value, (list, tuple)) else value
-
-    changed = [f"{size}={value}" for size, value in sizes.items()
-               if size != "drop_path" and plain(size, overrides.get(size, value)) != plain(size, value)]  # no weight depends on drop_path
+    given = flat(settings)
+    changed = [f"{path}={value}" for path, value in flat(sizes).items()
+               if not path.endswith((".drop_path", ".dropout")) and plain(path, given.get(path, value)) != plain(path, value)]  # no weight depends on those
     if changed:
         raise RISError(f"{name}'s pretrained {part} has {', '.join(changed)}: leave that as it is or use pretrained=False")
 
@@ -92,11 +90,32 @@ def start_pretrained(model: nn.Module, encoders: Mapping[str, nn.Module]) -> Non
         model.get_submodule(name).load_state_dict(encoder.state_dict())
 
 
-def fetch_swin_and_bert(name: str, overrides: Mapping) -> tuple[Swin, TextEncoder]:
-    """The pretrained encoders of LAVT and MagNet at the papers' sizes; `RISError` where `overrides` don't fit them."""
-    keep_sizes(name, "Swin", SWIN_B, overrides)
-    keep_sizes(name, "BERT", BERT_BASE, overrides)
-    return Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k"), TextEncoder.from_pretrained(BERT_UNCASED)
+def preset(kind: type[RISModel], name: str, sizes: Mapping, overrides: Mapping,
+           encoders: Mapping[str, tuple[str, Mapping, Callable[[Mapping], nn.Module]]] = {}) -> RISModel:
+    """A model of class `kind` with a preset's sizes and the user's overrides, whose `encoders` start pretrained.
+
+    encoders: submodule -> what it is called, its sizes, and the function that makes it for the settings. `RISError` where overrides
+    contradict those sizes.
+    """
+    settings = kind.settings(sizes, overrides)
+    for part, own, _ in encoders.values():
+        keep_sizes(name, part, own, settings)
+    model = kind(**settings)
+    start_pretrained(model, {submodule: make(settings) for submodule, (_, _, make) in encoders.items()})
+    return model
+
+# %% ../../nbs/workshop/layers.ipynb #061
+TINY = dict(image_size=64, vocabulary=SPECIAL, text=dict(width=96, layers=2, heads=4, ffn=192, max_positions=32, dropout=0.0))
+TINY_ENCODERS = {"encoder.vision": ("Swin", dict(vision=TINY_SWIN), lambda settings: pretrained_namer().swin)}
+
+
+def base_preset(kind: type[RISModel], name: str, text: str, pretrained: bool, overrides: Mapping) -> RISModel:
+    """LAVT or MagNet at the papers' size; `text` names its text encoder. `pretrained` fetches both encoders."""
+    sizes = {"vision": SWIN_B, "text": BERT_BASE, "vocabulary": BERT_UNCASED}
+    return preset(kind, name, sizes, overrides, {
+        "encoder.vision": ("Swin", {"vision": SWIN_B}, lambda settings: Swin.from_pretrained("swin_base_patch4_window12_384.ms_in22k")),
+        text: ("BERT", {"text": BERT_BASE, "vocabulary": BERT_UNCASED}, lambda settings: TextEncoder.from_pretrained(BERT_UNCASED)),
+    } if pretrained else {})
 
 # %% ../../nbs/workshop/layers.ipynb #att-e
 @torch.no_grad()

@@ -21,19 +21,20 @@ from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import SPECIAL
 from ..encoders.language import TextEncoder
-from ..encoders.pretraining import TINY_SWIN, pretrained_namer
+from ..encoders.pretraining import TINY_SWIN
 from ..encoders.vision import Swin
 from .alignment import ImageAlignment, LanguageAlignment, alignment_loss, sentence_vector
 from .base import RISModel
 from .lavt import LAVT, SimpleDecoder
-from .layers import (BERT_BASE, SWIN_B, dice_loss, fetch_swin_and_bert, keep_sizes, mask_loss, read_attention, score_masks,
-                                  start_pretrained, upsample, word_rows)
+from .layers import (TINY, TINY_ENCODERS, base_preset, dice_loss, mask_loss, preset, read_attention, score_masks,
+                                  text_encoder, upsample)
 from .mask_decoder import MaskDecoder, PixelDecoder
 from .mask_grounding import TINY_PREDICTOR, Grounded
 from .released import load_released
 from .released_alignment import ReleasedLanguageAlignment
 from .released_magnet import released_magnet, released_magnet_key, released_magnet_sizes
 from ..registry import register_model
+from ..settings import SWIN_B, TEXT, defaults, nested
 
 # %% ../../nbs/13_magnet.ipynb #012
 class LockStep(nn.Module):
@@ -103,52 +104,47 @@ def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 class MagNet(RISModel):
     """Mask-grounded network for referring segmentation (MagNet, CVPR 2024).
 
-    width, depths, heads, window, patch, drop_path: of `Swin`. bert_*: of `TextEncoder`, its layers a multiple of Swin's
-    stages. vocab_size: rows of the word table (default: the vocabulary's size). released: compute what the authors'
-    network computes, see `ReleasedLanguageAlignment`. grids: of `ImageAlignment`. decoder: "mask", MagNet's own, or "simple",
-    LAVT's. decoder_width, decoder_heads, points, encoder_layers and encoder_ffn make the `PixelDecoder`; the first two,
-    decoder_layers and decoder_ffn the `MaskDecoder`; of the simple decoder only the width counts. bce, dice: weights of the
-    mask losses. alignment: weight of each of the three terms of `alignment_loss`, which compares at most alignment_pixels
-    of either side. grounding, predictor: the weight that `for_training` gives Mask Grounding, which is no part of the
-    network, and other arguments of `Grounded`. image_size, vocabulary, max_words, mean, std, resolution, freeze,
-    lr_factors: of `RISModel`.
-    The defaults are the released network's sizes.
+    | group | settings |
+    |---|---|
+    | vision | of `Swin` |
+    | text | of `TextEncoder`, its layers a multiple of Swin's stages; vocab_size: by default a row for each piece of the vocabulary |
+    | alignment | grids of `ImageAlignment`; weight of each of the three terms of `alignment_loss`, which compares at most so many pixels |
+    | decoder | kind: "mask", MagNet's own, or "simple", LAVT's, of which only the width counts; width and heads of both decoders; points, pixel_layers, pixel_ffn of `PixelDecoder`; layers, ffn of `MaskDecoder` |
+    | grounding | of `Grounded`, which `for_training` puts around the network; weight 0: no Mask Grounding |
+
+    bce, dice: weights of the mask losses. released: compute what the authors' network computes, see `ReleasedLanguageAlignment`.
+    The rest: of `RISModel`. The defaults are the released network's sizes.
     """
 
     tokenizer = LAVT.tokenizer  # which refuses texts where the model was built without words
 
     def __init__(self, image_size: int = 480, vocabulary="bert-base-uncased", max_words: int = 20, mean=IMAGENET_MEAN,
-                 std=IMAGENET_STD, resolution: str = "model", width: int = 128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32),
-                 window: int = 12, patch: int = 4, drop_path: float = 0.3, bert_width: int = 768, bert_layers: int = 12,
-                 bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1, bert_positions: int = 512,
-                 vocab_size: int | None = None, released: bool = False, grids=(1, 2, 3, 6), decoder: str = "mask", decoder_width: int = 256,
-                 decoder_heads: int = 8, points: int = 4, encoder_layers: int = 4, encoder_ffn: int = 1024,
-                 decoder_layers: int = 9, decoder_ffn: int = 2048, bce: float = 2.0, dice: float = 2.0,
-                 alignment: float = 0.5, alignment_pixels: int = 1024, grounding: float = 1.0,
-                 predictor: Mapping | None = None, freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+                 std=IMAGENET_STD, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
+                 alignment: Mapping = dict(grids=(1, 2, 3, 6), weight=0.5, pixels=1024),
+                 decoder: Mapping = dict(kind="mask", width=256, heads=8, points=4, pixel_layers=4, pixel_ffn=1024, layers=9, ffn=2048),
+                 grounding: Mapping = defaults(Grounded), bce: float = 2.0, dice: float = 2.0, released: bool = False,
+                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
-        if decoder not in ("mask", "simple") or not all(weight >= 0 for weight in (bce, dice, alignment, grounding)):
-            raise RISError(f"decoder must be 'mask' or 'simple' and no loss weight below 0, not {decoder!r} and "
-                           f"{bce}, {dice}, {alignment}, {grounding}")
-        self.bce, self.dice, self.grounding, self.predictor = bce, dice, grounding, dict(predictor or {})
-        self.alignment, self.alignment_pixels = alignment, alignment_pixels
-        text = TextEncoder(word_rows(self.vocabulary, vocab_size), bert_width, bert_layers, bert_heads, bert_ffn,
-                           bert_positions, bert_dropout)
-        self.encoder = LockStep(Swin(width, depths, heads, window, patch, drop_path), text, grids, released)
+        kind, width, heads, weights = decoder["kind"], decoder["width"], decoder["heads"], (bce, dice, alignment["weight"], grounding["weight"])
+        if kind not in ("mask", "simple") or not all(weight >= 0 for weight in weights):
+            raise RISError(f"decoder.kind must be 'mask' or 'simple' and no loss weight below 0, not {kind!r} and {', '.join(map(str, weights))}")
+        self.bce, self.dice, self.alignment, self.grounding = bce, dice, alignment, grounding
+        bert = text_encoder(text, self.vocabulary)
+        self.encoder = LockStep(Swin(**vision), bert, alignment["grids"], released)
         widths = self.encoder.vision.widths
-        if decoder == "simple":
-            self.simple_decoder = SimpleDecoder(widths, decoder_width)
+        if kind == "simple":
+            self.simple_decoder = SimpleDecoder(widths, width)
         else:
-            self.pixel_decoder = PixelDecoder(widths, decoder_width, encoder_layers, decoder_heads, points, encoder_ffn)
-            self.mask_decoder = MaskDecoder(len(widths) - 1, decoder_width, decoder_layers, decoder_heads, decoder_ffn)
-        self.sentence = nn.Linear(bert_width, decoder_width).requires_grad_(alignment > 0)  # read by the alignment loss alone
+            self.pixel_decoder = PixelDecoder(widths, width, decoder["pixel_layers"], heads, decoder["points"], decoder["pixel_ffn"])
+            self.mask_decoder = MaskDecoder(len(widths) - 1, width, decoder["layers"], heads, decoder["ffn"])
+        self.sentence = nn.Linear(bert.width, width).requires_grad_(alignment["weight"] > 0)  # read by the alignment loss alone
         if released:  # entries that the authors' checkpoints have and nothing reads
             self.unused_norms = nn.ModuleList(nn.LayerNorm(width) for width in widths).requires_grad_(False)
 
     def forward(self, batch: Batch) -> Output:
         """`score` (B, h, w) at the patch stride; `word_features` after the last stage; `pixel_features` (B, D, h, w).
 
-        `extra`: `input_size` (H, W); `aux_masks` (decoder_layers, B, h, w), the answers before the last layer of the mask
+        `extra`: `input_size` (H, W); `aux_masks` (decoder.layers, B, h, w), the answers before the last layer of the mask
         decoder (none with the simple one); the mask decoder's `class_logits`.
         """
         maps, texts = self.encoder(batch.image, batch.ids, batch.words, batch.which, batch.encoded)
@@ -158,7 +154,7 @@ class MagNet(RISModel):
             answers = (logits[:, 1] - logits[:, 0])[None]  # (1, B, h, w)
         else:
             pixels, levels = self.pixel_decoder(maps)
-            answers, extra["class_logits"] = self.mask_decoder(levels, pixels)  # (decoder_layers + 1, B, h, w)
+            answers, extra["class_logits"] = self.mask_decoder(levels, pixels)  # (decoder.layers + 1, B, h, w)
         return Output(answers[-1], texts[-1], pixels, {**extra, "aux_masks": answers[:-1]})
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
@@ -171,11 +167,11 @@ class MagNet(RISModel):
         answers = torch.cat([output.extra["aux_masks"], output.score[None]])
         cross_entropy, dice = supervise(answers, batch.mask, (0.9, 1.1) if hasattr(self, "simple_decoder") else (1.0, 1.0))
         losses = {"mask": self.bce * cross_entropy, "dice": self.dice * dice}
-        if self.alignment:
+        if weight := self.alignment["weight"]:
             cells = shrink_mask(batch.mask, output.score.shape[-2:])  # (B, h, w)
             sentence = self.sentence(sentence_vector(output.word_features, batch.words))  # (B, D)
-            losses["alignment"] = alignment_loss(output.pixel_features, sentence, cells, weights=(self.alignment,) * 3,
-                                                 max_pixels=self.alignment_pixels)
+            losses["alignment"] = alignment_loss(output.pixel_features, sentence, cells, weights=(weight,) * 3,
+                                                 max_pixels=self.alignment["pixels"])
         return losses
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
@@ -192,7 +188,7 @@ class MagNet(RISModel):
 
     def for_training(self) -> nn.Module:
         """The network in its training harness, `Grounded`; or itself where the weight of Mask Grounding is 0."""
-        return Grounded(self, self.grounding, **self.predictor) if self.grounding else self
+        return Grounded(self, **self.grounding) if self.grounding["weight"] else self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what goes into each block of Swin and each layer of the pixel decoder, and compute what is
@@ -208,13 +204,14 @@ class MagNet(RISModel):
         `state`: a state dict with names `image_model...`, `language_model...`, `classifier...`, `lang_proj...`; the path of
         a file of it (torch or .safetensors); or a place on the Hugging Face Hub, "owner/repository" or
         "owner/repository/file", such as `RELEASED_WEIGHTS`. `overrides` are arguments of `MagNet` and win. Weights don't
-        tell `bert_heads` (default width / 64), `decoder_heads` (default 8), `image_size` (default 480) or `vocabulary`
+        tell `text.heads` (default width / 64), `decoder.heads` (default 8), `image_size` (default 480) or `vocabulary`
         (without one, the model computes on ids but takes no texts). Raises `RISError` naming the first entries that are
         unknown, missing or misshapen.
         """
         state = released_magnet(state)
-        sizes = released_magnet_sizes(state, overrides.get("decoder_heads", 8))
-        model = cls(**{"vocabulary": SPECIAL, **sizes, **overrides, "released": True})
+        given = cls.settings(overrides)
+        sizes = released_magnet_sizes(state, given.get("decoder", {}).get("heads", 8))
+        model = cls(**nested({"vocabulary": SPECIAL}, sizes, given, {"released": True}))
         load_released(model, state, released_magnet_key)
         return model.eval()
 
@@ -225,24 +222,14 @@ def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
 
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
-    if pretrained:
-        keep_sizes("magnet_tiny", "Swin", TINY_SWIN, overrides)
-    sizes = dict(image_size=64, vocabulary=SPECIAL, **TINY_SWIN, bert_width=96, bert_layers=3, bert_heads=4, bert_ffn=192,
-                 bert_dropout=0.0, bert_positions=32, grids=(1, 4), decoder_width=32, decoder_heads=4, points=1, encoder_layers=1,
-                 encoder_ffn=64, decoder_layers=3, decoder_ffn=64, alignment_pixels=64, bce=1.0, dice=3.0,
-                 grounding=0.1, predictor={**TINY_PREDICTOR, "at_least_one": False},
-                 lr_factors={"encoder.vision": 0.2} if pretrained else {})
-    model = MagNet(**{**sizes, **overrides})
-    if pretrained:
-        start_pretrained(model, {"encoder.vision": pretrained_namer().swin})
-    return model
+    sizes = dict(
+        TINY, vision=TINY_SWIN, text=dict(TINY["text"], layers=3), alignment=dict(grids=(1, 4), pixels=64), bce=1.0, dice=3.0,
+        decoder=dict(width=32, heads=4, points=1, pixel_layers=1, pixel_ffn=64, layers=3, ffn=64),
+        grounding=dict(TINY_PREDICTOR, weight=0.1, at_least_one=False), lr_factors={"encoder.vision": 0.2} if pretrained else {})
+    return preset(MagNet, "magnet_tiny", sizes, overrides, TINY_ENCODERS if pretrained else {})
 
 # %% ../../nbs/13_magnet.ipynb #027b
 @register_model
 def magnet_swin_base(pretrained: bool = False, **overrides) -> MagNet:
     """The paper's MagNet: Swin-B with window 12 at 480 pixels, BERT-base; `pretrained` fetches both encoders."""
-    vision, text = fetch_swin_and_bert("magnet_swin_base", overrides) if pretrained else (None, None)
-    model = MagNet(**{**SWIN_B, **BERT_BASE, **overrides})
-    if pretrained:
-        start_pretrained(model, {"encoder.vision": vision, "encoder.text": text})
-    return model
+    return base_preset(MagNet, "magnet_swin_base", "encoder.text", pretrained, overrides)

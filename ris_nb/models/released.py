@@ -102,31 +102,37 @@ def released_lavt(source: Mapping | str | Path) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not re.search(unused, key)}
 
 # %% ../../nbs/workshop/released.ipynb #078a
-def released_encoder_sizes(state: Mapping[str, Tensor], image: str, text: str) -> dict:
-    """Sizes of a released Swin and BERT, as arguments of `LAVT`, off the shapes of entries `{image}...` and `{text}...`.
+def released_text_sizes(state: Mapping[str, Tensor], text: str) -> dict:
+    """Sizes of a released BERT, as the group `text`, off the shapes of entries `{text}...`. Its heads leave no trace and are guessed, 64 wide."""
+    words = state[f"{text}.embeddings.word_embeddings.weight"]
+    return dict(vocab_size=words.shape[0], width=words.shape[1], heads=max(1, words.shape[1] // 64),
+                layers=len({match[1] for key in state if (match := re.match(rf"{text}\.encoder\.layer\.(\d+)\.", key))}),
+                ffn=state[f"{text}.encoder.layer.0.intermediate.dense.weight"].shape[0],
+                max_positions=state[f"{text}.embeddings.position_embeddings.weight"].shape[0])
 
-    BERT's heads leave no trace and are guessed, 64 wide. Raises `KeyError` where an entry is missing.
+
+def released_encoder_sizes(state: Mapping[str, Tensor], image: str, text: str) -> dict:
+    """Sizes of a released Swin and BERT, as the groups `vision` and `text`, off the shapes of entries `{image}...` and `{text}...`.
+
+    Raises `KeyError` where an entry is missing.
     """
     def count(pattern):
         return len({match[1] for key in state if (match := re.match(pattern, key))})
 
     stages = range(count(rf"{image}\.layers\.(\d+)\."))
     tables = [state[f"{image}.layers.{k}.blocks.0.attn.relative_position_bias_table"] for k in stages]
-    patch, words = state[f"{image}.patch_embed.proj.weight"], state[f"{text}.embeddings.word_embeddings.weight"]
-    return dict(
+    patch = state[f"{image}.patch_embed.proj.weight"]
+    vision = dict(
         width=patch.shape[0], patch=patch.shape[-1], window=(isqrt(len(tables[0])) + 1) // 2,
-        depths=[count(rf"{image}\.layers\.{k}\.blocks\.(\d+)\.") for k in stages], heads=[table.shape[1] for table in tables],
-        vocab_size=words.shape[0], bert_width=words.shape[1], bert_heads=max(1, words.shape[1] // 64),
-        bert_layers=count(rf"{text}\.encoder\.layer\.(\d+)\."),
-        bert_ffn=state[f"{text}.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        bert_positions=state[f"{text}.embeddings.position_embeddings.weight"].shape[0])
+        depths=[count(rf"{image}\.layers\.{k}\.blocks\.(\d+)\.") for k in stages], heads=[table.shape[1] for table in tables])
+    return {"vision": vision, "text": released_text_sizes(state, text)}
 
 # %% ../../nbs/workshop/released.ipynb #078b
 def released_lavt_sizes(state: Mapping[str, Tensor]) -> dict:
     """What the shapes of a released LAVT say about its sizes, as arguments of `LAVT`; see `released_encoder_sizes`."""
     try:
         return {**released_encoder_sizes(state, "model.backbone", "bert_model"),
-                "decoder_width": state["model.classifier.conv1_4.weight"].shape[0]}
+                "decoder": {"width": state["model.classifier.conv1_4.weight"].shape[0]}}
     except KeyError as error:
         raise RISError(f"not a released LAVT: it has no entry {error.args[0]}") from None
 

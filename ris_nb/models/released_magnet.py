@@ -136,8 +136,8 @@ def released_magnet_key(key: str) -> str | None:
     return name and f"encoder.vision.{name}"
 
 # %% ../../nbs/workshop/released_magnet.ipynb #056
-def released_magnet_sizes(state: Mapping[str, Tensor], decoder_heads: int = 8) -> dict:
-    """What the shapes of a released MagNet say about its sizes, as arguments of `MagNet`; see `released_encoder_sizes`."""
+def released_magnet_sizes(state: Mapping[str, Tensor], heads: int = 8) -> dict:
+    """What the shapes of a released MagNet say about its sizes, as arguments of `MagNet`, given the heads of its decoder."""
     def count(pattern):
         return len({match[1] for key in state if (match := re.match(pattern, key))})
 
@@ -146,11 +146,12 @@ def released_magnet_sizes(state: Mapping[str, Tensor], decoder_heads: int = 8) -
     try:
         sizes = released_encoder_sizes(state, "image_model", "language_model")
         offsets, levels = state[f"{layer}.self_attn.sampling_offsets.weight"], count(rf"{pixel}\.input_proj\.(\d+)\.")
-        return dict(
-            **sizes, decoder_width=offsets.shape[1], decoder_heads=decoder_heads, points=len(offsets) // (2 * levels * decoder_heads),
-            encoder_layers=count(rf"{pixel}\.transformer\.encoder\.layers\.(\d+)\."),
-            encoder_ffn=len(state[f"{layer}.linear1.weight"]),
-            decoder_layers=count(rf"{mask}\.transformer_ffn_layers\.(\d+)\."),
-            decoder_ffn=len(state[f"{mask}.transformer_ffn_layers.0.linear1.weight"]))
+        decoder = dict(
+            width=offsets.shape[1], heads=heads, points=len(offsets) // (2 * levels * heads),
+            pixel_layers=count(rf"{pixel}\.transformer\.encoder\.layers\.(\d+)\."),
+            pixel_ffn=len(state[f"{layer}.linear1.weight"]),
+            layers=count(rf"{mask}\.transformer_ffn_layers\.(\d+)\."),
+            ffn=len(state[f"{mask}.transformer_ffn_layers.0.linear1.weight"]))
+        return {**sizes, "decoder": decoder}
     except KeyError as error:
         raise RISError(f"not a released MagNet: it has no entry {error.args[0]}") from None

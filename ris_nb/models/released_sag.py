@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..contract import RISError
-from .released import read_released
+from .released import read_released, released_text_sizes
 
 # %% auto #0
 __all__ = []
@@ -99,19 +99,19 @@ _AGG = "encoders.img_enc.set_pred_module.agg"
 
 
 def _released_slot_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
-    """The part of `released_sag_sizes` that concerns slots. Raises `KeyError` where an entry is missing."""
+    """The group `slots` of `released_sag_sizes`; `known`: what is given of it. Raises `KeyError` where an entry is missing."""
     queries = {key.rpartition(".")[2]: value.shape[-2] for key, value in state.items() if key.startswith(f"{_AGG}.queries.")}
     if "params" in queries:
-        slots, per_gaussian = "query", known.get("per_gaussian", 3)
+        kind, per_gaussian = "query", known.get("per_gaussian", 3)
         gaussians = queries["params"] // per_gaussian
     else:
-        slots = "entity" if queries["slots_mu"] > 1 else "random"
-        gaussians = known.get("gaussians", queries["slots_mu"] if slots == "entity" else 12)
+        kind = "entity" if queries["slots_mu"] > 1 else "random"
+        gaussians = known.get("gaussians", queries["slots_mu"] if kind == "entity" else 12)
         per_gaussian = max(1, 36 // gaussians)
     attention, among = state[f"{_AGG}.agg_blocks.0.0.fn.to_q.weight"], state.get(f"{_AGG}.agg_blocks.0.4.0.0.fn.to_q.weight")
     repeated = len({key.split(".")[5] for key in state if key.startswith(f"{_AGG}.agg_blocks.")})
-    return dict(slots=slots, gaussians=gaussians, per_gaussian=per_gaussian, iterations=repeated if repeated > 1 else 6,
-                interaction=among is not None, head_width=len(attention) // known.get("heads", 4),
+    return dict(kind=kind, width=len(state["encoders.txt_enc.linear.weight"]), gaussians=gaussians, per_gaussian=per_gaussian, iterations=repeated if repeated > 1 else 6,
+                interaction=among is not None, head_width=len(attention) // known.get("heads", 4), ffn=len(state[f"{_AGG}.agg_blocks.0.2.fn.net.0.weight"]),
                 self_head_width=128 if among is None else len(among) // known.get("self_heads", 4))
 
 # %% ../../nbs/workshop/released_sag.ipynb #070
@@ -121,20 +121,15 @@ def released_sag_sizes(state: Mapping[str, Tensor], known: Mapping) -> dict:
     Heads leave no trace: 64 channels each are guessed for the two encoders, 4 heads elsewhere, as released.
     """
     image, text = "encoders.img_enc.img_backbone", "encoders.txt_enc.bert"
-    def count(pattern):
-        return len({match[1] for key in state if (match := re.match(pattern, key))})
-
     try:
-        patch, words = state[f"{image}.patch_embed.proj.weight"], state[f"{text}.embeddings.word_embeddings.weight"]
-        return dict(
-            **_released_slot_sizes(state, known), vit_width=len(patch), patch=patch.shape[-1], vit_heads=max(1, len(patch) // 64),
-            vit_depth=count(rf"{image}\.blocks\.(\d+)\."),
-            vit_image_size=isqrt(state[f"{image}.pos_embed"].shape[1] - 1) * patch.shape[-1],
-            vocab_size=words.shape[0], bert_width=words.shape[1], bert_heads=max(1, words.shape[1] // 64),
-            bert_layers=count(rf"{text}\.encoder\.layer\.(\d+)\."),
-            bert_ffn=len(state[f"{text}.encoder.layer.0.intermediate.dense.weight"]),
-            bert_positions=len(state[f"{text}.embeddings.position_embeddings.weight"]),
-            width=len(state["encoders.txt_enc.linear.weight"]), ffn=len(state["cma.ff.fn.net.0.weight"]),
-            decoder_width=len(state["decoder.mlp.0.weight"]), decoder_table=len(state["decoder.pos_emb.row_embed.weight"]))
+        patch = state[f"{image}.patch_embed.proj.weight"]
+        vision = dict(width=len(patch), patch=patch.shape[-1], heads=max(1, len(patch) // 64),
+                      depth=len({match[1] for key in state if (match := re.match(rf"{image}\.blocks\.(\d+)\.", key))}),
+                      image_size=isqrt(state[f"{image}.pos_embed"].shape[1] - 1) * patch.shape[-1])
+        fusion = dict(ffn=len(state["cma.ff.fn.net.0.weight"]),
+                      head_width=len(state["cma.attn.fn.to_q.weight"]) // known.get("fusion", {}).get("heads", 4))
+        decoder = dict(width=len(state["decoder.mlp.0.weight"]), table=len(state["decoder.pos_emb.row_embed.weight"]))
+        return dict(vision=vision, text=released_text_sizes(state, text), slots=_released_slot_sizes(state, known.get("slots", {})),
+                    fusion=fusion, decoder=decoder)
     except KeyError as error:
         raise RISError(f"not a released SaG: it has no entry {error.args[0]}") from None

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..contract import Batch, Output, RISError
-from ..data.tokenizer import SPECIAL
+from ..data.tokenizer import BERT_UNCASED, SPECIAL
 from ..distributed import gather_images, processes
 from ..encoders.language import TextEncoder
 from ..encoders.pretraining import TINY_VIT, pretrained_tagger
@@ -23,15 +23,16 @@ from .base import RISModel
 from .c3_loss import c3_loss, image_codes, same_image
 from .entity_slots import EntityDiscovery, start_as_kmeans
 from .lavt import LAVT
-from .layers import BERT_BASE, keep_sizes, start_pretrained, word_rows
+from .layers import TINY, preset, text_encoder
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map
 from .released import load_released
 from .released_sag import UNUSED, released_sag, released_sag_key, released_sag_sizes
 from .repainting import SlotDecoder, reconstruct
 from ..registry import register_model
+from ..settings import BERT_BASE, TEXT, nested
 
 # %% auto #0
-__all__ = ['relevance_masks', 'SaG']
+__all__ = ['VIT_S', 'relevance_masks', 'SaG']
 
 # %% ../../nbs/17_sag.ipynb #013
 def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
@@ -48,6 +49,7 @@ def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: 
     return masks
 
 # %% ../../nbs/17_sag.ipynb #025
+VIT_S = dict(width=384, depth=12, heads=6, patch=16, image_size=480)
 _NOISES = ("seeded", "mean")
 _FALSE_NEGATIVES = ("keep", "drop")
 
@@ -62,49 +64,50 @@ def _check_choices(**choices) -> None:
 class SaG(RISModel):
     """Shatter and Gather (ICCV 2023): entities by slot attention, gathered by a sentence; trained without a mask.
 
-    vit_width, vit_depth, vit_heads, patch, drop_path: of `ViT`; vit_image_size: the image size that its table of positions
-    is made for. bert_*: of `TextEncoder`; vocab_size: rows of the word table (default: the vocabulary's size). width,
-    gaussians, per_gaussian, iterations, slots, competition, interaction, heads, head_width, self_heads, self_head_width, ffn
-    and dropout: of `EntityDiscovery`, and of `ModalityFusion` what it shares with it. decoder_width, decoder_table: of
-    `SlotDecoder`. reconstruction, c3: weights of the losses; temperature: of `c3_loss`. false_negatives: "keep" another copy
-    of a sentence's own image among its negatives, as released, or "drop" it. noise: at inference sample slots with one
-    "seeded" noise or take the "mean" of each Gaussian. scheme: of `relevance_map`; threshold: of `relevance_masks`.
-    discovery=False, fusion=False: the paper's rows without them, see `PatchEntities` and `DotFusion`. image_size,
-    vocabulary, max_words, mean, std, resolution, freeze, lr_factors: of `RISModel`. The defaults are the paper's best row.
+    | group | settings |
+    |---|---|
+    | vision | of `ViT`; image_size: the size that its table of positions is made for |
+    | text | of `TextEncoder`; vocab_size: by default a row for each piece of the vocabulary |
+    | slots | of `EntityDiscovery`, whose `slots` is called kind here; discovery=False: the paper's row without it, see `PatchEntities` |
+    | fusion | of `ModalityFusion`, as wide as the slots; attention=False: the paper's row without it, see `DotFusion` |
+    | decoder | width and table of `SlotDecoder` |
+    | loss | c3, reconstruction: the weights; temperature: of `c3_loss`; false_negatives: "keep" another copy of a sentence's own image among its negatives, as released, or "drop" it |
+
+    noise: at inference sample slots with one "seeded" noise or take the "mean" of each Gaussian. scheme: of `relevance_map`;
+    threshold: of `relevance_masks`. The rest: of `RISModel`. The defaults are the paper's best row.
     """
 
     needs_masks = False
     tokenizer = LAVT.tokenizer  # which refuses texts where the model was built without words
 
     def __init__(self, image_size: int = 384, vocabulary="bert-base-uncased", max_words: int = 40, mean=(0.5,) * 3,
-                 std=(0.5,) * 3, resolution: str = "original", vit_width: int = 384, vit_depth: int = 12, vit_heads: int = 6,
-                 patch: int = 16, vit_image_size: int = 480, drop_path: float = 0.1, bert_width: int = 768,
-                 bert_layers: int = 12, bert_heads: int = 12, bert_ffn: int = 3072, bert_dropout: float = 0.1,
-                 bert_positions: int = 512, vocab_size: int | None = None, width: int = 512, gaussians: int = 18,
-                 per_gaussian: int = 2, iterations: int = 6, slots: str = "entity", competition: str = "slots",
-                 interaction: bool = True, heads: int = 4, head_width: int = 256, self_heads: int = 4,
-                 self_head_width: int = 128, ffn: int = 2048, dropout: float = 0.1, decoder_width: int = 512,
-                 decoder_table: int = 50, reconstruction: float = 1.0, c3: float = 1.0, temperature: float = 1.0,
-                 false_negatives: str = "keep", noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
-                 discovery: bool = True, fusion: bool = True, freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+                 std=(0.5,) * 3, resolution: str = "original", *, vision: Mapping = {**VIT_S, "drop_path": 0.1}, text: Mapping = TEXT,
+                 slots: Mapping = dict(kind="entity", width=512, gaussians=18, per_gaussian=2, iterations=6, competition="slots",
+                                       interaction=True, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048,
+                                       dropout=0.1, discovery=True),
+                 fusion: Mapping = dict(attention=True, heads=4, head_width=256, ffn=2048, dropout=0.1),
+                 decoder: Mapping = dict(width=512, table=50),
+                 loss: Mapping = dict(c3=1.0, reconstruction=1.0, temperature=1.0, false_negatives="keep"),
+                 noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
+                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
-        _check_choices(noise=(noise, _NOISES), false_negatives=(false_negatives, _FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
-        if not (reconstruction >= 0 and c3 >= 0) or reconstruction > 0 and not discovery:
-            raise RISError("reconstruction and c3 are weights of at least 0, and without discovery there are no slots to "
-                           f"reconstruct from: reconstruction must be 0 then (here they are {reconstruction} and {c3})")
+        _check_choices(noise=(noise, _NOISES), false_negatives=(loss["false_negatives"], _FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
         self.noise, self.scheme, self.threshold = noise, scheme, threshold
-        self.c3, self.temperature, self.reconstruction, self.drop_same = c3, temperature, reconstruction, false_negatives == "drop"
-        self.vision = ViT(vit_width, vit_depth, vit_heads, patch, vit_image_size, drop_path)
-        self.text = TextEncoder(word_rows(self.vocabulary, vocab_size), bert_width, bert_layers, bert_heads, bert_ffn,
-                                bert_positions, bert_dropout)
-        self.sentence = nn.Linear(bert_width, width)
-        self.entities = EntityDiscovery(
-            vit_width, width, gaussians, per_gaussian, iterations, slots=slots, heads=heads, head_width=head_width,
-            self_heads=self_heads, self_head_width=self_head_width, ffn=ffn, interaction=interaction, competition=competition,
-            dropout=dropout) if discovery else PatchEntities(vit_width, width)
-        self.fusion, self.detach = ModalityFusion(width, heads, head_width, ffn, dropout) if fusion else DotFusion(), fusion
-        self.decoder = SlotDecoder(width, vit_width, decoder_width, decoder_table).requires_grad_(reconstruction > 0)
-        seeded = torch.randn(gaussians * per_gaussian, width, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.c3, self.reconstruction, self.temperature = (loss[name] for name in ("c3", "reconstruction", "temperature"))
+        self.drop_same = loss["false_negatives"] == "drop"
+        slots, fusion = dict(slots), dict(fusion)
+        kind, discovery, self.detach = slots.pop("kind"), slots.pop("discovery"), fusion.pop("attention")
+        if not (self.reconstruction >= 0 and self.c3 >= 0) or self.reconstruction > 0 and not discovery:
+            raise RISError("loss.reconstruction and loss.c3 are weights of at least 0, and without discovery there are no slots to reconstruct "
+                           f"from: loss.reconstruction must be 0 then (here they are {self.reconstruction} and {self.c3})")
+        features, width = vision["width"], slots["width"]
+        self.vision = ViT(**vision)
+        self.text = text_encoder(text, self.vocabulary)
+        self.sentence = nn.Linear(text["width"], width)
+        self.entities = EntityDiscovery(features, slots=kind, **slots) if discovery else PatchEntities(features, width)
+        self.fusion = ModalityFusion(width, **fusion) if self.detach else DotFusion()
+        self.decoder = SlotDecoder(width, features, decoder["width"], decoder["table"]).requires_grad_(self.reconstruction > 0)
+        seeded = torch.randn(slots["gaussians"] * slots["per_gaussian"], width, generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("seeded_noise", seeded, persistent=False)
 
     def sample(self, images: int, noise: Tensor | None = None) -> Tensor | None:
@@ -180,23 +183,21 @@ class SaG(RISModel):
         """A checkpoint of the authors' code as ours, in evaluation mode; sizes are read off the weights.
 
         `state`: a state dict with names `encoders.img_enc...`, `encoders.txt_enc...`, `cma...`, `decoder...`, or the path of
-        a file of it (torch or .safetensors). `overrides` are arguments of `SaG` and win. Weights don't tell `vit_heads`,
-        `bert_heads` (default width / 64), `heads` and `self_heads` (default 4), `per_gaussian` (default: 36 slots in all),
-        `competition` (default "slots"), `image_size` (default 384) or `vocabulary` (without one, the model computes on ids
-        but takes no texts); the number of `iterations` only a checkpoint that repeats their weights. Raises `RISError`
-        naming the first entries that are unknown, missing or misshapen.
+        a file of it (torch or .safetensors). `overrides` are arguments of `SaG` and win. Weights don't tell `vision.heads` and
+        `text.heads` (default width / 64), `slots.heads`, `slots.self_heads` and `fusion.heads` (default 4), `slots.per_gaussian`
+        (default: 36 slots in all), `slots.competition` (default "slots"), `image_size` (default 384) or `vocabulary` (without one,
+        the model computes on ids but takes no texts); `slots.iterations` only a checkpoint that repeats their weights. Raises
+        `RISError` naming the first entries that are unknown, missing or misshapen.
         """
         state = released_sag(state)
-        sizes = released_sag_sizes(state, overrides)
-        model = cls(**{"vocabulary": SPECIAL, **sizes, **overrides})
+        given = cls.settings(overrides)
+        settings = nested({"vocabulary": SPECIAL}, released_sag_sizes(state, given), given)
+        model = cls(**settings)
         load_released(model, {key: value for key, value in state.items() if not re.search(UNUSED, key)},
-                      lambda key: released_sag_key(key, {**sizes, **overrides}["slots"]))
+                      lambda key: released_sag_key(key, settings["slots"]["kind"]))
         return model.eval()
 
 # %% ../../nbs/17_sag.ipynb #028
-_TAGGER_VIT = {name if name == "patch" else f"vit_{name}": size for name, size in TINY_VIT.items()}  # as arguments of `SaG`
-
-
 @register_model
 def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     """A SaG for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
@@ -204,46 +205,35 @@ def sag_tiny(pretrained: bool = False, **overrides) -> SaG:
     `pretrained`: its ViT is that of `pretrained_tagger`, which learned from lists of what is in a picture, and stays as it is;
     its slots start with `start_as_kmeans`.
     """
-    if pretrained:
-        keep_sizes("sag_tiny", "ViT", _TAGGER_VIT, overrides)
-    sizes = dict(image_size=64, vocabulary=SPECIAL, max_words=20, **_TAGGER_VIT,
-                 drop_path=0.0, bert_width=96, bert_layers=2, bert_heads=4, bert_ffn=192, bert_dropout=0.0, bert_positions=32,
-                 width=64, gaussians=6, per_gaussian=2, iterations=3, heads=1, head_width=64, self_head_width=16, ffn=128,
-                 dropout=0.0, decoder_width=64, decoder_table=16, temperature=0.2,
-                 freeze=("vision",) if pretrained else ())
-    model = SaG(**{**sizes, **overrides})
-    if pretrained:
-        start_pretrained(model, {"vision": pretrained_tagger().vit})
-        if isinstance(model.entities, EntityDiscovery):
-            start_as_kmeans(model.entities)
+    attention = dict(heads=1, head_width=64, ffn=128, dropout=0.0)
+    sizes = dict(
+        TINY, max_words=20, vision=dict(TINY_VIT, drop_path=0.0), decoder=dict(width=64, table=16), loss=dict(temperature=0.2), fusion=attention,
+        slots=dict(attention, width=64, gaussians=6, per_gaussian=2, iterations=3, self_head_width=16), freeze=("vision",) if pretrained else ())
+    encoders = {"vision": ("ViT", dict(vision=TINY_VIT), lambda settings: pretrained_tagger().vit)}
+    model = preset(SaG, "sag_tiny", sizes, overrides, encoders if pretrained else {})
+    if pretrained and isinstance(model.entities, EntityDiscovery):
+        start_as_kmeans(model.entities)
     return model
 
 # %% ../../nbs/17_sag.ipynb #029
-VIT_S = dict(vit_width=384, vit_depth=12, vit_heads=6, patch=16)
-
-
 @register_model
 def sag_vit_small(pretrained: bool = False, **overrides) -> SaG:
     """The paper's best SaG: ViT-S/16 at 384 pixels, BERT-base, 18 Gaussians of 2 slots; `pretrained` fetches both encoders.
 
     The ViT learns at a tenth of the rate, as the authors train it.
     """
-    sizes = {**VIT_S, **BERT_BASE, "vit_image_size": 480, "lr_factors": {"vision": 0.1}, **overrides}
-    if pretrained:
-        keep_sizes("sag_vit_small", "ViT", VIT_S, overrides)
-        keep_sizes("sag_vit_small", "BERT", BERT_BASE, overrides)
-        vision = ViT.from_pretrained("vit_small_patch16_384.augreg_in21k_ft_in1k", image_size=sizes["vit_image_size"])
-        text = TextEncoder.from_pretrained(BERT_BASE["vocabulary"])
-    model = SaG(**sizes)
-    if pretrained:
-        start_pretrained(model, {"vision": vision, "text": text})
-    return model
+    sizes = {"vision": VIT_S, "text": BERT_BASE, "vocabulary": BERT_UNCASED, "lr_factors": {"vision": 0.1}}
+    return preset(SaG, "sag_vit_small", sizes, overrides, {
+        "vision": ("ViT", {"vision": {name: size for name, size in VIT_S.items() if name != "image_size"}},  # whose table timm resizes
+                   lambda settings: ViT.from_pretrained("vit_small_patch16_384.augreg_in21k_ft_in1k", settings["vision"]["image_size"])),
+        "text": ("BERT", {"text": BERT_BASE, "vocabulary": BERT_UNCASED}, lambda settings: TextEncoder.from_pretrained(BERT_UNCASED)),
+    } if pretrained else {})
 
 # %% ../../nbs/17_sag.ipynb #029a
 @register_model
 def sag_vit_small_scripts(pretrained: bool = False, **overrides) -> SaG:
     """The SaG that the authors' scripts train: as `sag_vit_small`, with 12 Gaussians of 3 slots."""
-    return sag_vit_small(pretrained, **{"gaussians": 12, "per_gaussian": 3, **overrides})
+    return sag_vit_small(pretrained, **SaG.settings({"slots": dict(gaussians=12, per_gaussian=3)}, overrides))
 
 # %% ../../nbs/17_sag.ipynb #076
 class PatchEntities(nn.Module):
