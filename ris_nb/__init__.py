@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 _ROOMS = {  # module -> what of it is public
     "contract": "Batch Output RISError",
     "registry": "create_model import_file list_models load_model register_model shipped_checkpoint",
+    "settings": "nested",
     "checkpoint": "Checkpointed replacing",
     "metrics": "SegmentationMetrics intersection_union iou",
     "show": "draw_mask overlay show_referral",

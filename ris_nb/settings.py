@@ -77,9 +77,11 @@ class Nested:
         @wraps(build)
         def __init__(self, *args, **given):
             settings = cls._complete(cls.settings(given))
-            own, config = type(self) is cls, self._hub_mixin_config or {}  # or a base of the class that is built
-            self._hub_mixin_config = {name: value for name, value in config.items() if not own or name in settings or name not in given}
-            self._hub_mixin_config |= {name: dict(settings[name]) for name in cls._groups() if own or name in config}
+            config = dict(self._hub_mixin_config or {})
+            if type(self) is cls:  # and not a base of the class that is built
+                config = {name: value for name, value in config.items() if name in settings or name not in given}
+                config |= {name: value for name, value in settings.items() if name not in given}
+            self._hub_mixin_config = config | {name: dict(settings[name]) for name in cls._groups() if name in config}
             build(self, *args, **settings)
         cls.__init__ = __init__
 
@@ -112,8 +114,9 @@ class Nested:
         renamed = {old: path for kind in reversed(cls.__mro__) for old, path in VERSION_0_1.get(kind.__name__, {}).items()}
         groups, today = cls._groups(), {}
         for name, value in table.items():
-            own = name in signature(cls.__init__).parameters and (name not in groups or isinstance(value, Mapping))
-            for path in [name] if own else renamed.get(name, name).split():
+            first, dot, key = name.partition(".")
+            own = first in signature(cls.__init__).parameters and (dot or first not in groups or isinstance(value, Mapping))
+            for path in [name] if own else [path + dot + key for path in renamed.get(first, first).split()]:
                 if not (path in groups and value is None):  # None was "no predictor's settings"
                     today[path] = value
         return today

@@ -13,6 +13,7 @@ import pytest
 
 from ris_nb.cli.main import COMMANDS, main
 from ris_nb.registry import create_model, register_model
+from ris_nb.settings import nested
 
 HUGE = "9" * 20
 RUN = "train --root data --out run --force"  # a good run lies there, and must still lie there afterwards
@@ -123,8 +124,13 @@ train --root data --out run --resume --model speck --steps 3 --batch-size 4 --va
 {RUN} --set width
 {RUN} --set =8
 {RUN} --set widht=8
-{RUN} --set depths=[1,
-{RUN} --set depths=none
+{RUN} --set vision.depths=[1,
+{RUN} --set vision.depths=none
+{RUN} --set vision=3
+{RUN} --set vision.widht=8
+{RUN} --set vision.=8
+{RUN} --set vison.width=8
+{RUN} --set decoder.width.more=8
 {RUN} --set dice=True
 {RUN} --set image_size=32
 {RUN} --set dice=1 --set dice=2
@@ -321,9 +327,9 @@ LINES = [line for line in LINES if line]
 
 @register_model
 def speck(pretrained=False, **overrides):
-    sizes = dict(image_size=16, patch=2, width=8, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), bert_width=16, bert_layers=1,
-                 bert_heads=2, bert_ffn=16, decoder_width=8)
-    return create_model("lavt_tiny", pretrained, **{**sizes, **overrides})
+    sizes = dict(image_size=16, vision=dict(patch=2, width=8, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2)),
+                 text=dict(width=16, layers=1, heads=2, ffn=16), decoder=dict(width=8))
+    return create_model("lavt_tiny", pretrained, **nested(sizes, overrides))
 
 
 def said(words):

@@ -44,6 +44,7 @@ from ris_nb.evaluation.cases import show_answers
 from ris_nb.evaluation.floors import Floor
 from ris_nb.models.magnet import MagNet
 from ris_nb.registry import create_model, load_model, register_model
+from ris_nb.settings import nested
 from ris_nb.training.state import read_log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,9 +55,9 @@ TRAIN = ("--model", "lavt_speck", "--warmup", 0, "--batch-size", 4, "--val", "no
 
 @register_model
 def lavt_speck(pretrained=False, **overrides):
-    sizes = dict(image_size=16, patch=2, width=8, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2), bert_width=16, bert_layers=1,
-                 bert_heads=2, bert_ffn=16, decoder_width=8)
-    return create_model("lavt_tiny", pretrained, **{**sizes, **overrides})
+    sizes = dict(image_size=16, vision=dict(patch=2, width=8, depths=(1, 1, 1, 1), heads=(1, 1, 2, 2)),
+                 text=dict(width=16, layers=1, heads=2, ffn=16), decoder=dict(width=8))
+    return create_model("lavt_tiny", pretrained, **nested(sizes, overrides))
 
 
 def without_bars(text):
@@ -441,7 +442,7 @@ def test_checkpoints(root, run, photo, tmp_path):
         shutil.copytree(run, tmp_path / name)
         (tmp_path / name / "config.json").write_text(text)
         both(tmp_path / name, *needles)
-    create_model("lavt_speck", vocabulary=vocabulary, width=16).save_pretrained(tmp_path / "wider")
+    create_model("lavt_speck", vocabulary=vocabulary, vision=dict(width=16)).save_pretrained(tmp_path / "wider")
     shutil.copytree(run, tmp_path / "mixed")
     shutil.copy(tmp_path / "wider" / "model.safetensors", tmp_path / "mixed")
     both(tmp_path / "mixed", "model.safetensors", "misshapen")

@@ -14,7 +14,7 @@ from ris_nb.testing import check_model
 from ris_nb.training.optim import param_groups
 
 MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small}
-SUPERVISED = [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder="simple"))]
+SUPERVISED = [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder=dict(kind="simple")))]
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
@@ -27,7 +27,7 @@ def some_batch(model, lens=(4, 9, 15), images=None):
                  mask=torch.rand(len(lens), side, side) > 0.8, image_id=list(range(images or len(lens))))
 
 
-@pytest.mark.parametrize("name, sizes", [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder="simple")), ("sag", {}), ("sag", dict(slots="query"))])
+@pytest.mark.parametrize("name, sizes", [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder=dict(kind="simple"))), ("sag", {}), ("sag", dict(slots=dict(kind="query")))])
 def test_every_promise_is_kept(name, sizes):
     model = MODELS[name](**sizes)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -41,10 +41,10 @@ def total(model, batch):
 
 
 @pytest.mark.parametrize("name, sizes", [
-    ("lavt", {}), ("lavt", dict(window=7, patch=2, image_size=48, depths=(1, 2, 1, 1), decoder_width=8)),
-    ("lavt", dict(bert_heads=4, bert_layers=1, max_words=9)), ("magnet", {}), ("magnet", dict(window=7, patch=2, image_size=48, points=3)),
-    ("magnet", dict(decoder="simple", decoder_width=16, max_words=9)),
-    ("magnet", dict(depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), bert_layers=4, released=True)), ("sag", {}), ("sag", dict(slots="query", image_size=48))])
+    ("lavt", {}), ("lavt", dict(image_size=48, vision=dict(window=7, patch=2, depths=(1, 2, 1, 1)), decoder=dict(width=8))),
+    ("lavt", dict(text=dict(heads=4, layers=1), max_words=9)), ("magnet", {}), ("magnet", dict(image_size=48, vision=dict(window=7, patch=2), decoder=dict(points=3))),
+    ("magnet", dict(decoder=dict(kind="simple", width=16), max_words=9)),
+    ("magnet", dict(vision=dict(depths=(1, 1, 1, 1), heads=(1, 2, 4, 8)), text=dict(layers=4), released=True)), ("sag", {}), ("sag", dict(slots=dict(kind="query"), image_size=48))])
 def test_save_and_load(name, sizes, tmp_path):
     model = MODELS[name](**sizes)
     model.save_pretrained(tmp_path)

@@ -154,7 +154,7 @@ def test_a_workshop_notebook_is_linked(path):
 
 # --- the library ---
 
-ROOMS = ["contract checkpoint registry metrics show distributed", "data", "encoders", "models", "training evaluation", "studies",
+ROOMS = ["contract settings checkpoint registry metrics show distributed", "data", "encoders", "models", "training evaluation", "studies",
          "recipes explore course testing", "cli"]
 RANK = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms.split()}
 

@@ -27,11 +27,11 @@ from ris_nb.encoders.language import TextEncoder
 from ris_nb.encoders.vision import Swin, ViT
 from ris_nb.models.base import RISModel
 from ris_nb.models.lavt import LAVT
-from ris_nb.models.layers import BERT_BASE, SWIN_B
 from ris_nb.models.magnet import MagNet
 from ris_nb.models.released_magnet import fetch_released
 from ris_nb.models.sag import VIT_S
 from ris_nb.registry import _MODELS, create_model, load_model
+from ris_nb.settings import BERT_BASE, SWIN_B, nested
 
 WORDS = build_vocabulary(["the red ring", "the blue star"], 40)
 COMMIT = "a" * 40
@@ -156,10 +156,12 @@ def test_swin_and_vit_through_timm(hub, tmp_path, monkeypatch):
 
 PARTS = {"lavt_swin_base": ("encoder.vision", "text"), "magnet_swin_base": ("encoder.vision", "encoder.text"), "sag_vit_small": ("vision", "text"),
          "sag_vit_small_scripts": ("vision", "text")}
-LITTLE = {"lavt_swin_base": dict(decoder_width=8), "sag_vit_small": dict(width=16, gaussians=2, per_gaussian=2, iterations=1, heads=1, head_width=8,
-                                                                         self_heads=1, self_head_width=8, ffn=16, decoder_width=8, decoder_table=30),
-          "magnet_swin_base": dict(decoder_width=8, decoder_heads=1, points=1, encoder_layers=1, encoder_ffn=8, decoder_layers=1, decoder_ffn=8)}
-LITTLE["sag_vit_small_scripts"] = {name: size for name, size in LITTLE["sag_vit_small"].items() if "gaussian" not in name}
+_ATTENTION = dict(heads=1, head_width=8, ffn=16)
+LITTLE = {"lavt_swin_base": dict(decoder=dict(width=8)),
+          "magnet_swin_base": dict(decoder=dict(width=8, heads=1, points=1, pixel_layers=1, pixel_ffn=8, layers=1, ffn=8)),
+          "sag_vit_small_scripts": dict(slots=dict(_ATTENTION, width=16, iterations=1, self_heads=1, self_head_width=8), fusion=_ATTENTION,
+                                        decoder=dict(width=8, table=30))}
+LITTLE["sag_vit_small"] = nested(LITTLE["sag_vit_small_scripts"], {"slots.gaussians": 2, "slots.per_gaussian": 2})
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -167,15 +169,15 @@ def test_pretrained_presets_honour_what_they_are_asked(name, hub, tmp_path, monk
     """Encoders of test size stand in for Swin-B, ViT-S and BERT-base; all else is the presets' own way."""
     small_bert(tmp_path / "bert")
     hub.put("bert-base-uncased", tmp_path / "bert")
-    for size, value in dict(bert_width=16, bert_layers=4, bert_heads=2, bert_ffn=24, bert_positions=40).items():
+    for size, value in dict(width=16, layers=4, heads=2, ffn=24, max_positions=40).items():
         monkeypatch.setitem(BERT_BASE, size, value)
     for size, value in dict(width=8, depths=(1, 1, 2, 1), heads=(1, 2, 2, 4), window=4).items():
         monkeypatch.setitem(SWIN_B, size, value)
-    for size, value in dict(vit_width=24, vit_depth=2, vit_heads=2).items():
+    for size, value in dict(width=24, depth=2, heads=2).items():
         monkeypatch.setitem(VIT_S, size, value)
     small_timm(monkeypatch, hub, SWIN, "timm/swin", tmp_path / "swin", **SMALL_SWIN)
     small_timm(monkeypatch, hub, VIT, "timm/vit", tmp_path / "vit", **SMALL_VIT)
-    asked = {**LITTLE[name], "drop_path": 0.05, "bert_dropout": 0.2, "image_size": 64, "max_words": 9}
+    asked = nested(LITTLE[name], {"vision.drop_path": 0.05, "text.dropout": 0.2, "image_size": 64, "max_words": 9})
     model = create_model(name, pretrained=True, **asked)
     vision, text = (model.get_submodule(part) for part in PARTS[name])
     same(text, TextEncoder.from_pretrained("bert-base-uncased"))
@@ -184,14 +186,14 @@ def test_pretrained_presets_honour_what_they_are_asked(name, hub, tmp_path, monk
     assert max(rates) == pytest.approx(0.05) and text.bert.embeddings.dropout.p == 0.2
     model.eval().save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert {key: config[key] for key in asked} == asked and config["vocabulary"] == "bert-base-uncased"
+    assert nested(config, asked) == config and config["vocabulary"] == "bert-base-uncased"
     again = load_model(tmp_path / "saved")
     same(again, model)
     photo = np.zeros((40, 50, 3), np.uint8)
     assert (model.predict([photo], ["the red ring"])[0] == again.predict([photo], ["the red ring"])[0]).all()
     before = len(hub.asked)
-    for wrong in (dict(bert_layers=8), dict(vocabulary=WORDS), dict(vit_width=30) if name.startswith("sag") else dict(depths=(1, 1, 4, 1))):
-        assert f"{next(iter(wrong))}=" in one_line(lambda: create_model(name, pretrained=True, **asked | wrong))
+    for wrong in ({"text.layers": 8}, {"vocabulary": WORDS}, {"vision.width": 30} if name.startswith("sag") else {"vision.depths": (1, 1, 4, 1)}):
+        assert f"{next(iter(wrong))}=" in one_line(lambda: create_model(name, pretrained=True, **nested(asked, wrong)))
     assert len(hub.asked) == before  # refused before anything is fetched
 
 

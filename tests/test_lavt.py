@@ -16,6 +16,7 @@ from ris_nb.models.lavt import LAVT, PWAM, InstanceNorm, LanguageGate
 from ris_nb.models.layers import mask_loss
 from ris_nb.models.released import load_released, read_released
 from ris_nb.registry import create_model, list_models, load_model
+from ris_nb.settings import nested
 
 VOCABULARY = [*SPECIAL, "the", "red", "ball", "left"]
 
@@ -33,8 +34,9 @@ def state(case):
 def small(**overrides):
     """A LAVT that runs in milliseconds."""
     torch.manual_seed(0)
-    sizes = dict(vocabulary=VOCABULARY, width=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), norm="instance", dice=0.0, bert_width=32, bert_layers=2, bert_heads=2, bert_ffn=32, decoder_width=16)
-    return create_model("lavt_tiny", **{**sizes, **overrides}).eval()
+    sizes = dict(vocabulary=VOCABULARY, vision=dict(width=16, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8)),
+                 text=dict(width=32, heads=2, ffn=32), decoder=dict(width=16), norm="instance", dice=0.0)
+    return create_model("lavt_tiny", **nested(sizes, overrides)).eval()
 
 
 def some_batch(lens=(4, 9, 20), images=None, size=64):
@@ -58,7 +60,7 @@ def computed(model, image, ids, words):
 
 
 def test_tiny_parity(case, state):
-    model = LAVT.from_released(state, bert_heads=12)
+    model = LAVT.from_released(state, text=dict(heads=12))
     assert sum(p.numel() for p in model.parameters()) == case.spec["n_params"]
     for name, value in computed(model, *make_inputs(case)).items():
         # Instance norm magnifies float32's rounding in c1..c4: the stored maps are 3e-4 from a float64 run themselves.
@@ -110,7 +112,7 @@ def test_from_released_names_what_does_not_fit(state):
     with pytest.raises(RISError, match="no entry model.backbone.patch_embed"):
         LAVT.from_released({"weight": torch.zeros(1)})
     with pytest.raises(RISError, match="heads"):
-        LAVT.from_released(state, bert_heads=7)
+        LAVT.from_released(state, text=dict(heads=7))
 
 
 def test_load_released_loads_all_or_nothing():
@@ -140,7 +142,7 @@ def test_read_released_refuses(tmp_path, capsys):
 
 
 def test_released_model_saves_and_loads(state, case, tmp_path):
-    model = LAVT.from_released(state, bert_heads=12)
+    model = LAVT.from_released(state, text=dict(heads=12))
     model.save_pretrained(tmp_path)
     image, ids, words = make_inputs(case)
     with torch.no_grad():
@@ -221,10 +223,10 @@ def test_pretrained_tiny_starts_from_the_namer():
 
 def test_registered_names_and_refusals():
     assert {"lavt_tiny", "lavt_swin_base"} <= set(list_models())
-    with pytest.raises(RISError, match="has width=32: .*pretrained=False"):
-        create_model("lavt_tiny", pretrained=True, width=48)
+    with pytest.raises(RISError, match="has vision.width=32: .*pretrained=False"):
+        create_model("lavt_tiny", pretrained=True, vision=dict(width=48))
     with pytest.raises(RISError, match="does not fit"):
-        small(vocab_size=3)
+        small(text=dict(vocab_size=3))
 
 
 def test_bf16_autocast_runs():

@@ -18,9 +18,10 @@ from ris_nb.encoders.pretraining import pretrained_namer
 from ris_nb.models import released_magnet
 from ris_nb.models.layers import upsample
 from ris_nb.models.magnet import MagNet, shrink_mask, supervise
-from ris_nb.models.mask_grounding import TINY_PREDICTOR, Grounded
+from ris_nb.models.mask_grounding import Grounded
 from ris_nb.models.released_magnet import fetch_released
 from ris_nb.registry import create_model, list_models, load_model
+from ris_nb.settings import nested
 from ris_nb.training.config import TrainConfig
 from ris_nb.training.loop import fit
 
@@ -40,10 +41,9 @@ def state(case):
 def small(**overrides):
     """A MagNet that runs in milliseconds."""
     torch.manual_seed(0)
-    sizes = dict(vocabulary=VOCABULARY, width=16, depths=(1, 2, 1), heads=(1, 2, 4), bert_width=32, bert_heads=2, bert_ffn=32,
-                 decoder_width=32, decoder_heads=2, points=2, encoder_layers=1, encoder_ffn=32, decoder_layers=2, decoder_ffn=32,
-                 alignment_pixels=1024)
-    return create_model("magnet_tiny", **{**sizes, **overrides}).eval()
+    sizes = dict(vocabulary=VOCABULARY, vision=dict(width=16, depths=(1, 2, 1), heads=(1, 2, 4)), text=dict(width=32, heads=2, ffn=32),
+                 decoder=dict(width=32, heads=2, points=2, pixel_layers=1, pixel_ffn=32, layers=2, ffn=32), alignment=dict(pixels=1024))
+    return create_model("magnet_tiny", **nested(sizes, overrides)).eval()
 
 
 def some_batch(lens=(4, 9, 20), images=None, size=64):
@@ -89,7 +89,7 @@ def assert_parity(case, model, thin):
 
 
 def test_tiny_parity(case, state):
-    model = MagNet.from_released(state, bert_heads=12)
+    model = MagNet.from_released(state, text=dict(heads=12))
     assert sum(p.numel() for p in model.parameters()) == case.spec["n_params"]
     assert_parity(case, model, thin=lambda s: s)
 
@@ -130,7 +130,7 @@ def test_from_released_names_what_does_not_fit(state):
     with pytest.raises(RISError, match="not a released MagNet: it has no entry image_model.patch_embed"):
         MagNet.from_released(released_state(load_case("lavt_tiny")))
     with pytest.raises(RISError, match="heads"):
-        MagNet.from_released(state, bert_heads=7)
+        MagNet.from_released(state, text=dict(heads=7))
 
 
 def test_fetching_from_the_hub(state, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_hub_out_of_reach(monkeypatch, tmp_path):
 
 
 def test_released_model_saves_and_loads(state, case, tmp_path):
-    model = MagNet.from_released(state, bert_heads=12)
+    model = MagNet.from_released(state, text=dict(heads=12))
     model.save_pretrained(tmp_path)
     image, ids, words = make_inputs(case)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_repaired_language_side_learns():
 
 @pytest.mark.parametrize("decoder", ["mask", "simple"])
 def test_every_trainable_parameter_gets_a_gradient(decoder):
-    model, batch = small(decoder=decoder).train(), some_batch()
+    model, batch = small(decoder=dict(kind=decoder)).train(), some_batch()
     total(model, batch).backward()
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
@@ -268,7 +268,7 @@ def test_empty_and_full_masks_train():
 def test_checkpointing_changes_nothing_but_memory(decoder):
     batch, gradients = some_batch(), []
     for enable in (False, True):
-        model = small(decoder=decoder, drop_path=0.3, bert_dropout=0.1).train()
+        model = small(decoder=dict(kind=decoder), vision=dict(drop_path=0.3), text=dict(dropout=0.1)).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(5)
         total(copy.deepcopy(model), batch)  # a copy runs, too
@@ -276,7 +276,7 @@ def test_checkpointing_changes_nothing_but_memory(decoder):
         total(model, batch).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
-    assert list(model.state_dict()) == list(small(decoder=decoder).state_dict())
+    assert list(model.state_dict()) == list(small(decoder=dict(kind=decoder)).state_dict())
     model.set_grad_checkpointing(False)
 
 
@@ -337,15 +337,15 @@ def test_pretrained_tiny_starts_from_the_namer():
     for name, weight in pretrained_namer().swin.state_dict().items():
         assert torch.equal(model.encoder.vision.state_dict()[name], weight), name
     assert model.lr_factors == {"encoder.vision": 0.2} and not create_model("magnet_tiny").lr_factors
-    with pytest.raises(RISError, match="magnet_tiny's pretrained Swin has width=32: .*pretrained=False"):
-        create_model("magnet_tiny", pretrained=True, width=48)
+    with pytest.raises(RISError, match="magnet_tiny's pretrained Swin has vision.width=32: .*pretrained=False"):
+        create_model("magnet_tiny", pretrained=True, vision=dict(width=48))
 
 
 def test_registered_names_and_refusals():
     assert {"magnet_tiny", "magnet_swin_base"} <= set(list_models())
-    for wrong, line in ((dict(vocab_size=3), "does not fit"), (dict(bert_layers=4), "shared out evenly over 3 stages"),
-                        (dict(decoder="none"), "decoder must be"), (dict(dice=-1.0), "no loss weight below 0"),
-                        (dict(alignment=float("nan")), "no loss weight below 0")):
+    for wrong, line in ((dict(text=dict(vocab_size=3)), "does not fit"), (dict(text=dict(layers=4)), "shared out evenly over 3 stages"),
+                        (dict(decoder=dict(kind="none")), "decoder.kind must be"), (dict(dice=-1.0), "no loss weight below 0"),
+                        (dict(alignment=dict(weight=float("nan"))), "no loss weight below 0")):
         with pytest.raises(RISError, match=line):
             small(**wrong)
 
@@ -353,12 +353,12 @@ def test_registered_names_and_refusals():
 def test_switches():
     batch = some_batch()
     assert set(small().losses(small()(batch), batch)) == {"mask", "dice", "alignment"}
-    off = small(alignment=0.0)
+    off = small(alignment=dict(weight=0.0))
     assert set(off.losses(off(batch), batch)) == {"mask", "dice"} and not off.sentence.weight.requires_grad
-    harness, alone = small(grounding=0.3, predictor={**TINY_PREDICTOR, "see": ["mask"]}).for_training(), small(grounding=0.0)
+    harness, alone = small(grounding=dict(weight=0.3, see=["mask"])).for_training(), small(grounding=dict(weight=0.0))
     assert type(harness) is Grounded and harness.weight == 0.3 and harness.see == ("mask",) and alone.for_training() is alone
     # with the simple decoder and LAVT's weights the mask losses are LAVT's
-    simple = small(decoder="simple", bce=1.0, dice=3.0)
+    simple = small(decoder=dict(kind="simple"), bce=1.0, dice=3.0)
     output = simple(batch)
     lavt = create_model("lavt_tiny", vocabulary=VOCABULARY).losses(output, batch)
     assert all(torch.equal(simple.losses(output, batch)[name], lavt[name]) for name in ("mask", "dice"))

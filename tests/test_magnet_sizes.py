@@ -88,6 +88,6 @@ def test_any_size(name):
     exact = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}  # no processor's rounding
     with torch.inference_mode():
         expected = plain_magnet(exact, {"config": spec}, image.double(), ids, words)
-    model = MagNet.from_released(state, bert_heads=spec["bert"]["num_attention_heads"], decoder_heads=spec["decoder_heads"]).double()
+    model = MagNet.from_released(state, text=dict(heads=spec["bert"]["num_attention_heads"]), decoder=dict(heads=spec["decoder_heads"])).double()
     for key, value in computed(model, Batch(image.double(), ids, words)).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=lambda text: f"{key}: {text}")

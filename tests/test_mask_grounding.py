@@ -392,8 +392,8 @@ def test_bf16():
 
 def test_lavt_with_several_sentences_an_image():
     torch.manual_seed(0)
-    host = create_model("lavt_tiny", vocabulary=VOCABULARY, image_size=32, width=16, depths=(1, 1), heads=(1, 2), bert_width=32,
-                        bert_layers=1, bert_heads=2, bert_ffn=32, decoder_width=16)
+    host = create_model("lavt_tiny", vocabulary=VOCABULARY, image_size=32, vision=dict(width=16, depths=(1, 1), heads=(1, 2)),
+                        text=dict(width=32, layers=1, heads=2, ffn=32), decoder=dict(width=16))
     grounded = Grounded(host, **PREDICTOR).train()
     ids = torch.randint(5, 10, (5, 20))
     batch = Batch(torch.randn(2, 3, 32, 32), ids, ids > 0, torch.tensor([0, 0, 0, 1, 1]), torch.rand(5, 32, 32) > 0.5)

@@ -19,7 +19,6 @@ from ris_nb.data.batches import ReferralDataset, collate
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import build_vocabulary
 from ris_nb.data.writer import make_refshapes
-from ris_nb.models.mask_grounding import TINY_PREDICTOR
 from ris_nb.registry import create_model
 from ris_nb.training import loop as training
 from ris_nb.training.config import TrainConfig
@@ -36,8 +35,8 @@ def setting(root):
     referrals = open_data(root, "refshapes").referrals("train")
     vocabulary = build_vocabulary(s.text for r in referrals for s in r.sentences)
     torch.manual_seed(0)
-    model = create_model("magnet_tiny", vocabulary=vocabulary, image_size=32, alignment_pixels=32**2,
-                         predictor={**TINY_PREDICTOR, "dropout": 0.0, "rate": 1.0, "replace": 1.0})
+    model = create_model("magnet_tiny", vocabulary=vocabulary, image_size=32, alignment=dict(pixels=32**2),
+                         grounding=dict(at_least_one=True, dropout=0.0, rate=1.0, replace=1.0))
     return model.for_training(), ReferralDataset(referrals, model.tokenizer, model.transform)
 
 

@@ -32,11 +32,10 @@ from ris_nb.data.tokenizer import build_vocabulary
 from ris_nb.data.writer import make_refshapes
 from ris_nb.encoders.language import TextEncoder
 from ris_nb.evaluation.report import Record, make_report
-from ris_nb.models import lavt
+from ris_nb.models import layers
 from ris_nb.models.alignment import alignment_loss
 from ris_nb.models.lavt import LAVT
 from ris_nb.models.magnet import MagNet
-from ris_nb.models.mask_grounding import MaskGrounding
 from ris_nb.models.sag import SaG
 from ris_nb.recipes.expectation import expectation
 from ris_nb.recipes.published import benchmark_table, our_results, read_published, results_figure, results_markdown
@@ -45,6 +44,7 @@ from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, find_recipe, list_recipes
 from ris_nb.recipes.released import released_model
 from ris_nb.recipes.run import build_model
 from ris_nb.registry import load_model
+from ris_nb.settings import defaults, flat
 from ris_nb.studies.sag import SAG_RECIPE
 from ris_nb.training.config import TINY_RECIPE, TrainConfig
 
@@ -118,19 +118,17 @@ ELSEWHERE = {"self", "vocabulary", "image_size", "freeze", "lr_factors"}  # from
 @pytest.mark.parametrize("name", [name for name in RECIPES if "tiny" not in name])
 def test_every_argument_of_the_network_has_a_value_and_a_source(name):
     network = RECIPES[name].network
-    arguments = inspect.signature(CLASSES[name.partition("_")[0]].__init__).parameters
+    arguments = flat(defaults(CLASSES[name.partition("_")[0]]))
     assert set(arguments) - ELSEWHERE == set(network) - ELSEWHERE and all(setting.source for setting in network.values())
-    if "predictor" in network:
-        asked = set(inspect.signature(MaskGrounding.__init__).parameters) - {"self", "host", "weight"}
-        assert set(network["predictor"].value) == asked and all(word in network["predictor"].source for word in asked)
+    if "alignment.weight" in network:
         temperatures = inspect.signature(alignment_loss).parameters["temperatures"].default
-        assert "{}, {} and {}".format(*temperatures) in network["alignment"].source
+        assert "{}, {} and {}".format(*temperatures) in network["alignment.weight"].source
 
 
 def test_sources_say_no_more_than_is_known():
     def source(recipe, name): return (RECIPES[recipe].settings | RECIPES[recipe].network)[name].source
     assert source("magnet_refcocog", "split_by").startswith("our choice")                  # ELIA's script is for the other division
-    assert all("refcoco+ and refcocog (google)" in source("magnet_refcoco", name) for name in ("lr", "batch_size", "steps", "grounding"))
+    assert all("refcoco+ and refcocog (google)" in source("magnet_refcoco", name) for name in ("lr", "batch_size", "steps", "grounding.weight"))
     assert all(source("magnet_refcoco", name).startswith("not known of MagNet") for name in ("schedule", "power", "warmup", "clip", "best"))
     assert all("our choice" in source("sag_phrasecut", name) for name in ("steps", "lr", "warmup", "batch_size", "seed"))  # no script for it
     assert source("sag_refcoco", "lr") == "SaG's released code" and source("lavt_refcoco", "lr") == LAVT_CODE
@@ -289,7 +287,7 @@ def test_faults_end_in_one_line(root, refcoco, tmp_path, monkeypatch):
 
 
 def test_a_silent_random_backbone_is_refused(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(lavt, "start_pretrained", lambda *args: None)                     # a loader that forgets, and says nothing
+    monkeypatch.setattr(layers, "start_pretrained", lambda *args: None)                     # a loader that forgets, and says nothing
     refused(["train", "--recipe", "lavt_tiny", "--root", root, "--out", tmp_path / "run", *QUICK], "did not reach LAVT's encoder.vision")
     assert not (tmp_path / "run").exists()
 

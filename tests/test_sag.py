@@ -30,6 +30,7 @@ from ris_nb.models.modality_fusion import SCHEMES
 from ris_nb.models.released_sag import released_sag_key
 from ris_nb.models.sag import DotFusion, PatchEntities, SaG, relevance_masks
 from ris_nb.registry import create_model, list_models, load_model, register_model
+from ris_nb.settings import nested
 from ris_nb.studies.sag import SAG_STUDY, floor_scores, sag_scores, sag_study
 from ris_nb.training.config import TrainConfig
 from ris_nb.training.launch import make_accelerator
@@ -43,10 +44,10 @@ CASES = ("sag_tiny", "sag_tiny_nointer", "sag_tiny_query", "sag_tiny_random", "s
 
 @register_model
 def sag_speck(pretrained=False, **overrides):
-    sizes = dict(image_size=32, patch=8, vit_image_size=32, vit_width=32, vit_depth=1, vit_heads=2, bert_width=32, bert_layers=1,
-                 bert_heads=2, bert_ffn=32, width=16, gaussians=3, per_gaussian=2, iterations=2, head_width=8, self_head_width=8,
-                 ffn=32, decoder_width=16)
-    return create_model("sag_tiny", pretrained, **{**sizes, **overrides})
+    sizes = dict(image_size=32, vision=dict(patch=8, image_size=32, width=32, depth=1, heads=2), text=dict(width=32, layers=1, heads=2, ffn=32),
+                 slots=dict(width=16, gaussians=3, per_gaussian=2, iterations=2, head_width=8, self_head_width=8, ffn=32),
+                 fusion=dict(head_width=8, ffn=32), decoder=dict(width=16))
+    return create_model("sag_tiny", pretrained, **nested(sizes, overrides))
 
 
 def small(**overrides):
@@ -79,9 +80,9 @@ def arguments(case):
     if not options:
         return {}
     per_gaussian = options["cascade_factor"]
-    return dict(iterations=options["agg_depth"], per_gaussian=per_gaussian, gaussians=options["img_num_embeds"] // per_gaussian,
-                image_size=options["crop_size"], bert_heads=case.spec["bert"]["num_attention_heads"],
-                competition="pixels" if options.get("agg_cross_attn_type") == "transformer" else "slots")
+    slots = dict(iterations=options["agg_depth"], per_gaussian=per_gaussian, gaussians=options["img_num_embeds"] // per_gaussian,
+                 competition="pixels" if options.get("agg_cross_attn_type") == "transformer" else "slots")
+    return dict(slots=slots, image_size=options["crop_size"], text=dict(heads=case.spec["bert"]["num_attention_heads"]))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "sag_full" else []) for name in CASES])
@@ -130,7 +131,7 @@ def test_matching_pairs_are_those_of_all_pairs():
     assert set(output.extra) == {"V", "slots", "A_slot", "A_fuse", "text", "autocast"}
 
 
-@pytest.mark.parametrize("changes", [{}, dict(fusion=False), dict(false_negatives="drop"), dict(discovery=False, reconstruction=0.0)])
+@pytest.mark.parametrize("changes", [{}, SAG_STUDY["no fusion, no C3"], SAG_STUDY["false negatives dropped"], SAG_STUDY["attention over patches"]])
 def test_losses_without_gradients(changes):
     """`forward` answers the same and `losses` gives the same values where no gradient is recorded."""
     model, batch = small(**changes), some_batch(3, [1, 0, 1])
@@ -159,13 +160,13 @@ def test_inference_computes_nothing_for_the_loss(monkeypatch):
 def test_sizes_are_read_off_the_weights(tmp_path):
     case = load_case("sag_tiny")
     state = released_state(case)
-    known = dict(per_gaussian=3, bert_heads=4, image_size=112)
+    known = dict(slots=dict(per_gaussian=3), text=dict(heads=4), image_size=112)
     tied = {key.replace("agg_blocks.0.", f"agg_blocks.{t}."): value for key, value in state.items() for t in range(3)}
     assert len(tied) > len(state)
     wrapped = {f"module.{key}": value.clone() for key, value in tied.items()}
     torch.save({"model": wrapped, "epoch": 49}, tmp_path / "best.pth")
     save_file({key: value.clone() for key, value in tied.items()}, tmp_path / "best.safetensors")
-    first = SaG.from_released(state, iterations=3, **known)
+    first = SaG.from_released(state, **known | {"slots.iterations": 3})
     for source in (tied, wrapped, tmp_path / "best.pth", str(tmp_path / "best.safetensors")):
         model = SaG.from_released(source, **known)  # a checkpoint that repeats them tells the number of iterations
         assert model.entities.iterations == 3 and all((a == b).all() for a, b in zip(first.parameters(), model.parameters()))
@@ -184,7 +185,7 @@ def test_other_weights_are_refused(change, message):
     state = released_state(load_case("sag_tiny"))
     change(state)
     with pytest.raises(RISError, match=message) as caught:
-        SaG.from_released(state, per_gaussian=3, bert_heads=4)
+        SaG.from_released(state, slots=dict(per_gaussian=3), text=dict(heads=4))
     assert "\n" not in str(caught.value)
 
 
@@ -235,7 +236,7 @@ def test_stop_gradient_concerns_the_text_alone(monkeypatch):
     """Without it the text encoder's gradient differs; everything else has the same one."""
     grads = []
     for detach in (True, False):
-        model, batch = small(reconstruction=0.0), some_batch()
+        model, batch = small(loss=dict(reconstruction=0.0)), some_batch()
         c3 = sag.c3_loss
         monkeypatch.setattr(sag, "c3_loss", lambda *args: c3(*args[:5], detach=detach))
         sum(model.losses(model(batch, some_noise(model)), batch).values()).backward()
@@ -368,7 +369,7 @@ def test_false_negatives_can_be_dropped():
     batch = some_batch(4)
     batch.image = batch.image[[0, 1, 2, 0]]
     batch.image_id = ["a", "b", "c", "a"]
-    keep, drop = small(), small(false_negatives="drop")
+    keep, drop = small(), small(loss=dict(false_negatives="drop"))
     noise = some_noise(keep, 4)
     losses = {}
     for name, model in (("keep", keep), ("drop", drop)):
@@ -383,10 +384,10 @@ def test_false_negatives_can_be_dropped():
 def test_weights_of_the_losses():
     batch = some_batch()
     noise = some_noise(small())
-    plain, weighted = small(), small(c3=0.5, reconstruction=3.0)
+    plain, weighted = small(), small(loss=dict(c3=0.5, reconstruction=3.0))
     one, other = (model.losses(model(batch, noise), batch) for model in (plain, weighted))
     assert other["c3"].item() == pytest.approx(0.5 * one["c3"].item()) and other["reconstruction"].item() == pytest.approx(3 * one["reconstruction"].item())
-    alone = small(reconstruction=0.0)
+    alone = small(loss=dict(reconstruction=0.0))
     output = alone(batch, noise)
     assert list(alone.losses(output, batch)) == ["c3"]
     assert not any(p.requires_grad for p in alone.decoder.parameters())
@@ -408,10 +409,11 @@ def test_every_row_of_the_study_trains(row):
     sum(losses.values()).backward()
     trained = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None and p.grad.abs().max() > 1e-12}
     idle = {"text.bert.encoder.layer.0.attention.self.key.bias"}  # adds the same to all scores of a query: softmax does not see it
-    if changes.get("discovery", True):
-        if changes.get("competition") != "pixels":
+    slots = changes.get("slots", {})
+    if slots.get("discovery", True):
+        if slots.get("competition") != "pixels":
             idle.add("entities.aggregation.norm.bias")  # likewise, to the scores of all slots that compete for a pixel
-        if changes.get("per_gaussian") == 1:
+        if slots.get("per_gaussian") == 1:
             idle |= {"entities.interaction.query.weight", "entities.interaction.key.weight"}  # attention over one slot is always 1
     assert {name for name, p in model.named_parameters() if p.requires_grad} - trained == idle
     assert output.score.shape == (4, 4, 4) and len(model.masks(output, [(9, 7)] * 4)) == 4
@@ -420,12 +422,12 @@ def test_every_row_of_the_study_trains(row):
 
 def test_alternatives():
     batch = some_batch(3, [0, 1, 1])
-    patches = small(discovery=False, reconstruction=0.0)
+    patches = small(**SAG_STUDY["attention over patches"])
     with torch.no_grad():
         output = patches(batch)
     assert isinstance(patches.entities, PatchEntities)
     close(output.score.flatten(1), output.extra["A_fuse"])  # each patch is its own entity
-    dots = small(fusion=False)
+    dots = small(fusion=dict(attention=False))
     with torch.no_grad():
         output = dots(batch)
     assert isinstance(dots.fusion, DotFusion)
@@ -454,7 +456,7 @@ def member(rank, world, port, folder):
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
     accelerator = make_accelerator()
-    model = small(slots="query", false_negatives="drop").train()
+    model = small(slots=dict(kind="query"), loss=dict(false_negatives="drop")).train()
     step = accelerator.prepare(LossStep(model))
     batch, share = some_batch(4), slice(4 // world * rank, 4 // world * (rank + 1))
     batch = Batch(batch.image[share], batch.ids[share], batch.words[share], image_id=["a", "b", "c", "a"][share])
@@ -497,17 +499,18 @@ def test_registered_sizes():
     assert sum(p.numel() for p in tiny.parameters()) < 2.5e6
     started = create_model("sag_tiny", pretrained=True)
     assert started.frozen == ("vision",) and {p.requires_grad for p in started.vision.parameters()} == {False}
-    with pytest.raises(RISError, match="pretrained ViT has vit_heads=.*pretrained=False"):
-        create_model("sag_tiny", pretrained=True, vit_heads=1)
+    with pytest.raises(RISError, match="pretrained ViT has vision.heads=.*pretrained=False"):
+        create_model("sag_tiny", pretrained=True, vision=dict(heads=1))
     with pytest.raises(RISError, match="knows no words"):
         create_model("sag_tiny").predict([np.zeros((9, 9, 3), np.uint8)], ["a ball"])
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(noise="loud"), "noise must be one of seeded, mean"), (dict(scheme="best"), "scheme must be one of weighted, area, max, min, average"),
-    (dict(slots="none"), "slots are entity, random, query"), (dict(false_negatives="hide"), "keep, drop"),
-    (dict(competition="words"), "competition"), (dict(reconstruction=-1.0), "at least 0"), (dict(discovery=False), "reconstruction must be 0"),
-    (dict(temperature=0.0), "temperature"), (dict(width=30), "4 divides")])
+    (dict(slots=dict(kind="none")), "slots are entity, random, query"), (dict(loss=dict(false_negatives="hide")), "keep, drop"),
+    (dict(slots=dict(competition="words")), "competition"), (dict(loss=dict(reconstruction=-1.0)), "at least 0"), (dict(slots=dict(discovery=False)), "reconstruction must be 0"),
+    (dict(loss=dict(temperature=0.0)), "temperature"), (dict(slots=dict(width=30)), "4 divides"),
+    (dict(slots=dict(gaussian=3)), "SaG's slots has no setting 'gaussian'; it takes kind, width, gaussians"), (dict(loss=3), "loss is a group of settings \\(c3, ")])
 def test_bad_arguments(options, message):
     with pytest.raises(RISError, match=message) as caught:
         model = small(**options)

@@ -49,10 +49,11 @@ def released_model(state, spec):
     config = sizes(spec)
     side = config["crop_size"]
     return SaG.from_released(
-        state, vit_heads=config["vit_heads"], bert_heads=config["bert"]["num_attention_heads"], heads=config["agg_cross_head"],
-        self_heads=config["agg_latent_head"], gaussians=config["img_num_embeds"] // config["cascade_factor"],
-        per_gaussian=config["cascade_factor"], iterations=config["agg_depth"],
-        competition="slots" if config["agg_cross_attn_type"] == "slot" else "pixels", image_size=side if isinstance(side, int) else max(side))
+        state, vision=dict(heads=config["vit_heads"]), text=dict(heads=config["bert"]["num_attention_heads"]),
+        slots=dict(heads=config["agg_cross_head"], self_heads=config["agg_latent_head"], per_gaussian=config["cascade_factor"],
+                   gaussians=config["img_num_embeds"] // config["cascade_factor"], iterations=config["agg_depth"],
+                   competition="slots" if config["agg_cross_attn_type"] == "slot" else "pixels"),
+        fusion=dict(heads=config["cma_heads"]), image_size=side if isinstance(side, int) else max(side))
 
 
 def computed(model, image, ids, eps, which=None):

@@ -30,7 +30,6 @@ from ris_nb.contract import Batch, Output, RISError
 from ris_nb.data.tokenizer import SPECIAL
 from ris_nb.distributed import SyncBatchNorm2d, sync_batchnorm
 from ris_nb.models.base import RISModel
-from ris_nb.models.mask_grounding import TINY_PREDICTOR
 from ris_nb.registry import create_model, load_model
 from ris_nb.training import loop as training, trackers
 from ris_nb.training.config import TrainConfig
@@ -311,8 +310,8 @@ def member(rank, world, port, function, *args):
 
 def small_lavt():
     torch.manual_seed(7)
-    return create_model("lavt_tiny", vocabulary=SPECIAL, image_size=32, width=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8),
-                        patch=2, bert_width=32, bert_layers=1, bert_heads=2, bert_ffn=32, decoder_width=16)
+    return create_model("lavt_tiny", vocabulary=SPECIAL, image_size=32, decoder=dict(width=16),
+                        vision=dict(width=16, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8), patch=2), text=dict(width=32, layers=1, heads=2, ffn=32))
 
 
 def gradients(rank, folder, config, kind):
@@ -362,12 +361,14 @@ def test_a_parameter_that_no_loss_reaches_is_named_before_the_first_step(tmp_pat
     assert not (tmp_path / "two/state.pt").exists()
 
 
-REACHED = {"lavt": ("lavt_tiny", {}), "layer norms, dice": ("lavt_tiny", dict(norm="layer", dice=1.0)), "magnet": ("magnet_tiny", {}), "nothing hidden": ("magnet_tiny", dict(grounding=0.0)),
-           "no alignment": ("magnet_tiny", dict(alignment=0.0)), "simple decoder": ("magnet_tiny", dict(decoder="simple", alignment=0.0)),
-           "released": ("magnet_tiny", dict(released=True)), "no word chosen": ("magnet_tiny", dict(predictor={**TINY_PREDICTOR, "rate": 0.0, "at_least_one": False})),
-           "words alone": ("magnet_tiny", dict(predictor={**TINY_PREDICTOR, "see": ()})), "sag": ("sag_tiny", {}), "no slots": ("sag_tiny", dict(discovery=False, reconstruction=0.0)),
-           "no fusion": ("sag_tiny", dict(fusion=False)), "no C3": ("sag_tiny", dict(c3=0.0)), "no reconstruction": ("sag_tiny", dict(reconstruction=0.0)),
-           "one Gaussian": ("sag_tiny", dict(gaussians=1, per_gaussian=12)), "random slots": ("sag_tiny", dict(slots="random"))}
+REACHED = {"lavt": ("lavt_tiny", {}), "layer norms, dice": ("lavt_tiny", dict(norm="layer", dice=1.0)), "magnet": ("magnet_tiny", {}),
+           "nothing hidden": ("magnet_tiny", {"grounding.weight": 0.0}), "no alignment": ("magnet_tiny", {"alignment.weight": 0.0}),
+           "simple decoder": ("magnet_tiny", {"decoder.kind": "simple", "alignment.weight": 0.0}), "released": ("magnet_tiny", dict(released=True)),
+           "no word chosen": ("magnet_tiny", {"grounding.rate": 0.0}), "words alone": ("magnet_tiny", {"grounding.at_least_one": True, "grounding.see": ()}),
+           "sag": ("sag_tiny", {}), "no slots": ("sag_tiny", {"slots.discovery": False, "loss.reconstruction": 0.0}),
+           "no fusion": ("sag_tiny", {"fusion.attention": False}), "no C3": ("sag_tiny", {"loss.c3": 0.0}),
+           "no reconstruction": ("sag_tiny", {"loss.reconstruction": 0.0}), "one Gaussian": ("sag_tiny", {"slots.gaussians": 1, "slots.per_gaussian": 12}),
+           "random slots": ("sag_tiny", {"slots.kind": "random"})}
 
 
 @pytest.mark.parametrize("name, settings", REACHED.values(), ids=REACHED)

@@ -50,7 +50,7 @@ class Train(RunSettings, Own, Data):
       ris-nb train --root refer_data --dataset refcoco --split-by unc --image-size 128 --steps 5000
     """
     set_: Annotated[UseAppendAction[tuple[str, ...]], arg(name="set", metavar="KEY=VALUE")] = ()
-    """An argument of the model's class, its value as JSON; give the flag again for more arguments."""
+    """An argument of the model's class, its value as JSON; one in a group by its path, as in vision.width=64. Give the flag again for more."""
     dry_run: bool = False
     """Print the settings of the run and stop: no data are read and nothing is written."""
 
@@ -60,8 +60,8 @@ def read_arguments(words: Iterable[str]) -> dict:
     arguments = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not (equals and key.isidentifier()):
-            raise UsageError(f"--set {word[:60]}: expected KEY=VALUE with the name of an argument, as in --set width=64")
+        if not (equals and all(map(str.isidentifier, key.split(".")))):
+            raise UsageError(f"--set {word[:60]}: expected KEY=VALUE with the name of an argument, as in --set vision.width=64")
         if key in ("image_size", "vocabulary", "pretrained") or key in arguments:
             raise UsageError(f"--set {word[:60]}: " + ("is given twice" if key in arguments else f"use --{key.replace('_', '-')}"))
         try:

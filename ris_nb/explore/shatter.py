@@ -38,7 +38,7 @@ def with_slots(discovery: EntityDiscovery, kind: str) -> EntityDiscovery:
     and the spread of its own all together; "query", a fixed draw of its own. `RISError` for a model without entity slots."""
     own = discovery.slots
     if not isinstance(own, EntitySlots):
-        raise RISError(f"the panel begins with entity slots, and this model has {type(own).__name__}: take one with slots='entity'")
+        raise RISError(f"the panel begins with entity slots, and this model has {type(own).__name__}: take one with slots=dict(kind='entity')")
     gaussians, count, width = own.mu.shape[1], own.per_gaussian, own.width
     new, mu, variance = deepcopy(discovery), own.mu.detach(), own.log_spread.detach().exp()
     if kind == "random":

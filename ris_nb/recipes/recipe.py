@@ -17,6 +17,7 @@ from torch import nn
 
 from ..contract import RISError
 from ..data.refer import PUBLISHED, Referral, Referrals
+from ..settings import flat
 from ..training.config import TrainConfig
 
 if sys.version_info >= (3, 11):
@@ -37,7 +38,8 @@ class Setting:
 class Recipe:
     """How one model is trained on one data set.
 
-    settings: flags of `ris-nb train`, by name, those of `TrainConfig` among them. network: arguments of the model.
+    settings: flags of `ris-nb train`, by name, those of `TrainConfig` among them. network: arguments of the model,
+    those in a group by their paths, such as vision.width.
     device_batch: the most pairs that a device takes at once. pretrained_parts: the parts of the model that must have
     learned before; names as of `nn.Module.get_submodule`. epochs: where the steps were counted from epochs.
     """
@@ -72,9 +74,9 @@ def micro_batches(batch_size: int, device_batch: int, processes: int) -> int:
     return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= device_batch)
 
 # %% ../../nbs/24_full_scale.ipynb #017
-def sourced(source: str, **values) -> dict[str, Setting]:
-    """Settings that have one source."""
-    return {name: Setting(value, source) for name, value in values.items()}
+def sourced(source: str, group: str = "", /, **values) -> dict[str, Setting]:
+    """Settings that have one source, in a group of the model's settings or in none."""
+    return {f"{group}.{name}" if group else name: Setting(value, source) for name, value in values.items()}
 
 # %% ../../nbs/24_full_scale.ipynb #017b
 def schedule(dataset: str, split_by: str, epochs: Setting, each: str = "object", batch_size: int = 32, split: str = "train") -> dict[str, Setting]:
@@ -116,6 +118,13 @@ def _read_setting(given: object, file: str) -> Setting:
     value, source = (given.get("value"), str(given["source"])) if isinstance(given, Mapping) and "source" in given else (given, file)
     return Setting(tuple(value) if isinstance(value, list) else value, source)
 
+# %% ../../nbs/24_full_scale.ipynb #033n
+def _read_network(table: Mapping, file: str) -> dict[str, Setting]:
+    """The arguments of a model in a recipe's file, those in a group by their paths."""
+    groups = {name for name, given in table.items() if isinstance(given, Mapping) and "source" not in given}
+    return {path: _read_setting(value, file) for name, given in table.items()
+            for path, value in (flat({name: given}) if name in groups else {name: given}).items()}
+
 # %% ../../nbs/24_full_scale.ipynb #033c
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", tuple: "a list", dict: "a table", type(None): "nothing"}
 
@@ -154,8 +163,8 @@ def read_recipe(path: str | Path) -> Recipe:
     path, beside = Path(path), dict(about=str, device_batch=int, pretrained_parts=tuple, epochs=int)
     body, known = _read_table(path), recipe_flags()
     del known["accumulate"]  # follows from device_batch
-    settings, network = ({name: _read_setting(given, path.name) for name, given in body.pop(table, {}).items()} for table in ("settings", "network"))
-    beside_them = {name: _read_setting(given, path.name) for name, given in body.items()}
+    network = _read_network(body.pop("network", {}), path.name)
+    settings, beside_them = ({name: _read_setting(given, path.name) for name, given in table.items()} for table in (body.pop("settings", {}), body))
     for table, kinds in ((settings, known), (beside_them, beside)):
         for name, setting in table.items():
             if name not in kinds:

@@ -13,6 +13,7 @@ from ..contract import RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.refer import PUBLISHED
 from .recipe import RECIPE_FILES, Recipe, Setting, read_recipe, schedule, sourced
+from ..settings import BERT_BASE, SWIN_B
 from ..training.config import TINY_RECIPE
 
 # %% auto #0
@@ -39,12 +40,11 @@ _LAVT_SETTINGS = {
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #020a
-_SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3)
-_BERT_BASE = dict(bert_width=768, bert_layers=12, bert_heads=12, bert_ffn=3072, bert_dropout=0.1, bert_positions=512, vocab_size=30522)
 _LAVT_NETWORK = {
-    **sourced(LAVT_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model", decoder_width=512, norm="instance"),
-    **sourced(f"Swin-B: {LAVT_CODE}", **_SWIN_B),
-    **sourced(f"bert-base-uncased: {LAVT_CODE}", **_BERT_BASE),
+    **sourced(LAVT_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model", norm="instance"),
+    **sourced(LAVT_CODE, "decoder", width=512),
+    **sourced(f"Swin-B: {LAVT_CODE}", "vision", **SWIN_B),
+    **sourced(f"bert-base-uncased: {LAVT_CODE}", "text", **BERT_BASE),
     **sourced("cross-entropy alone, as in the paper; the authors' later version adds Dice", dice=0.0),
 }
 
@@ -81,20 +81,20 @@ _MAGNET_SETTINGS = {
 # %% ../../nbs/workshop/paper_recipes.ipynb #022a
 _MAGNET_NETWORK = {
     **sourced(_MAGNET_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model"),
-    **sourced(f"Swin-B: {_MAGNET_CODE}", **_SWIN_B),
-    **sourced(f"bert-base-uncased: {_MAGNET_CODE}", **_BERT_BASE),
-    **sourced(_MAGNET_CODE, grids=(1, 2, 3, 6), decoder="mask", decoder_width=256, decoder_heads=8, points=4, encoder_layers=4, encoder_ffn=1024,
-              decoder_layers=9, decoder_ffn=2048),
+    **sourced(f"Swin-B: {_MAGNET_CODE}", "vision", **SWIN_B),
+    **sourced(f"bert-base-uncased: {_MAGNET_CODE}", "text", **BERT_BASE),
+    **sourced(_MAGNET_CODE, "decoder", kind="mask", width=256, heads=8, points=4, pixel_layers=4, pixel_ffn=1024, layers=9, ffn=2048),
     **sourced("our choice: BERT's gates can open; in the released code they never do (chapter 13)", released=False),
     **sourced("our choice: recalled from the paper, not checked; ELIA imports a loss whose own weights are 5 and 5", bce=2.0, dice=2.0),
-    **sourced(f"of each of three terms, at the temperatures 0.1, 0.1 and 0.3 of `alignment_loss`: {_DEMO_SCRIPTS}", alignment=0.5),
-    **sourced("our choice: of 14,400 pixels, to bound the memory of their comparisons", alignment_pixels=1024),
-    **sourced(_DEMO_SCRIPTS, grounding=1.0),
-    "predictor": Setting(
-        dict(width=512, layers=8, heads=8, ffn=3072, dropout=0.1, std=0.02, grid=4, rate=0.15, replace=0.9, at_least_one=True,
-             see=("image", "mask"), mask_encoder="centre"),
-        f"width, layers, heads, ffn, dropout, std, and grid from a comment: training code of {DEMO}; rate, replace: the defaults of ovr-cnn, the "
-        "code that MagNet's author names; see: the paper's abstract; at_least_one, mask_encoder: our choice"),
+    **sourced(_MAGNET_CODE, "alignment", grids=(1, 2, 3, 6)),
+    **sourced(f"of each of three terms, at the temperatures 0.1, 0.1 and 0.3 of `alignment_loss`: {_DEMO_SCRIPTS}", "alignment", weight=0.5),
+    **sourced("our choice: of 14,400 pixels, to bound the memory of their comparisons", "alignment", pixels=1024),
+    **sourced(_DEMO_SCRIPTS, "grounding", weight=1.0),
+    **sourced(f"training code of {DEMO}", "grounding", width=512, layers=8, heads=8, ffn=3072, dropout=0.1, std=0.02),
+    **sourced(f"a comment in the training code of {DEMO}", "grounding", grid=4),
+    **sourced("our choice: the defaults of ovr-cnn, the code that MagNet's author names", "grounding", rate=0.15, replace=0.9),
+    **sourced("MagNet, CVPR 2024, abstract", "grounding", see=("image", "mask")),
+    **sourced("our choice", "grounding", at_least_one=True, mask_encoder="centre"),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #022b
@@ -118,17 +118,20 @@ _SAG_SETTINGS = {
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #024a
+_ATTENTION = dict(heads=4, head_width=256, ffn=2048, dropout=0.1)  # of slots and of the fusion
 _SAG_NETWORK = {
-    **sourced("SaG, ICCV 2023, table 3: the best row, found on refcoco", gaussians=18, per_gaussian=2),
+    **sourced("SaG, ICCV 2023, table 3: the best row, found on refcoco", "slots", gaussians=18, per_gaussian=2),
     **sourced("SaG, ICCV 2023, table 3: the best of four ways to make a mask, found on refcoco", scheme="weighted"),
-    **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", slots="entity", competition="slots", interaction=True,
-              discovery=True, fusion=True),
-    **sourced(_SAG_CODE, iterations=6, reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep", drop_path=0.1, dropout=0.1, threshold=0.5,
-              resolution="original", mean=(0.5,) * 3, std=(0.5,) * 3),
-    **sourced(f"ViT-S/16, its positions made for 480 pixels: {_SAG_CODE}", vit_width=384, vit_depth=12, vit_heads=6, patch=16, vit_image_size=480),
-    **sourced(f"bert-base-uncased: {_SAG_CODE}", **_BERT_BASE),
-    **sourced(f"sizes: {_SAG_CODE}", width=512, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048, decoder_width=512,
-              decoder_table=50),
+    **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", "slots", kind="entity", competition="slots", interaction=True, discovery=True),
+    **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", "fusion", attention=True),
+    **sourced(_SAG_CODE, threshold=0.5, resolution="original", mean=(0.5,) * 3, std=(0.5,) * 3),
+    **sourced(_SAG_CODE, "loss", reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep"),
+    **sourced(f"ViT-S/16, its positions made for 480 pixels: {_SAG_CODE}", "vision", width=384, depth=12, heads=6, patch=16, image_size=480),
+    **sourced(_SAG_CODE, "vision", drop_path=0.1),
+    **sourced(f"bert-base-uncased: {_SAG_CODE}", "text", **BERT_BASE),
+    **sourced(f"sizes: {_SAG_CODE}", "slots", width=512, iterations=6, **_ATTENTION, self_heads=4, self_head_width=128),
+    **sourced(f"sizes: {_SAG_CODE}", "fusion", **_ATTENTION),
+    **sourced(f"sizes: {_SAG_CODE}", "decoder", width=512, table=50),
     **sourced(f"the ViT learns at a tenth of the rate: {_SAG_CODE}", lr_factors={"vision": 0.1}),
     **sourced(f"our choice: {_SAG_CODE} draws the slots of a test image anew each time, ours with one noise for all", noise="seeded"),
     **sourced(f"our choice: {_SAG_CODE} never cuts a sentence, a table of ours must end somewhere", max_words=40),

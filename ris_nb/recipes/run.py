@@ -25,6 +25,7 @@ from ..models.base import RISModel
 from .recipe import check_complete, check_pretrained, per_sentence
 from .recipes import find_recipe
 from ..registry import create_model, load_model
+from ..settings import flat
 from ..training.compute import check_device, use_checkpointing
 from ..training.config import TrainConfig
 from ..training.launch import make_accelerator
@@ -50,7 +51,7 @@ class RunSettings:
     model: Annotated[str | None, arg(metavar="NAME")] = None
     """The model to train; `ris-nb models` lists the names. Default: lavt_tiny, or the model of --from."""
     network: Suppress[dict] = field(default_factory=dict)
-    """Arguments of the model by name, in place of its own defaults."""
+    """Arguments of the model by name, in place of its own defaults; those in a group as a table, or by their paths ("vision.width")."""
     from_: Annotated[str | None, arg(name="from", metavar="MODEL")] = None
     """Fine-tune a trained model: a run's folder, a model that comes with the library (lavt_tiny, magnet_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub. Weights, vocabulary and settings are that model's."""
     pretrained: bool = False
@@ -77,7 +78,7 @@ DEFAULT_MODEL = "lavt_tiny"
 def build_model(settings: RunSettings, referrals: list, seed: int = 0, **network) -> RISModel:
     """The model that the settings ask for; or that of `from_`. Fresh weights depend on the seed alone.
 
-    network: other arguments of the model, as a recipe has them; those of the settings come first.
+    network: other arguments of the model by their paths, as a recipe has them; those of the settings come first.
     """
     if settings.from_ is not None:
         return load_model(settings.from_)
@@ -89,7 +90,7 @@ def build_model(settings: RunSettings, referrals: list, seed: int = 0, **network
         vocabulary = build_vocabulary(sentence.text for referral in referrals for sentence in referral.sentences)
     asked = {"image_size": settings.image_size, "vocabulary": vocabulary}
     torch.manual_seed(seed)
-    return _create(name, settings, {**network, **settings.network, **{key: value for key, value in asked.items() if value is not None}})
+    return _create(name, settings, {**network, **flat(settings.network), **{key: value for key, value in asked.items() if value is not None}})
 
 # %% ../../nbs/workshop/run.ipynb #070b
 def _create(name: str, settings: RunSettings, arguments: dict) -> RISModel:

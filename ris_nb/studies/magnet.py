@@ -29,7 +29,7 @@ __all__ = []
 # %% ../../nbs/workshop/study_magnet.ipynb #077
 def study_model(kind: str, vocabulary: Sequence[str], **grounding) -> nn.Module:
     """What a row of the study trains: `kind` (LAVT, or MagNet and how it differs), grounded if `grounding` (of `Grounded`) is given."""
-    changes = {"cam": dict(decoder="simple", alignment=0.0), "cal": dict(decoder="simple"), "released": dict(released=True)}
+    changes = {"cam": dict(decoder=dict(kind="simple"), alignment=dict(weight=0.0)), "cal": dict(decoder=dict(kind="simple")), "released": dict(released=True)}
     name = "lavt_tiny" if kind == "lavt" else "magnet_tiny"
     model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes.get(kind, {}))
     return Grounded(model, **{**TINY_PREDICTOR, "at_least_one": False, **grounding}) if grounding else model

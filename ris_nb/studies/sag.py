@@ -69,15 +69,15 @@ def floor_scores(referrals: Sequence, tokenizer: Tokenizer, seed: int = 0) -> di
 SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4}
 SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
     "SaG": {},
-    "attention over patches": dict(discovery=False, reconstruction=0.0),
-    "no interaction": dict(interaction=False),
-    "transformer attention": dict(competition="pixels"),
-    "no reconstruction": dict(reconstruction=0.0),
-    "no fusion, no C3": dict(fusion=False),
-    **{f"{g} x {12 // g}": dict(gaussians=g, per_gaussian=12 // g) for g in (12, 4, 3, 2)},  # sag_tiny itself has 6 x 2
-    "random slots": dict(slots="random"),
-    "query slots": dict(slots="query"),
-    "false negatives dropped": dict(false_negatives="drop"),
+    "attention over patches": dict(slots=dict(discovery=False), loss=dict(reconstruction=0.0)),
+    "no interaction": dict(slots=dict(interaction=False)),
+    "transformer attention": dict(slots=dict(competition="pixels")),
+    "no reconstruction": dict(loss=dict(reconstruction=0.0)),
+    "no fusion, no C3": dict(fusion=dict(attention=False)),
+    **{f"{g} x {12 // g}": dict(slots=dict(gaussians=g, per_gaussian=12 // g)) for g in (12, 4, 3, 2)},  # sag_tiny itself has 6 x 2
+    "random slots": dict(slots=dict(kind="random")),
+    "query slots": dict(slots=dict(kind="query")),
+    "false negatives dropped": dict(loss=dict(false_negatives="drop")),
 }
 
 # %% ../../nbs/workshop/study_sag.ipynb #078b
