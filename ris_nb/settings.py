@@ -72,24 +72,23 @@ class Nested:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        build = cls.__init__
+        build, cls._parameters = cls.__init__, signature(cls.__init__).parameters
 
         @wraps(build)
         def __init__(self, *args, **given):
             settings = cls._complete(cls.settings(given))
-            config = dict(self._hub_mixin_config or {})
-            if type(self) is cls:  # and not a base of the class that is built
+            config, outermost = dict(self._hub_mixin_config or {}), type(self) is cls  # or a base of the class that is built
+            if outermost:
                 config = {name: value for name, value in config.items() if name in settings or name not in given}
                 config |= {name: value for name, value in settings.items() if name not in given}
-            self._hub_mixin_config = config | {name: dict(settings[name]) for name in cls._groups() if name in config}
+            self._hub_mixin_config = config | {name: dict(settings[name]) for name in cls._groups() if outermost or name in config}
             build(self, *args, **settings)
         cls.__init__ = __init__
 
     @classmethod
     def _groups(cls) -> dict[str, Mapping]:
         """The groups and their defaults."""
-        parameters = signature(cls.__init__).parameters
-        return {name: parameter.default for name, parameter in parameters.items() if isinstance(parameter.default, Mapping) and parameter.default}
+        return {name: parameter.default for name, parameter in cls._parameters.items() if isinstance(parameter.default, Mapping) and parameter.default}
 
     @classmethod
     def _complete(cls, settings: Mapping) -> dict:
@@ -115,7 +114,7 @@ class Nested:
         groups, today = cls._groups(), {}
         for name, value in table.items():
             first, dot, key = name.partition(".")
-            own = first in signature(cls.__init__).parameters and (dot or first not in groups or isinstance(value, Mapping))
+            own = first in cls._parameters and (dot or first not in groups or isinstance(value, Mapping))
             for path in [name] if own else [path + dot + key for path in renamed.get(first, first).split()]:
                 if not (path in groups and value is None):  # None was "no predictor's settings"
                     today[path] = value
