@@ -29,7 +29,7 @@ from .lavt import LAVT, SimpleDecoder
 from .layers import (TINY, TINY_ENCODERS, base_preset, dice_loss, mask_loss, preset, read_attention, score_masks,
                                   text_encoder, upsample)
 from .mask_decoder import MaskDecoder, PixelDecoder
-from .mask_grounding import TINY_PREDICTOR, Grounded
+from .mask_grounding import TINY_PREDICTOR, Grounded, MaskGrounding
 from .released import load_released
 from .released_alignment import ReleasedLanguageAlignment
 from .released_magnet import released_magnet, released_magnet_key, released_magnet_sizes
@@ -109,8 +109,8 @@ class MagNet(RISModel):
     | vision | of `Swin` |
     | text | of `TextEncoder`, its layers a multiple of Swin's stages; vocab_size: by default a row for each piece of the vocabulary |
     | alignment | grids of `ImageAlignment`; weight of each of the three terms of `alignment_loss`, which compares at most so many pixels |
-    | decoder | kind: "mask", MagNet's own, or "simple", LAVT's, of which only the width counts; width and heads of both decoders; points, pixel_layers, pixel_ffn of `PixelDecoder`; layers, ffn of `MaskDecoder` |
-    | grounding | of `Grounded`, which `for_training` puts around the network; weight 0: no Mask Grounding |
+    | decoder | kind: "mask", width and heads (`PixelDecoder`: points, pixel_*; `MaskDecoder`: layers, ffn), or "simple", LAVT's: width alone |
+    | grounding | of `Grounded` and its `MaskGrounding`, which `for_training` puts around the network; weight 0: no Mask Grounding |
 
     bce, dice: weights of the mask losses. released: compute what the authors' network computes, see `ReleasedLanguageAlignment`.
     The rest: of `RISModel`. The defaults are the released network's sizes.
@@ -122,8 +122,8 @@ class MagNet(RISModel):
                  std=IMAGENET_STD, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
                  alignment: Mapping = dict(grids=(1, 2, 3, 6), weight=0.5, pixels=1024),
                  decoder: Mapping = dict(kind="mask", width=256, heads=8, points=4, pixel_layers=4, pixel_ffn=1024, layers=9, ffn=2048),
-                 grounding: Mapping = defaults(Grounded), bce: float = 2.0, dice: float = 2.0, released: bool = False,
-                 freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+                 grounding: Mapping = {**defaults(Grounded), **defaults(MaskGrounding)}, bce: float = 2.0, dice: float = 2.0,
+                 released: bool = False, freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         kind, width, heads, weights = decoder["kind"], decoder["width"], decoder["heads"], (bce, dice, alignment["weight"], grounding["weight"])
         if kind not in ("mask", "simple") or not all(weight >= 0 for weight in weights):

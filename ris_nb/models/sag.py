@@ -71,7 +71,7 @@ class SaG(RISModel):
     | slots | of `EntityDiscovery`, whose `slots` is called kind here; discovery=False: the paper's row without it, see `PatchEntities` |
     | fusion | of `ModalityFusion`, as wide as the slots; attention=False: the paper's row without it, see `DotFusion` |
     | decoder | width and table of `SlotDecoder` |
-    | loss | c3, reconstruction: the weights; temperature: of `c3_loss`; false_negatives: "keep" another copy of a sentence's own image among its negatives, as released, or "drop" it |
+    | loss | weights c3 and reconstruction; temperature of `c3_loss`; false_negatives: "keep" or "drop" copies of a sentence's own image |
 
     noise: at inference sample slots with one "seeded" noise or take the "mean" of each Gaussian. scheme: of `relevance_map`;
     threshold: of `relevance_masks`. The rest: of `RISModel`. The defaults are the paper's best row.

@@ -39,9 +39,8 @@ class Recipe:
     """How one model is trained on one data set.
 
     settings: flags of `ris-nb train`, by name, those of `TrainConfig` among them. network: arguments of the model,
-    those in a group by their paths, such as vision.width.
-    device_batch: the most pairs that a device takes at once. pretrained_parts: the parts of the model that must have
-    learned before; names as of `nn.Module.get_submodule`. epochs: where the steps were counted from epochs.
+    by their paths, such as vision.width. device_batch: the most pairs that a device takes at once. pretrained_parts: the parts of the
+    model that must have learned before, by their names. epochs: where the steps were counted from epochs.
     """
     about: str
     settings: dict[str, Setting]

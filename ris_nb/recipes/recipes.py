@@ -94,7 +94,7 @@ _MAGNET_NETWORK = {
     **sourced(f"a comment in the training code of {DEMO}", "grounding", grid=4),
     **sourced("our choice: the defaults of ovr-cnn, the code that MagNet's author names", "grounding", rate=0.15, replace=0.9),
     **sourced("MagNet, CVPR 2024, abstract", "grounding", see=("image", "mask")),
-    **sourced("our choice", "grounding", at_least_one=True, mask_encoder="centre"),
+    **sourced("our choice", "grounding", at_least_one=True, mask_encoder="centre", segment="masked"),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #022b
