@@ -42,7 +42,7 @@ def test_a_checkpoint_of_version_0_1_loads(name, tmp_path):
     assert torch.equal(score(before), score(now)) and type(before.for_training()) is type(now.for_training())
     before.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again/config.json").read_text())
-    assert again == json.loads((shipped_checkpoint(name) / "config.json").read_text())  # what ships is written as today
+    assert nested(again, json.loads((shipped_checkpoint(name) / "config.json").read_text())) == again  # what ships is written as today
     assert before.from_pretrained(tmp_path, threshold=0.4).threshold == 0.4 if name == "sag_tiny" else before.from_pretrained(tmp_path, dice=0.5).dice == 0.5
 
 

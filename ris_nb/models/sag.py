@@ -32,7 +32,7 @@ from ..registry import register_model
 from ..settings import BERT_BASE, TEXT, nested
 
 # %% auto #0
-__all__ = ['VIT_S', 'relevance_masks', 'SaG']
+__all__ = ['relevance_masks', 'SaG']
 
 # %% ../../nbs/17_sag.ipynb #013
 def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: float = 0.5) -> list[Tensor]:
