@@ -5,100 +5,172 @@
 # %% ../../nbs/workshop/pretraining.ipynb #imp-e
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
+from ..checkpoint import replacing
+from ..contract import RISError
 from ..data.batches import Transform
 from ..data.shapes import COLOURS, SHAPES, SIZES, Scene, make_scene
+from ..data.toys import TEXTURES, TOY_COLOURS, TOY_KINDS, make_toys
 from .vision import Swin, ViT
 
 # %% auto #0
-__all__ = ['TINY_SWIN', 'learn_names', 'pretrained_namer', 'pretrained_tagger']
+__all__ = ['learn_names', 'pretrained_namer', 'pretrained_tagger']
+
+# %% ../../nbs/workshop/pretraining.ipynb #w01
+TINY_SWIN = dict(width=32, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)
+TINY_VIT = dict(width=64, depth=4, heads=4, patch=4, image_size=64)
+
+
+@dataclass(frozen=True)
+class World:
+    """A generator of scenes that encoders learn from.
+
+    `make(seed, size, split, index)` draws a scene; `words(thing)` are the tags of one of its things, its name last; `names` and
+    `attributes` are all names and all other tags there are; `swin` and `vit` the sizes of the encoders, `steps` those of their
+    training; `label` ends the names of the files of weights.
+    """
+    label: str
+    make: Callable
+    words: Callable
+    names: tuple[str, ...]
+    attributes: tuple[str, ...]
+    swin: dict
+    vit: dict
+    steps: dict[str, int]
+
+    @property
+    def size(self) -> int:
+        """Pixels along the side of a scene."""
+        return self.vit["image_size"]
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """All that a tagger can say of a window."""
+        return self.attributes + self.names
+
+# %% ../../nbs/workshop/pretraining.ipynb #w02
+WORLDS = {
+    "refshapes": World("tiny", make_scene, lambda t: (t.colour, f"{t.size} {t.shape}"), tuple(f"{size} {shape}" for shape in SHAPES for size in SIZES),
+                       tuple(COLOURS), TINY_SWIN, TINY_VIT, {"swin": 10_000, "vit": 3_000}),
+    "toys": World("toys", make_toys, lambda t: (t.colour, t.texture, t.kind), TOY_KINDS, (*TOY_COLOURS, *TEXTURES),
+                  {**TINY_SWIN, "window": 6}, {**TINY_VIT, "patch": 6, "image_size": 96}, {"swin": 3_000, "vit": 4_000})}
+
+
+def find_world(name: str) -> World:
+    """The world of that name; `RISError` for others."""
+    if name not in WORLDS:
+        raise RISError(f"no encoders were pretrained on {name!r}: choose one of {', '.join(WORLDS)}")
+    return WORLDS[name]
 
 # %% ../../nbs/workshop/pretraining.ipynb #081
-NAMES = ("background", *(f"{size} {shape}" for shape in SHAPES for size in SIZES))
-
-
-def name_map(scene: Scene) -> np.ndarray:
-    """What each pixel of a scene shows, as its number in `NAMES`: uint8 (H, W)."""
+def name_map(scene: Scene, world: str = "refshapes") -> np.ndarray:
+    """What each pixel of a scene shows: uint8 (H, W), 0 for the background, i + 1 for the world's name i."""
+    world = find_world(world)
     names = np.zeros(scene.image.shape[:2], np.uint8)
     for thing, mask in zip(scene.things, scene.masks):
-        names[mask] = NAMES.index(f"{thing.size} {thing.shape}")
+        names[mask] = world.names.index(world.words(thing)[-1]) + 1
     return names
 
 # %% ../../nbs/workshop/pretraining.ipynb #081a
 class Namer(nn.Module):
-    """A Swin and linear heads on its maps that name what each cell shows: image (B, 3, H, W) -> (B, 13, H_0, W_0)."""
+    """A Swin and linear heads on its maps that name what each cell shows: image (B, 3, H, W) -> (B, 1 + names, H_0, W_0)."""
 
-    def __init__(self, swin: Swin):
+    def __init__(self, swin: Swin, names: int):
         super().__init__()
         self.swin = swin
-        self.readers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(NAMES))) for width in swin.widths)
+        self.readers = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1 + names)) for width in swin.widths)
 
     def forward(self, image: Tensor) -> Tensor:
         scores = [reader(m).permute(0, 3, 1, 2) for reader, m in zip(self.readers, self.swin(image))]
         return sum(F.interpolate(s, scores[0].shape[-2:], mode="bilinear") for s in scores)
 
+
+def new_namer(world: str = "refshapes") -> Namer:
+    """A `Namer` of a world, untrained."""
+    world = find_world(world)
+    return Namer(Swin(**world.swin), len(world.names))
+
 # %% ../../nbs/workshop/pretraining.ipynb #084
-TINY_SWIN = dict(width=32, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)
+def _descend(model: nn.Module, loss_at: Callable[[int], Tensor], steps: int, lr: float, warmup: int, state: Path | None) -> list[float]:
+    """Train for `steps` steps (AdamW, one cycle of the rate) on the loss that `loss_at(step)` returns; the losses, one a step.
 
-
-def learn_names(namer: Namer, steps: int, batch_size: int = 32, lr: float = 3e-3, seed: int = 1) -> list[float]:
-    """Train on `steps * batch_size` fresh scenes of 64 pixels (`make_scene(seed, ...)`, split train); the losses, one a step."""
-    transform, losses = Transform(64), []
-    optimizer = torch.optim.AdamW(namer.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.3, 50 / steps))
-    for step in range(steps):
-        scenes = [make_scene(seed, 64, "train", step * batch_size + i) for i in range(batch_size)]
-        image = torch.stack([transform.image(Image.fromarray(scene.image)) for scene in scenes])
-        names = torch.stack([torch.from_numpy(name_map(scene)).long() for scene in scenes])
-        loss = F.cross_entropy(F.interpolate(namer(image), size=64, mode="bilinear"), names)
+    `state`: a file that keeps the training every 100 steps; where it exists, the training goes on from there.
+    """
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=lr), []
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.3, warmup / steps))
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    if state and state.exists():
+        saved = torch.load(state, weights_only=True)
+        losses = saved["losses"]
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+    for step in range(len(losses), steps):
+        loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(namer.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
+        if state and len(losses) % 100 == 0:
+            with replacing(state) as file:
+                torch.save({"losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, file)
     return losses
 
+# %% ../../nbs/workshop/pretraining.ipynb #084a
+def learn_names(namer: Namer, steps: int, batch_size: int = 32, lr: float = 3e-3, seed: int = 1, world: str = "refshapes",
+                state: Path | None = None) -> list[float]:
+    """Train on `steps * batch_size` fresh scenes of a world (seed `seed`, split train); the losses, one a step. `state`: see `_descend`."""
+    size, make = find_world(world).size, find_world(world).make
+    transform = Transform(size)
+
+    def loss_at(step: int) -> Tensor:
+        scenes = [make(seed, size, "train", step * batch_size + i) for i in range(batch_size)]
+        image = torch.stack([transform.image(Image.fromarray(scene.image)) for scene in scenes])
+        names = torch.stack([torch.from_numpy(name_map(scene, world)).long() for scene in scenes])
+        return F.cross_entropy(F.interpolate(namer(image), size=size, mode="bilinear"), names)
+
+    return _descend(namer, loss_at, steps, lr, 50, state)
+
 # %% ../../nbs/workshop/pretraining.ipynb #089
-def pretrained_namer() -> Namer:
-    """The `Namer` of `TINY_SWIN` that comes with the library: `learn_names` for 10,000 steps, seeds 0 and 1."""
-    namer = Namer(Swin(**TINY_SWIN))
-    namer.load_state_dict(load_file(Path(__file__).with_name("swin_tiny.safetensors")))
-    return namer.eval()
+def _read_weights(model: nn.Module, encoder: str, world: str) -> nn.Module:
+    model.load_state_dict(load_file(Path(__file__).with_name(f"{encoder}_{find_world(world).label}.safetensors")))
+    return model.eval()
+
+# %% ../../nbs/workshop/pretraining.ipynb #089b
+def pretrained_namer(world: str = "refshapes") -> Namer:
+    """The `Namer` of a world ("refshapes", "toys") that comes with the library: what `pretrain("swin", world, ...)` writes."""
+    return _read_weights(new_namer(world), "swin", world)
 
 # %% ../../nbs/workshop/pretraining.ipynb #094
-TAGS = (*COLOURS, *NAMES[1:])
-
-
-def tags(scene: Scene, top: int = 0, left: int = 0, side: int | None = None) -> np.ndarray:
-    """Which of `TAGS` a square window of a scene shows, bool (19,): those of things that lie in it by half of what is seen of them."""
-    side = len(scene.image) if side is None else side
+def tags(scene: Scene, top: int = 0, left: int = 0, side: int | None = None, world: str = "refshapes") -> np.ndarray:
+    """Which of the world's tags a square window of a scene shows, bool (tags,): those of things that lie in it by half of what is seen of them."""
+    world, side = find_world(world), len(scene.image) if side is None else side
     inside = scene.masks[:, top:top + side, left:left + side].sum((1, 2))
     shown = [thing for thing, n, mask in zip(scene.things, inside, scene.masks) if 2 * n >= mask.sum()]
-    return np.isin(TAGS, [tag for thing in shown for tag in (thing.colour, f"{thing.size} {thing.shape}")])
+    return np.isin(world.tags, [tag for thing in shown for tag in world.words(thing)])
 
 # %% ../../nbs/workshop/pretraining.ipynb #097
-TINY_VIT = dict(width=64, depth=4, heads=4, patch=4, image_size=64)
-
-
 class Tagger(nn.Module):
-    """A ViT and one linear reader of the mean of its patches: image (B, 3, H, W), values in [-1, 1] -> (B, 19), a logit for each tag.
+    """A ViT and one linear reader of the mean of its patches: image (B, 3, H, W), values in [-1, 1] -> (B, tags), a logit for each tag.
 
     `patches` (B, n) int64 are the numbers of the patches that it may see, counted row by row; None: all.
     """
 
-    def __init__(self, vit: ViT):
+    def __init__(self, vit: ViT, tags: int):
         super().__init__()
-        self.vit, self.reader = vit, nn.Linear(vit.width, len(TAGS))
+        self.vit, self.reader = vit, nn.Linear(vit.width, tags)
 
     def forward(self, image: Tensor, patches: Tensor | None = None) -> Tensor:
         x = self.vit.embed(image)
@@ -120,46 +192,44 @@ def window_patches(rows: np.ndarray, columns: np.ndarray, side: int, grid: int) 
     return torch.from_numpy(numbers.reshape(len(rows), -1))
 
 # %% ../../nbs/workshop/pretraining.ipynb #101
-def new_tagger() -> Tagger:
-    """A `Tagger` of `TINY_VIT`, untrained; its table of positions starts as sines and cosines of rows and columns."""
-    vit = ViT(**TINY_VIT)
+def new_tagger(world: str = "refshapes") -> Tagger:
+    """A `Tagger` of a world, untrained; its table of positions starts as sines and cosines of rows and columns."""
+    world = find_world(world)
+    vit = ViT(**world.vit)
     waves = build_sincos2d_pos_embed(vit.patch_embed.grid_size, dim=vit.width, temperature=100.0)  # (N, D)
     with torch.no_grad():
         vit.pos_embed[0, 1:] = 0.5 * waves
-    return Tagger(vit)
+    return Tagger(vit, len(world.tags))
 
 # %% ../../nbs/workshop/pretraining.ipynb #101a
-def learn_tags(tagger: Tagger, steps: int, side: int = 8, scenes: int = 16, windows: int = 4, lr: float = 2e-3, seed: int = 1) -> list[float]:
-    """Train on `windows` windows of `side` patches in each of `scenes` fresh scenes of 64 pixels a step (`make_scene(seed, ...)`, split train).
+def learn_tags(tagger: Tagger, steps: int, side: int = 8, scenes: int = 16, windows: int = 4, lr: float = 2e-3, seed: int = 1,
+               world: str = "refshapes", state: Path | None = None) -> list[float]:
+    """Train on `windows` windows of `side` patches in each of `scenes` fresh scenes of a world a step (seed `seed`, split train).
 
-    Returns the losses, one a step.
+    Returns the losses, one a step. `state`: see `_descend`.
     """
-    transform, losses, rng = Transform(64, (0.5,) * 3, (0.5,) * 3), [], np.random.default_rng(seed)
-    patch, grid = tagger.vit.patch, 64 // tagger.vit.patch
-    optimizer = torch.optim.AdamW(tagger.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=min(0.3, 100 / steps))
-    for step in range(steps):
-        drawn = [make_scene(seed, 64, "train", step * scenes + i) for i in range(scenes)]
+    size, make = find_world(world).size, find_world(world).make
+    transform, patch, grid = Transform(size, (0.5,) * 3, (0.5,) * 3), tagger.vit.patch, size // tagger.vit.patch
+    corners = np.random.default_rng(seed).integers(0, grid - side + 1, (steps, 2, scenes * windows))
+
+    def loss_at(step: int) -> Tensor:
+        drawn = [make(seed, size, "train", step * scenes + i) for i in range(scenes)]
         image = torch.stack([transform.image(Image.fromarray(scene.image)) for scene in drawn]).repeat_interleave(windows, 0)
-        rows, columns = rng.integers(0, grid - side + 1, (2, scenes * windows))
-        truth = [tags(drawn[i // windows], patch * y, patch * x, patch * side) for i, (y, x) in enumerate(zip(rows, columns))]
+        rows, columns = corners[step]
+        truth = [tags(drawn[i // windows], patch * y, patch * x, patch * side, world) for i, (y, x) in enumerate(zip(rows, columns))]
         logits = tagger(image, window_patches(rows, columns, side, grid))
-        loss = F.binary_cross_entropy_with_logits(logits, torch.from_numpy(np.stack(truth)).float())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(tagger.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
+        return F.binary_cross_entropy_with_logits(logits, torch.from_numpy(np.stack(truth)).float())
+
+    return _descend(tagger, loss_at, steps, lr, 100, state)
 
 # %% ../../nbs/workshop/pretraining.ipynb #104
 @torch.no_grad()
-def centre_tokens(tagger: Tagger, scenes: int = 500, seed: int = 1) -> None:
+def centre_tokens(tagger: Tagger, scenes: int = 500, seed: int = 1, world: str = "refshapes") -> None:
     """Rescale what leaves the ViT, so that over the patches of `scenes` scenes each channel has mean 0 and variance 1; the tagger
     answers as before."""
-    transform = Transform(64, (0.5,) * 3, (0.5,) * 3)
-    image = torch.stack([transform.image(Image.fromarray(make_scene(seed, 64, "train", i).image)) for i in range(scenes)])
+    size, make = find_world(world).size, find_world(world).make
+    transform = Transform(size, (0.5,) * 3, (0.5,) * 3)
+    image = torch.stack([transform.image(Image.fromarray(make(seed, size, "train", i).image)) for i in range(scenes)])
     tokens = torch.cat([tagger.vit(part)[:, 1:].flatten(0, 1) for part in image.split(100)])
     mean, std = tokens.mean(0), tokens.std(0)
     norm, reader = tagger.vit.norm, tagger.reader
@@ -168,9 +238,27 @@ def centre_tokens(tagger: Tagger, scenes: int = 500, seed: int = 1) -> None:
     reader.bias.add_(reader.weight @ mean)
     reader.weight.mul_(std)
 
+# %% ../../nbs/workshop/pretraining.ipynb #107
+def pretrain(encoder: str, world: str, folder: str | Path) -> Path:
+    """Train an encoder ("swin" or "vit") on a world ("refshapes" or "toys") and write its weights into a folder; returns the file.
+
+    A file beside it keeps the training while it lasts. Raises `RISError` for an encoder or a world that there is not.
+    """
+    steps, label = find_world(world).steps, find_world(world).label
+    if encoder not in steps:
+        raise RISError(f"no encoder {encoder!r} is pretrained here: choose one of {', '.join(steps)}")
+    file = Path(folder) / f"{encoder}_{label}.safetensors"
+    torch.manual_seed(0)
+    model, learn = (new_namer(world), learn_names) if encoder == "swin" else (new_tagger(world), learn_tags)
+    learn(model, steps[encoder], world=world, state=file.with_suffix(".training"))
+    if encoder == "vit":
+        centre_tokens(model.eval(), world=world)
+    with replacing(file) as temporary:
+        save_file(model.state_dict(), temporary)
+    file.with_suffix(".training").unlink(missing_ok=True)
+    return file
+
 # %% ../../nbs/workshop/pretraining.ipynb #108
-def pretrained_tagger() -> Tagger:
-    """The `Tagger` of `TINY_VIT` that comes with the library: `new_tagger`, 3,000 steps of `learn_tags`, `centre_tokens`."""
-    tagger = Tagger(ViT(**TINY_VIT))
-    tagger.load_state_dict(load_file(Path(__file__).with_name("vit_tiny.safetensors")))
-    return tagger.eval()
+def pretrained_tagger(world: str = "refshapes") -> Tagger:
+    """The `Tagger` of a world ("refshapes", "toys") that comes with the library: what `pretrain("vit", world, ...)` writes."""
+    return _read_weights(new_tagger(world), "vit", world)
