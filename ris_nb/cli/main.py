@@ -58,7 +58,7 @@ exit codes: 0 done, 1 a check found problems, 2 bad input (one line says what), 
 # %% ../../nbs/26_cli.ipynb #024b
 def parse(kind: type, command: str, words: list[str]):
     """The dataclass `kind`, filled from the words of a command line. `UsageError` in one line; `SystemExit` after --help."""
-    frame = io.StringIO()  # tyro frames its errors over many lines
+    frame = io.StringIO()  # tyro's errors come in a box of several lines
     try:
         check_words(kind, words)
         with redirect_stderr(frame):
@@ -90,7 +90,7 @@ def dispatch(words: list[str]) -> int:
 
 # %% ../../nbs/26_cli.ipynb #026
 def complaint(error: Exception) -> str | None:
-    """The one line that a user reads of an error; None for a mistake of ours."""
+    """The one line to print for an error that the user can mend; None for a bug of ours."""
     if out_of_memory(error):
         return "not enough memory for this: choose a smaller --image-size or --batch-size, or a smaller model or picture"
     if isinstance(error, (UsageError, OSError)):
@@ -100,13 +100,13 @@ def complaint(error: Exception) -> str | None:
 
 
 def interrupted(words: list[str]) -> str:
-    """What to say after Ctrl-C: for a training, how to go on."""
+    """The line to print after Ctrl-C; for `train`, it says how to go on."""
     again = [word for word in words if word not in ("--force", "--resume")]
     return "interrupted" + (f"; go on with: ris-nb {shlex.join(again)} --resume" if words[0] == "train" else "")
 
 # %% ../../nbs/26_cli.ipynb #026a
 def main(argv: list[str] | None = None) -> int:
-    """The command line: runs what the words ask for and returns the exit code (0, 1, 2, 130 or 141). Own mistakes raise."""
+    """Run the command line `argv` (None: this process's arguments) and return its exit code. Only a bug of ours raises."""
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if words[0] == "--version":
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"ris-nb: {interrupted(words)}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has enough, which is nobody's fault
+    except BrokenPipeError:  # `head` has read enough: no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would complain as it flushes its output at the end
         return 141
     except Exception as error:
