@@ -19,10 +19,11 @@ __all__ = ['c3_similarity', 'c3_loss']
 
 # %% ../../nbs/16_c3_loss.ipynb #013
 def c3_similarity(text: Tensor, z: Tensor, detach: bool = True) -> Tensor:
-    """How much of each sentence comes back from each image: s[b, n] = <t_b, z_nb>; text (B, D), z (N, B, D) -> s (B, N), float32.
+    """C3's scores s[b, n] = <t_b, z_nb> of every sentence with every image: text (B, D), z (N, B, D) -> (B, N), float32.
 
-    The sentence is not normalised. With `detach`, as in SaG (ICCV 2023), no gradient reaches `text`
-    from here. Always in full precision: images differ by thousandths.
+    text is not normalised; z has length one, so a score lies within ± the sentence's length. With `detach`, as in SaG
+    (ICCV 2023), no gradient reaches `text` from here. Always in full precision: images differ in the second decimal.
+    RISError: shapes that don't fit.
     """
     if z.ndim != 3 or text.shape != z.shape[1:]:
         raise RISError(f"text {tuple(text.shape)} and z {tuple(z.shape)} don't fit: they must be (B, D) and (N, B, D)")
@@ -39,6 +40,7 @@ def c3_loss(text: Tensor, z: Tensor, which: Tensor | None = None, temperature: f
     text (B, D), not normalised; z (N, B, D), each of length one, as `ModalityFusion.all_pairs` gives them; which (B,) int64:
     the image of each sentence (None: image b, and B must be N) -> a scalar, the mean over sentences of the cross-entropy
     over images. same (B, N) bool: images left out of a sentence's negatives (see `same_image`); its own always counts.
+    RISError: a temperature of 0 or less, shapes that don't fit, B other than N without `which`.
     """
     if not temperature > 0:
         raise RISError(f"temperature must be greater than 0, not {temperature}")
@@ -56,7 +58,7 @@ def c3_loss(text: Tensor, z: Tensor, which: Tensor | None = None, temperature: f
 
 # %% ../../nbs/16_c3_loss.ipynb #035
 def image_codes(image_id: Sequence, device: torch.device | str | None = None) -> Tensor:
-    """One int64 for each image's id (numbers or strings): equal ids have equal codes, in every process."""
+    """An int64 for each image's id, a number or a string: (N,). Equal ids have equal codes, in every process."""
     digests = [blake2b(str(i).encode(), digest_size=8).digest() for i in image_id]
     return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], dtype=torch.int64, device=device)
 
