@@ -54,6 +54,17 @@ _NOISES = ("seeded", "mean")
 _FALSE_NEGATIVES = ("keep", "drop")
 
 
+_SIDES = re.compile(r"\b(left|right)")
+
+
+def mirrored_negatives(expressions: Sequence[str], which: Tensor) -> tuple[Tensor, Tensor]:
+    """The images (M,) that a sentence with left or right speaks of: mirrored, they are further negatives, though not of the other
+    sentences about the same image, which the mirror leaves true: bool (B, M). which (B,): each sentence's image. Ours."""
+    sided = torch.tensor([bool(_SIDES.search(expression)) for expression in expressions], device=which.device)
+    turned = which[sided].unique()
+    return turned, (which[:, None] == turned) & ~sided[:, None]
+
+
 def _check_choices(**choices) -> None:
     """Raise `RISError` for a word that is not allowed: `name=(word, allowed)`."""
     for name, (word, allowed) in choices.items():
@@ -71,7 +82,7 @@ class SaG(RISModel):
     | slots | of `EntityDiscovery`, whose `slots` is called kind here; discovery=False: the paper's row without it, see `PatchEntities` |
     | fusion | of `ModalityFusion`, as wide as the slots; attention=False: the paper's row without it, see `DotFusion` |
     | decoder | width and table of `SlotDecoder` |
-    | loss | weights c3 and reconstruction; temperature of `c3_loss`; false_negatives: "keep" or "drop" copies of a sentence's own image |
+    | loss | weights c3 and reconstruction; temperature of `c3_loss`; false_negatives: "keep" or "drop" copies of a sentence's own image; mirrored, ours: see `mirrored_negatives` |
 
     noise: at inference sample slots with one "seeded" noise or take the "mean" of each Gaussian. scheme: of `relevance_map`;
     threshold: of `relevance_masks`. The rest: of `RISModel`. The defaults are the paper's best row.
@@ -87,14 +98,14 @@ class SaG(RISModel):
                                        dropout=0.1, discovery=True),
                  fusion: Mapping = dict(attention=True, heads=4, head_width=256, ffn=2048, dropout=0.1),
                  decoder: Mapping = dict(width=512, table=50),
-                 loss: Mapping = dict(c3=1.0, reconstruction=1.0, temperature=1.0, false_negatives="keep"),
+                 loss: Mapping = dict(c3=1.0, reconstruction=1.0, temperature=1.0, false_negatives="keep", mirrored=False),
                  noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         _check_choices(noise=(noise, _NOISES), false_negatives=(loss["false_negatives"], _FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
         self.noise, self.scheme, self.threshold = noise, scheme, threshold
         self.c3, self.reconstruction, self.temperature = (loss[name] for name in ("c3", "reconstruction", "temperature"))
-        self.drop_same = loss["false_negatives"] == "drop"
+        self.drop_same, self.mirrored = loss["false_negatives"] == "drop", loss["mirrored"]
         slots, fusion = dict(slots), dict(fusion)
         kind, discovery, self.detach = slots.pop("kind"), slots.pop("discovery"), fusion.pop("attention")
         if not (self.reconstruction >= 0 and self.c3 >= 0) or self.reconstruction > 0 and not discovery:
@@ -139,17 +150,22 @@ class SaG(RISModel):
         return Output(M.unflatten(1, grid), l, extra={"V": V, "slots": slots, "A_slot": A_slot, "A_fuse": A_fuse, "text": text, "autocast": autocast})
 
     def compare(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Every sentence of this process reads every image of all processes -> z (images, B, D); own (B,), where a sentence's own
+        """Every sentence of this process reads every image of all processes, and in training with `mirrored` the turned ones of this
+        process -> z (images, B, D); own (B,), where a sentence's own
         image stands among them; same (B, images), see `c3_loss`, or None."""
-        text, slots = output.extra["text"], output.extra["slots"]
+        text, slots = output.extra["text"], gather_images(output.extra["slots"])
         which = torch.arange(len(text), device=text.device) if batch.which is None else batch.which
-        with self._as_in_forward(output):
-            z, _ = self.fusion.all_pairs(text, *self.fusion.project(gather_images(slots)))
         same = None
         if self.drop_same:
             codes = image_codes(batch.image_id, text.device)
             same = same_image(codes[which], gather_images(codes))
-        return z, which + len(slots) * processes()[0], same
+        with self._as_in_forward(output):
+            if self.mirrored and self.training:
+                turned, spared = mirrored_negatives(batch.expression, which)
+                same = torch.cat([text.new_zeros(len(text), len(slots), dtype=torch.bool) if same is None else same, spared], 1)
+                slots = torch.cat([slots, self.encode_image(batch.image[turned].flip(-1))[1]])
+            z, _ = self.fusion.all_pairs(text, *self.fusion.project(slots))
+        return z, which + len(output.extra["slots"]) * processes()[0], same
 
     def repaint(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
         """The reconstruction error, V_hat (N, P, d) and alpha (N, K, P) of `reconstruct`."""

@@ -5,30 +5,36 @@
 # %% ../../nbs/workshop/study_sag.ipynb #imp-e
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from hashlib import blake2b
+from math import log
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..contract import Batch, Output
-from ..data.batches import ReferralDataset
+from ..data.batches import ReferralDataset, collate
 from ..data.sources import open_data
 from ..data.tokenizer import SPECIAL, Tokenizer, build_vocabulary
 from ..evaluation.evaluate import evaluate
 from ..evaluation.floors import Floor
-from ..models.base import RISModel
-from ..models.modality_fusion import SCHEMES
+from ..evaluation.gathering import gathering_means, measure_gathering
+from ..metrics import SegmentationMetrics
+from ..models.base import RISModel, evaluating
+from ..models.c3_loss import c3_loss
+from ..models.modality_fusion import SCHEMES, relevance_map
 from ..models.sag import SaG, relevance_masks
 from ..registry import create_model
 from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.loop import fit
 
 # %% auto #0
-__all__ = ['SAG_FLOORS', 'SAG_RECIPE', 'SAG_STUDY', 'RandomRelevance', 'study_figures', 'floor_scores']
+__all__ = ['SAG_FLOORS', 'SAG_RECIPE', 'SAG_STUDY', 'RandomRelevance']
 
 # %% ../../nbs/workshop/study_sag.ipynb #045
 class RandomRelevance(RISModel):
@@ -45,86 +51,168 @@ class RandomRelevance(RISModel):
         return relevance_masks(output.score, sizes)
 
 
-SAG_FLOORS = {"whole image": lambda: Floor("whole image", resolution="original"),
-              "centre box": lambda: Floor("centre box", resolution="original"), "random map": RandomRelevance}
+SAG_FLOORS = {**{rule: partial(Floor, rule, resolution="original") for rule in ("whole image", "centre box", "every object")},
+              "random map": lambda image_size: RandomRelevance(16, image_size)}
 
 # %% ../../nbs/workshop/study_sag.ipynb #046
-def study_figures(model: RISModel, dataset: ReferralDataset, name: str = "", **options) -> dict[str, float]:
-    """mIoU and oIoU of a model, by the names that `sag_study` gives them; `options`: of `evaluate`."""
-    scores = evaluate(model, dataset, progress=False, **options).scores()
-    return {f"refshapes {score}{name and ', ' + name}": scores[score] for score in ("oIoU", "mIoU")}
+def study_figures(model: RISModel, data: ReferralDataset, name: str = "", dataset: str = "refshapes", **options) -> dict[str, float]:
+    """mIoU and oIoU of a model, as "refshapes mIoU, name"; `options`: of `evaluate`."""
+    scores = evaluate(model, data, progress=False, **options).scores()
+    return {f"{dataset} {score}{name and ', ' + name}": scores[score] for score in ("oIoU", "mIoU")}
 
 
-def floor_scores(referrals: Sequence, tokenizer: Tokenizer, seed: int = 0) -> dict[str, float]:
+def floor_scores(referrals: Sequence, tokenizer: Tokenizer, seed: int = 0, dataset: str = "refshapes", image_size: int = 64) -> dict[str, float]:
     """The figures of `SAG_FLOORS`, as "refshapes mIoU, whole image"; and of the best of them by mIoU, as "refshapes mIoU"."""
     torch.manual_seed(seed)
     figures = {}
     for name, floor in SAG_FLOORS.items():
-        model = floor()
-        figures |= study_figures(model, ReferralDataset(referrals, tokenizer, model.transform, every=True), name)
-    best = max(SAG_FLOORS, key=lambda name: figures[f"refshapes mIoU, {name}"])
-    return {**{f"refshapes {score}": figures[f"refshapes {score}, {best}"] for score in ("oIoU", "mIoU")}, **figures}
+        model = floor(image_size)
+        figures |= study_figures(model, ReferralDataset(referrals, tokenizer, model.transform, every=True), name, dataset)
+    best = max(SAG_FLOORS, key=lambda name: figures[f"{dataset} mIoU, {name}"])
+    return {**{f"{dataset} {score}": figures[f"{dataset} {score}, {best}"] for score in ("oIoU", "mIoU")}, **figures}
 
 # %% ../../nbs/workshop/study_sag.ipynb #078
 SAG_RECIPE = {**TINY_RECIPE, "steps": 1000, "lr": 5e-4}
-SAG_STUDY = {  # row -> how `sag_tiny` is changed; the first rows are those of the paper's tables
+SAG_STUDY = {  # row -> how `sag_tiny` is changed; `_BEGIN` has what more is changed at the start
     "SaG": {},
     "attention over patches": dict(slots=dict(discovery=False), loss=dict(reconstruction=0.0)),
-    "no interaction": dict(slots=dict(interaction=False)),
-    "transformer attention": dict(slots=dict(competition="pixels")),
     "no reconstruction": dict(loss=dict(reconstruction=0.0)),
-    "no fusion, no C3": dict(fusion=dict(attention=False)),
-    **{f"{g} x {12 // g}": dict(slots=dict(gaussians=g, per_gaussian=12 // g)) for g in (12, 4, 3, 2)},  # sag_tiny itself has 6 x 2
-    "random slots": dict(slots=dict(kind="random")),
+    "no interaction": dict(slots=dict(interaction=False)),
+    "12 x 1": dict(slots=dict(gaussians=12, per_gaussian=1)),  # sag_tiny itself has 6 x 2
+    "3 x 4": dict(slots=dict(gaussians=3, per_gaussian=4)),
     "query slots": dict(slots=dict(kind="query")),
-    "false negatives dropped": dict(loss=dict(false_negatives="drop")),
+    "random slots": dict(slots=dict(kind="random")),
+    "drawn start": {},
+    "drawn start, no reconstruction": dict(loss=dict(reconstruction=0.0)),
+    "mirrored negatives": dict(loss=dict(mirrored=True)),
+    "random ViT": {},
 }
 
+
+def _drawn_start(model: SaG, drawn: SaG) -> None:
+    model.entities.load_state_dict(drawn.entities.state_dict())
+
+
+_BEGIN = {  # row -> what is done to a fresh `sag_tiny`; `drawn` is one as it comes from its random numbers
+    "drawn start": _drawn_start,
+    "drawn start, no reconstruction": _drawn_start,
+    "random slots": lambda model, drawn: model.entities.slots.log_sigma.data.fill_(-log(model.entities.slots.width) / 2),  # noise of length 1
+    "random ViT": lambda model, drawn: model.vision.load_state_dict(drawn.vision.state_dict()),
+}
+
+# %% ../../nbs/workshop/study_sag.ipynb #078d
+def remember(vision: nn.Module, kept: dict[bytes, Tensor]) -> None:
+    """Let a frozen encoder compute each image once: what it says of an image is kept in `kept`, in half precision, by the image's pixels."""
+    compute = vision.forward
+
+    def forward(image: Tensor) -> Tensor:
+        names = [blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in image]
+        new = {name: i for i, name in enumerate(names) if name not in kept}
+        if new:
+            with torch.no_grad():
+                kept.update(zip(new, compute(image[list(new.values())]).half()))
+        return torch.stack([kept[name] for name in names]).to(image.dtype)
+
+    vision.forward = forward
+
+# %% ../../nbs/workshop/study_sag.ipynb #078g
+@torch.no_grad()
+def rule_scores(model: SaG, dataset: ReferralDataset, rules: Sequence[str] = SCHEMES) -> dict[str, float]:
+    """"mIoU, RULE" and "oIoU, RULE" for each of the rules of `relevance_map`, on a data set built with `every=True`."""
+    metrics = {rule: SegmentationMetrics() for rule in rules}
+    with evaluating(model):
+        for start in range(0, len(dataset), 32):
+            batch = collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))])
+            output = model(batch)
+            A_fuse, A_slot = output.extra["A_fuse"], output.extra["A_slot"][batch.which]
+            for rule in rules:
+                masks = model.masks(Output(relevance_map(A_fuse, A_slot, rule).view_as(output.score)), batch.size)
+                metrics[rule].update(masks, [torch.as_tensor(truth) for truth in batch.truth])
+    found = {rule: metric.compute() for rule, metric in metrics.items()}
+    return {f"{score}, {rule}": found[rule][score] for rule in rules for score in ("oIoU", "mIoU")}
+
+# %% ../../nbs/workshop/study_sag.ipynb #078h
+@torch.no_grad()
+def held_out_c3(model: SaG, dataset: ReferralDataset, images: int = 32) -> dict[str, float]:
+    """C3 among `images` images at a time for each kind of expression, one expression of the kind an image; log(images) is chance."""
+    items, losses = [dataset[i] for i in range(len(dataset))], {}
+    with evaluating(model):
+        for kind in sorted({kind for item in items for kind in item.kind}):
+            first = [(item, item.kind.index(kind)) for item in items if kind in item.kind]
+            values = []
+            for start in range(0, len(first) - images + 1, images):
+                batch = collate([Batch(item.image, item.ids[b:b + 1], item.words[b:b + 1], image_id=item.image_id,
+                                       expression=item.expression[b:b + 1]) for item, b in first[start:start + images]])
+                output = model(batch)
+                z, own, same = model.compare(output, batch)
+                values.append(c3_loss(output.extra["text"], z, own, model.temperature, same, model.detach).item())
+            if values:
+                losses[kind] = sum(values) / len(values)
+    return losses
+
 # %% ../../nbs/workshop/study_sag.ipynb #078b
-def sag_study(root: str | Path, steps: int = 300) -> dict[str, Callable[[int, Path], dict]]:
-    """The study's variants for `run_study`: each trains on the set `refshapes` in `root` and is scored on its val split.
+def sag_study(root: str | Path, steps: int = 300, dataset: str = "refshapes") -> dict[str, Callable[[int, Path], dict]]:
+    """The study's variants for `run_study`: each trains on the set `dataset` in `root` and is scored on its val split and testA.
 
     The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" learns from masks, "untrained" is how
-    `sag_tiny` starts, "no model" the floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU,
-    those of expressions of other images ("shuffled"), and for SaG those of the other schemes and of mean slots.
+    `sag_tiny` starts, "no model" the floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU
+    ("refshapes mIoU", "refshapes testA mIoU") and those of expressions of other images ("shuffled"); for SaG those of the
+    other rules, "gathering" (see `gathering_means`), "c3" (see `held_out_c3`) and "won" (see `winners`).
     """
     @cache
     def read():  # by the first run: the names of the variants can be known without data
-        data = open_data(root, "refshapes")
-        train = data.referrals("train")
-        return train, data.referrals("val"), build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+        data = open_data(root, dataset)
+        splits = {split: data.referrals(split) for split in ("train", "val", "testA") if split in data.splits}
+        return splits, build_vocabulary(sentence.text for referral in splits["train"] for sentence in referral.sentences)
+
+    kept: dict[str, dict] = {}  # features by the ViT that computes them
 
     def floors(seed: int, folder: Path) -> dict:
-        _, val, vocabulary = read()
-        return floor_scores(val, Tokenizer(vocabulary), seed)
+        splits, vocabulary = read()
+        return floor_scores(splits["val"], Tokenizer(vocabulary), seed, dataset)
 
-    def variant(name: str, steps: int = steps, **changes):
+    def variant(row: str, name: str, steps: int = steps, **changes):
         def run(seed: int, folder: Path) -> dict:
-            train, val, vocabulary = read()
+            splits, vocabulary = read()
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
             model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes)
-            recipe = SAG_RECIPE if name == "sag_tiny" else TINY_RECIPE
+            if row in _BEGIN:
+                _BEGIN[row](model, create_model(name, vocabulary=vocabulary, **changes))
+            if isinstance(model, SaG):
+                remember(model.vision, kept.setdefault(f"random ViT {seed}" if row == "random ViT" else "", {}))
+            recipe = SAG_RECIPE if isinstance(model, SaG) else TINY_RECIPE
             start = time.process_time()
             if steps:
                 config = TrainConfig(**{**recipe, "steps": steps, "warmup": min(recipe["warmup"], steps // 4), "seed": seed})
-                fit(model, ReferralDataset(train, model.tokenizer, model.transform, masks=model.needs_masks), config, folder, progress=False)
-            return {"steps": steps, "seconds": time.process_time() - start, **sag_scores(model, val)}
+                fit(model, ReferralDataset(splits["train"], model.tokenizer, model.transform, masks=model.needs_masks), config, folder, progress=False)
+            seconds = time.process_time() - start
+            return {"steps": steps, "seconds": seconds, **sag_scores(model, {split: splits[split] for split in splits if split != "train"}, dataset)}
         return run
 
-    return {"LAVT, with masks": variant("lavt_tiny"), **{row: variant("sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
-            "untrained": variant("sag_tiny", steps=0), "no model": floors}
+    return {"LAVT, with masks": variant("LAVT", "lavt_tiny"), **{row: variant(row, "sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
+            "untrained": variant("untrained", "sag_tiny", steps=0), "no model": floors}
 
 # %% ../../nbs/workshop/study_sag.ipynb #079
-def sag_scores(model: RISModel, referrals: Sequence) -> dict[str, float]:
-    """The figures of one trained model: see `sag_study`."""
-    dataset = ReferralDataset(referrals, model.tokenizer, model.transform, every=True)
-    figures = {**study_figures(model, dataset), **study_figures(model, dataset, "shuffled", shuffle_seed=0)}
-    if isinstance(model, SaG):
-        kept = model.scheme, model.noise
-        for model.scheme in SCHEMES[1:]:
-            figures |= study_figures(model, dataset, model.scheme)
-        model.scheme, model.noise = kept[0], "mean"
-        figures |= study_figures(model, dataset, "mean slots")
-        model.noise = kept[1]
+def sag_scores(model: RISModel, splits: dict[str, Sequence], dataset: str = "refshapes") -> dict:
+    """The figures of one trained model: see `sag_study`. splits: name -> referrals; the first is "val"."""
+    figures = {}
+    for split, referrals in splits.items():
+        data = ReferralDataset(referrals, model.tokenizer, model.transform, every=True)
+        name = dataset if split == "val" else f"{dataset} {split}"
+        if not isinstance(model, SaG):
+            figures |= study_figures(model, data, dataset=name)
+            continue
+        figures |= {f"{name} {key}".removesuffix(f", {model.scheme}"): value for key, value in rule_scores(model, data).items()}
+        if split == "val":
+            figures |= study_figures(model, data, "shuffled", dataset=name, shuffle_seed=0)
+            figures["gathering"], figures["c3"] = gathering_means(measure_gathering(model, data)), held_out_c3(model, data)
+            figures["won"] = winners(model, data)
     return figures
+
+
+@torch.no_grad()
+def winners(model: SaG, dataset: ReferralDataset, scenes: int = 8) -> list[list[int]]:
+    """For each of the first scenes, which slot won each patch, row by row."""
+    with evaluating(model):
+        return [model.slot_maps(model(dataset[i]))[0].argmax(0).flatten().tolist() for i in range(min(scenes, len(dataset)))]
