@@ -131,7 +131,7 @@ def test_matching_pairs_are_those_of_all_pairs():
     assert set(output.extra) == {"V", "slots", "A_slot", "A_fuse", "text", "autocast"}
 
 
-@pytest.mark.parametrize("changes", [{}, SAG_STUDY["no fusion, no C3"], SAG_STUDY["false negatives dropped"], SAG_STUDY["attention over patches"]])
+@pytest.mark.parametrize("changes", [{}, dict(fusion=dict(attention=False)), dict(loss=dict(false_negatives="drop")), SAG_STUDY["attention over patches"]])
 def test_losses_without_gradients(changes):
     """`forward` answers the same and `losses` gives the same values where no gradient is recorded."""
     model, batch = small(**changes), some_batch(3, [1, 0, 1])
@@ -403,6 +403,7 @@ def test_every_row_of_the_study_trains(row):
     torch.manual_seed(0)
     model = create_model("sag_speck", vocabulary=VOCABULARY, **changes).train().double()
     batch = some_batch(4, None)
+    batch.expression = ["the box on the left"] * 4
     batch.image = batch.image.double()
     output = model(batch)
     losses = model.losses(output, batch)
@@ -518,13 +519,36 @@ def test_bad_arguments(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_mirrored_negatives():
+    """The mirrored picture is one more image, for all sentences but those that stay true of it."""
+    batch = some_batch(4, [0, 0, 1, 2])
+    batch.expression = ["the left box", "the red box", "the ball", "far right"]
+    plain, model = small().train(), small(loss=dict(mirrored=True)).train()
+    noise = some_noise(model)
+    output = model(batch, noise)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        z, own, same = model.compare(output, batch)
+        assert own.tolist() == [0, 0, 1, 2] and z.shape[0] == 3 + 2  # images 0 and 2 are mirrored
+        assert same.tolist() == [[False] * 5, [False] * 3 + [True, False], [False] * 5, [False] * 5]
+        torch.manual_seed(0)
+        turned = model.encode_image(batch.image[[0, 2]].flip(-1))[1]
+        close(z[3:], model.fusion.all_pairs(output.extra["text"], *model.fusion.project(turned))[0])
+        close(z[:3], plain.compare(plain(batch, noise), batch)[0])
+        assert model.losses(output, batch)["c3"] > plain.losses(plain(batch, noise), batch)["c3"]
+        assert model.eval().compare(output, batch)[2] is None  # in training alone
+    batch.expression = ["a box"] * 4
+    assert model.train().compare(output, batch)[0].shape[0] == 3
+
+
 def test_study(scenes, tmp_path):
     train = scenes.referrals("val")
     figures = floor_scores(train, speaking(train).tokenizer)
     assert 0 < figures["refshapes mIoU, whole image"] < 0.2 and figures["refshapes mIoU"] == max(
         value for name, value in figures.items() if "mIoU" in name)
-    scored = sag_scores(speaking(train), train)
-    assert {"refshapes mIoU", "refshapes oIoU", "refshapes mIoU, shuffled", "refshapes mIoU, average", "refshapes mIoU, mean slots"} <= set(scored)
+    scored = sag_scores(speaking(train), {"val": train, "testA": train})
+    assert {"refshapes mIoU", "refshapes oIoU", "refshapes mIoU, shuffled", "refshapes mIoU, area", "refshapes testA oIoU, max"} <= set(scored)
+    assert scored["gathering"]["all"]["iou"] == pytest.approx(scored["refshapes mIoU"])
     rows = sag_study(scenes.root, steps=2)
     assert {"SaG", "no interaction", "LAVT, with masks", "no model"} <= set(rows)
     found = rows["no model"](0, tmp_path)
