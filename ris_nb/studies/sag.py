@@ -5,7 +5,6 @@
 # %% ../../nbs/workshop/study_sag.ipynb #imp-e
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
