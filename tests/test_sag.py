@@ -550,6 +550,7 @@ def test_study(scenes, tmp_path):
     assert {"refshapes mIoU", "refshapes oIoU", "refshapes mIoU, shuffled", "refshapes mIoU, area", "refshapes testA oIoU, max"} <= set(scored)
     assert scored["gathering"]["all"]["iou"] == pytest.approx(scored["refshapes mIoU"])
     rows = sag_study(scenes.root, steps=2)
+    assert "LAVT, with masks" not in sag_study(scenes.root, dataset="reftoys")
     assert {"SaG", "no interaction", "LAVT, with masks", "no model"} <= set(rows)
     found = rows["no model"](0, tmp_path)
     assert "refshapes mIoU" in found

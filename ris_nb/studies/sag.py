@@ -20,12 +20,14 @@ from ..contract import Batch, Output
 from ..data.batches import ReferralDataset, collate
 from ..data.sources import open_data
 from ..data.tokenizer import SPECIAL, Tokenizer, build_vocabulary
+from ..encoders.pretraining import find_world, pretrained_tagger
 from ..evaluation.evaluate import evaluate
 from ..evaluation.floors import Floor
 from ..evaluation.gathering import gathering_means, measure_gathering
 from ..metrics import SegmentationMetrics
 from ..models.base import RISModel, evaluating
 from ..models.c3_loss import c3_loss
+from ..models.entity_slots import EntityDiscovery, start_as_kmeans
 from ..models.modality_fusion import SCHEMES, relevance_map
 from ..models.sag import SaG, relevance_masks
 from ..registry import create_model
@@ -114,6 +116,23 @@ def remember(vision: nn.Module, kept: dict[bytes, Tensor]) -> None:
 
     vision.forward = forward
 
+# %% ../../nbs/workshop/study_sag.ipynb #078e1
+def _world(dataset: str) -> str:
+    """The world that a data set's pictures are drawn from."""
+    return "toys" if dataset.startswith("reftoys") else "refshapes"
+
+
+def sag_for(dataset: str, vocabulary: Sequence[str], pretrained: bool = True, **changes) -> SaG:
+    """`sag_tiny` for the pictures of "refshapes" or "reftoys"; `pretrained` as there, with the ViT that learned from that world."""
+    vit = find_world(_world(dataset)).vit
+    sizes = {name: vit[name] for name in ("patch", "image_size")}
+    model = create_model("sag_tiny", vocabulary=vocabulary, image_size=vit["image_size"], vision=sizes, freeze=["vision"], **changes)
+    if pretrained:
+        model.vision.load_state_dict(pretrained_tagger(_world(dataset)).vit.state_dict())
+        if isinstance(model.entities, EntityDiscovery):
+            start_as_kmeans(model.entities)
+    return model
+
 # %% ../../nbs/workshop/study_sag.ipynb #078g
 @torch.no_grad()
 def rule_scores(model: SaG, dataset: ReferralDataset, rules: Sequence[str] = SCHEMES) -> dict[str, float]:
@@ -151,7 +170,7 @@ def held_out_c3(model: SaG, dataset: ReferralDataset, images: int = 32) -> dict[
 
 # %% ../../nbs/workshop/study_sag.ipynb #078b
 def sag_study(root: str | Path, steps: int = 300, dataset: str = "refshapes") -> dict[str, Callable[[int, Path], dict]]:
-    """The study's variants for `run_study`: each trains on the set `dataset` in `root` and is scored on its val split and testA.
+    """The study's variants for `run_study`: each trains on `dataset` ("refshapes" or "reftoys") in `root` and is scored on val and testA.
 
     The rows of `SAG_STUDY` train without masks and keep their last weights; "LAVT, with masks" learns from masks, "untrained" is how
     `sag_tiny` starts, "no model" the floors. The figures of a run: steps, seconds (of processor time, in training), oIoU and mIoU
@@ -168,17 +187,19 @@ def sag_study(root: str | Path, steps: int = 300, dataset: str = "refshapes") ->
 
     def floors(seed: int, folder: Path) -> dict:
         splits, vocabulary = read()
-        return floor_scores(splits["val"], Tokenizer(vocabulary), seed, dataset)
+        return floor_scores(splits["val"], Tokenizer(vocabulary), seed, dataset, find_world(_world(dataset)).size)
 
-    def variant(row: str, name: str, steps: int = steps, **changes):
+    def variant(row: str, steps: int = steps, **changes):
         def run(seed: int, folder: Path) -> dict:
             splits, vocabulary = read()
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
-            model = create_model(name, pretrained=True, vocabulary=vocabulary, **changes)
-            if row in _BEGIN:
-                _BEGIN[row](model, create_model(name, vocabulary=vocabulary, **changes))
-            if isinstance(model, SaG):
+            if row == "LAVT, with masks":
+                model = create_model("lavt_tiny", pretrained=True, vocabulary=vocabulary)
+            else:
+                model = sag_for(dataset, vocabulary, **changes)
+                if row in _BEGIN:
+                    _BEGIN[row](model, sag_for(dataset, vocabulary, pretrained=False, **changes))
                 remember(model.vision, kept.setdefault(f"random ViT {seed}" if row == "random ViT" else "", {}))
             recipe = SAG_RECIPE if isinstance(model, SaG) else TINY_RECIPE
             start = time.process_time()
@@ -189,8 +210,9 @@ def sag_study(root: str | Path, steps: int = 300, dataset: str = "refshapes") ->
             return {"steps": steps, "seconds": seconds, **sag_scores(model, {split: splits[split] for split in splits if split != "train"}, dataset)}
         return run
 
-    return {"LAVT, with masks": variant("LAVT", "lavt_tiny"), **{row: variant(row, "sag_tiny", **changes) for row, changes in SAG_STUDY.items()},
-            "untrained": variant("untrained", "sag_tiny", steps=0), "no model": floors}
+    supervised = {"LAVT, with masks": variant("LAVT, with masks")} if dataset == "refshapes" else {}  # whose encoder learned from RefShapes
+    return {**supervised, **{row: variant(row, **changes) for row, changes in SAG_STUDY.items()},
+            "untrained": variant("untrained", steps=0), "no model": floors}
 
 # %% ../../nbs/workshop/study_sag.ipynb #079
 def sag_scores(model: RISModel, splits: dict[str, Sequence], dataset: str = "refshapes") -> dict:
