@@ -18,7 +18,7 @@ __all__ = ['Output', 'RISError', 'Batch']
 # %% ../nbs/workshop/contract.ipynb #013
 @dataclass
 class Output:
-    """What a model says about B expressions.
+    """What a model predicts for B expressions.
 
     * `score` (B, h, w): higher where the referent is more likely, at the model's own stride. A logit; foreground
       minus background where a head has two classes.

@@ -61,7 +61,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 # %% ../nbs/workshop/distributed.ipynb #069
 def sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Turns every `nn.BatchNorm2d` of `model` into a `SyncBatchNorm2d`, in place; parameters and their names stay."""
+    """Turn every `nn.BatchNorm2d` of `model` into a `SyncBatchNorm2d`, in place, and return it; parameters and their names stay."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d

@@ -63,7 +63,7 @@ def _fractions(sums: list[float]) -> dict[str, float]:
 
 # %% ../nbs/01_task.ipynb #049
 class SegmentationMetrics:
-    """oIoU, mIoU and Prec@X of a stream of masks. It keeps nine sums, `totals`, which for several parts add up to those of the whole."""
+    """oIoU, mIoU and Prec@X, in [0, 1], of a stream of masks; `totals`, nine sums, add up over parts. RISError: nothing scored."""
 
     def __init__(self):
         self.totals = torch.zeros(4 + len(THRESHOLDS), dtype=torch.float64)  # pixel counts stay exact up to 2**53

@@ -147,6 +147,7 @@ def make_loader(dataset: ReferralDataset, batch_size: int, seed: int = 0, worker
     """Batches of `batch_size` items: whole ones in random order for training, all of them in order for evaluation.
 
     In training call `loader.sampler.set_epoch(e)` before epoch e. The batches are the same for any number of `workers`.
+    RISError: a training set of fewer than `batch_size` items.
     """
     if not dataset.every and batch_size > len(dataset):
         raise RISError(f"a batch of {batch_size} needs as many objects and there are {len(dataset)}; use a smaller batch")
@@ -159,7 +160,10 @@ def make_loader(dataset: ReferralDataset, batch_size: int, seed: int = 0, worker
 # %% ../../nbs/04_batches.ipynb #075
 def make_batch(images: Sequence[str | Path | Image.Image | np.ndarray], expressions: Sequence[str],
                tokenizer: Tokenizer, transform: Transform) -> Batch:
-    """The `Batch` of a question: expressions[i] refers to images[i], and an image given again is read once."""
+    """The `Batch` of questions: expressions[i] refers to images[i], and an image given again is read once.
+
+    images: of any kind that `read_image` takes. RISError: lists that are empty or of different lengths, an image that can't be read.
+    """
     if isinstance(images, (str, Path)) or isinstance(expressions, str) or not 0 < len(images) == len(expressions):
         raise RISError("give a list of images and a list of as many expressions, at least one of each")
     keys = [str(image) if isinstance(image, (str, Path)) else id(image) for image in images]

@@ -252,6 +252,7 @@ def refer(scene: Scene, flavour: str = "refshapes", most: int = 3) -> list[Expre
     """Up to `most` different expressions for each thing that the scene's split asks for; the same for the same scene.
 
     Each has exactly one referent and no modifier it could do without. Things that cannot be singled out get none.
+    flavour: one of `FLAVOURS`. RISError: another flavour.
     """
     if flavour not in FLAVOURS:
         raise RISError(f"no flavour {flavour!r} of RefShapes: choose one of {', '.join(FLAVOURS)}")

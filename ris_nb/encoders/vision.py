@@ -133,7 +133,7 @@ class Swin(nn.Module):
 
     The defaults are Swin-B with window 12, as LAVT and MagNet use it. Any image size is accepted. Stage k works at
     stride patch * 2**k and width `widths[k]` = width * 2**k; odd blocks shift by half a window; stochastic depth
-    rises linearly over all blocks from 0 to `drop_path`.
+    rises linearly over all blocks from 0 to `drop_path`. RISError: heads that don't divide the widths.
     """
 
     def __init__(self, width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3):
@@ -199,7 +199,8 @@ class ViT(VisionTransformer):
 
     `image_size` is the side that the table of positions is made for; for another size the table is resized, bilinearly,
     at each call, as in SaG's released code. The defaults are ViT-S/16 at 384 pixels; LayerNorm's epsilon is 1e-5.
-    `drop_path` rises linearly from 0 over the blocks.
+    `drop_path` rises linearly from 0 over the blocks. RISError: heads that don't divide the width, an image whose
+    sides `patch` doesn't divide.
     """
 
     def __init__(self, width=384, depth=12, heads=6, patch=16, image_size=384, drop_path=0.0):

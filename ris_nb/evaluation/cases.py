@@ -54,7 +54,8 @@ def show_cases(model: RISModel, dataset: ReferralDataset, report: Report, count:
                path: str | Path | None = None) -> plt.Figure:
     """A grid of `pick_cases` of the report's records, or of those of one `kind`: rows worst, middle, best.
 
-    `dataset` is the one that the report was made on, not shuffled. The figure is saved to `path`, if given.
+    `dataset` is the one that the report was made on. The figure is saved to `path`, if given. RISError: no record of
+    that kind, or a report with shuffled expressions.
     """
     import matplotlib.pyplot as plt
     records = [r for r in report.records if kind in (None, r.kind)]

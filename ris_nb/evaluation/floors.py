@@ -41,7 +41,7 @@ def blind_choice(batch: Batch) -> list[int]:
 
 # %% ../../nbs/workshop/floors.ipynb #047
 class Floor(RISModel):
-    """A model that does not listen, to know what a score is worth.
+    """A baseline that ignores the words of an expression: a floor to compare scores with.
 
     `rule`: "whole image"; "centre box", the middle half of each side; "random object", the true mask of a random
     expression of the same image, so perfect outlines, chosen blindly; or "every object", the true masks of all of them together:

@@ -23,7 +23,7 @@ __all__ = ['Record', 'score', 'bootstrap', 'Report', 'write_text', 'make_report'
 # %% ../../nbs/workshop/report.ipynb #006
 @dataclass(frozen=True)
 class Record:
-    """What became of one expression.
+    """The result of one expression: how far its mask and the true one overlap.
 
     `image` is the image's position in the data set and `sentence` the expression's position among that image's, so the
     pair names the expression. `intersection` and `union` are pixels of the grid where the masks were compared;

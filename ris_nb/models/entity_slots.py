@@ -73,7 +73,7 @@ class RandomSlots(nn.Module):
 
 # %% ../../nbs/14_entity_slots.ipynb #028a
 class QuerySlots(nn.Module):
-    """Initial slots as DETR's queries: K free vectors, the same for every image. No noise is used."""
+    """Initial slots (N, K, width) as DETR's queries: K learned vectors, the same for every image. `noise` is ignored."""
 
     def __init__(self, gaussians: int, per_gaussian: int, width: int):
         super().__init__()
@@ -155,6 +155,7 @@ class EntityDiscovery(nn.Module):
 
     `feature_width` d is the encoder's, `width` D the slots', a multiple of 4; K = gaussians * per_gaussian. `slots` names
     one of `SLOT_KINDS`; `interaction=False` leaves the interaction block out; for `competition` see `compete`.
+    RISError: another kind of slots, or a width that 4 doesn't divide.
     """
 
     def __init__(self, feature_width: int, width: int, gaussians: int, per_gaussian: int, iterations: int = 6, slots: str = "entity",
@@ -192,7 +193,7 @@ class EntityDiscovery(nn.Module):
 
 # %% ../../nbs/14_entity_slots.ipynb #064
 def reconstruction_loss(V_hat: Tensor, V: Tensor) -> Tensor:
-    """Mean squared error of V_hat (N, P, d) from the features V, which get no gradient: a scalar, the mean over the images."""
+    """SaG's reconstruction loss (ICCV 2023): mean squared error of V_hat and V, (N, P, d) both -> a scalar. V gets no gradient."""
     exact = torch.promote_types(V_hat.dtype, torch.float32)
     return (V_hat.to(exact) - V.detach().to(exact)).square().flatten(1).mean(1).mean()
 

@@ -33,6 +33,7 @@ def mask_words(ids: Tensor, words: Tensor, special: Sequence[int] | Tensor, mask
     Each real token (`words`, and not one of the `special` ids) is selected with probability `rate`; with `at_least_one`,
     each sentence that has a real token gets at least one. Of the selected, a share of `replace` becomes `mask_id` and the
     others stay. A target is the original id where selected and `IGNORE` elsewhere. `rate` 0 selects nothing.
+    RISError: a rate or replace outside [0, 1].
     """
     if not (0 <= rate <= 1 and 0 <= replace <= 1):
         raise RISError(f"rate and replace are probabilities from 0 to 1, not {rate} and {replace}")

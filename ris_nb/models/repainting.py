@@ -26,7 +26,7 @@ class SlotDecoder(nn.Module):
 
     An MLP of four layers (`hidden` ReLUs) reads slot + position (learned, for grids of up to `table` rows and columns) and says d
     features and one logit; alpha is the logits' softmax over the slots. Patches are computed in chunks of about `chunk` numbers
-    a layer, and once more for the gradient, so that little is kept. To train, see `reconstruct`.
+    a layer, and once more for the gradient, so that little is kept. To train, see `reconstruct`. RISError: a larger grid.
     """
 
     def __init__(self, width: int, feature_width: int, hidden: int = 512, table: int = 50, chunk: int = 2**20):

@@ -233,7 +233,7 @@ def take_step(run: Run, loss_step: nn.Module, batches) -> dict[str, torch.Tensor
 
 # %% ../../nbs/08_training.ipynb #114a
 def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=False, progress=True) -> list[dict]:
-    """Trains `model` on `dataset` (in training mode) and returns the history: the lines of `log.jsonl`.
+    """Train `model` on `dataset` (in training mode) and return the history: the lines of `log.jsonl`.
 
     `validate(model)`, called in every process, gives a dict of floats with `config.best` in it. Afterwards the model holds the last weights
     (with `config.ema` their average); `load_model(run_dir)` gives the best validated ones, or the last where nothing validates.
