@@ -40,7 +40,7 @@ from ..settings import SWIN_B, TEXT, defaults, nested
 class LockStep(nn.Module):
     """Swin and BERT side by side: after each stage of Swin and each group of BERT's layers, both read each other.
 
-    As in MagNet (CVPR 2024). BERT's layers are shared out evenly over Swin's stages; RISError if they can't be. `grids`: of `ImageAlignment`;
+    As in MagNet (CVPR 2024). BERT's layers are divided evenly over Swin's stages; RISError if they can't be. `grids`: of `ImageAlignment`;
     `released`: the language side as `ReleasedLanguageAlignment`. The last image gate has no stage to feed; it is kept, frozen, as released
     checkpoints have it.
     """
