@@ -240,6 +240,24 @@ evaluate --root broken --checkpoint run --split train
 RANK=abc evaluate --root data --checkpoint run
 WORLD_SIZE=2 evaluate --root data --checkpoint run
 
+listen
+listen --root data --checkpoint ''
+listen --root data --checkpoint nowhere
+listen --root data --checkpoint cut_run
+listen --root data --checkpoint run --released magnet_refcoco
+listen --root data --released text.jpg
+listen --root nowhere --checkpoint run
+listen --root data --checkpoint run --split testD
+listen --root data --checkpoint run --images 0
+listen --root data --checkpoint run --images {HUGE}
+listen --root data --checkpoint run --batch-size 0
+listen --root data --checkpoint run --workers -1
+listen --root data --checkpoint run --seed -1
+listen --root data --checkpoint run --out ''
+listen --root data --checkpoint run --import bad.py
+listen --root broken --checkpoint run --split train
+WORLD_SIZE=2 listen --root data --checkpoint run
+
 predict
 predict photo.png
 predict photo.png '' --checkpoint run

@@ -56,6 +56,13 @@ def write_report(out: Path, report, model, dataset) -> None:
         plt.close(show_cases(model, dataset, report, path=out / "cases.png"))
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #098a
+def named_model(flags: Answering):
+    """The model of --checkpoint or --released, one of which must be given."""
+    if (flags.checkpoint is None) == (flags.released is None):
+        raise UsageError("give either --checkpoint, a run's folder or a model's name, or --released, weights that a paper's authors released")
+    return answering_model(flags)
+
+
 def home_of(flags: Answering) -> Path:
     """The folder in which reports about a model are kept: the run's own, or one under runs/ for a model from elsewhere."""
     if flags.released is not None:
@@ -66,13 +73,12 @@ def home_of(flags: Answering) -> Path:
 def run_evaluate(flags: Evaluate) -> int:
     """Score, print and write."""
     within(flags, batch_size=(1, MAX_BATCH), workers=(0, MAX_WORKERS), shuffle_seed=SEEDS)
-    if (flags.checkpoint is None) == (flags.released is None):
-        raise UsageError("give either --checkpoint, a run's folder or a model's name, or --released, weights that a paper's authors released")
+    model, home = named_model(flags), home_of(flags)
     from ris_nb.data.batches import ReferralDataset
     from ris_nb.evaluation.evaluate import evaluate
     from ris_nb.data.sources import open_data
     accelerator = machine()
-    model, home = answering_model(flags).to(accelerator.device), home_of(flags)
+    model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
     dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True)
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",

@@ -28,6 +28,7 @@ COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one fr
     "train": (".train", "train_flags", "run_train", "train a model; a stopped run goes on with --resume"),
     "recipes": (".models", "Recipes", "run_recipes", "list the papers' settings, or print one of them with its sources"),
     "evaluate": (".evaluate", "Evaluate", "run_evaluate", "score a model on every expression of a split"),
+    "listen": (".listen", "Listen", "run_listen", "measure how far a model's answers follow the words"),
     "results": (".results", "Results", "run_results", "published scores, and beside them what was measured here"),
     "predict": (".predict", "Predict", "run_predict", "find what an expression speaks of in a photo of yours"),
     "compare": (".compare", "Compare", "run_compare", "put an expression to several models and draw what they answer"),

@@ -14,7 +14,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -54,21 +54,24 @@ def cut(batch: Batch, pairs: int) -> list[Batch]:
     return pieces
 
 # %% ../../nbs/09_evaluation.ipynb #016b
-def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
-    """Answer an evaluation batch and compare its masks with the truth on the grid that `model.resolution` names.
+def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names.
 
-    `images` are the positions of the batch's images in the data set; `pairs`, the most expressions that the model answers
-    at once (default: all).
+    `pairs`: the most expressions that the model answers at once (default: all).
     """
     squares = [tuple(batch.image.shape[-2:])] * len(batch)
     sizes, truths = (squares, batch.mask) if model.resolution == "model" else (batch.size, batch.truth)
-    which = range(len(batch)) if batch.which is None else batch.which.tolist()
-    pairs, masks = pairs or max(1, len(batch)), []
-    for piece in cut(batch, pairs):
+    masks = []
+    for piece in cut(batch, pairs or max(1, len(batch))):
         masks += model.masks(model(piece), sizes[len(masks):len(masks) + len(piece)])
+    return masks, [torch.as_tensor(truth) for truth in truths]
+
+
+def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
+    """Answer an evaluation batch (see `answer_batch`) and compare with the truth. `images` are the positions of the batch's images in the data set."""
+    which = range(len(batch)) if batch.which is None else batch.which.tolist()
     records, asked = [], Counter()
-    for b, (mask, n) in enumerate(zip(masks, which, strict=True)):
-        truth = torch.as_tensor(truths[b])
+    for b, (mask, truth, n) in enumerate(zip(*answer_batch(model, batch, pairs), which, strict=True)):
         intersection, union = intersection_union(mask, truth)
         share = int(truth.count_nonzero()) / truth.numel()
         records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b],
