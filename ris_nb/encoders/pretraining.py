@@ -25,7 +25,7 @@ from ..data.toys import TEXTURES, TOY_COLOURS, TOY_KINDS, make_toys
 from .vision import Swin, ViT
 
 # %% auto #0
-__all__ = ['learn_names', 'pretrained_namer', 'pretrained_tagger']
+__all__ = ['pretrained_namer', 'pretrained_tagger']
 
 # %% ../../nbs/workshop/pretraining.ipynb #w01
 TINY_SWIN = dict(width=32, depths=(2, 2, 2), heads=(1, 2, 4), window=4, drop_path=0.0)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['Listening', 'listen', 'show_changes', 'richest']
+__all__ = ['listen']
 
 # %% ../../nbs/workshop/listening.ipynb #c01
 def contrast(a: float, b: float) -> float:

@@ -17,7 +17,7 @@ from ..data.scenes import Scenes
 from .evaluate import shuffle_expressions
 
 # %% auto #0
-__all__ = ['PROBES', 'Change', 'find_changes']
+__all__ = ['find_changes']
 
 # %% ../../nbs/workshop/probes.ipynb #b01
 def plain(text: str) -> str:

@@ -30,7 +30,7 @@ from ..models.modality_fusion import relevance_map
 from ..show import overlay
 
 # %% auto #0
-__all__ = ['slot_names', 'slot_colours', 'draw_slots']
+__all__ = ['draw_slots']
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #070
 def with_slots(discovery: EntityDiscovery, kind: str) -> EntityDiscovery:
