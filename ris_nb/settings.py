@@ -72,7 +72,7 @@ class Nested:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        build, cls._parameters = cls.__init__, signature(cls.__init__).parameters
+        build, cls._arguments = cls.__init__, signature(cls.__init__).parameters
 
         @wraps(build)
         def __init__(self, *args, **given):
@@ -88,7 +88,7 @@ class Nested:
     @classmethod
     def _groups(cls) -> dict[str, Mapping]:
         """The groups and their defaults."""
-        return {name: parameter.default for name, parameter in cls._parameters.items() if isinstance(parameter.default, Mapping) and parameter.default}
+        return {name: parameter.default for name, parameter in cls._arguments.items() if isinstance(parameter.default, Mapping) and parameter.default}
 
     @classmethod
     def _complete(cls, settings: Mapping) -> dict:
@@ -114,7 +114,7 @@ class Nested:
         groups, today = cls._groups(), {}
         for name, value in table.items():
             first, dot, key = name.partition(".")
-            own = first in cls._parameters and (dot or first not in groups or isinstance(value, Mapping))
+            own = first in cls._arguments and (dot or first not in groups or isinstance(value, Mapping))
             for path in [name] if own else [path + dot + key for path in renamed.get(first, first).split()]:
                 if not (path in groups and value is None):  # None was "no predictor's settings"
                     today[path] = value
