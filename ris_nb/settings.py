@@ -19,7 +19,7 @@ _WHOLE = ("lr_factors",)  # tables that are taken as they are given
 
 
 def nested(*tables: Mapping) -> dict:
-    """One table of settings out of several, the later ones first: groups are merged, and "vision.width" is `width` in the group `vision`."""
+    """Several tables of settings as one, in which the later win: groups are merged, and "vision.width" is `width` in the group `vision`."""
     settings = {}
     for table in tables:
         for name, value in table.items():
@@ -104,7 +104,7 @@ class Nested:
 
     @classmethod
     def settings(cls, *tables: Mapping) -> dict:
-        """Arguments of the class out of several tables: see `nested`. Names of version 0.1 are understood."""
+        """Arguments of the class out of several tables, of which the later win: see `nested`. Names of version 0.1 are understood."""
         return nested(*map(cls._today, tables))
 
     @classmethod
