@@ -109,7 +109,7 @@ class MagNet(RISModel):
     | vision | of `Swin` |
     | text | of `TextEncoder`, its layers a multiple of Swin's stages; vocab_size: by default a row for each piece of the vocabulary |
     | alignment | grids of `ImageAlignment`; weight of each of the three terms of `alignment_loss`, which compares at most so many pixels |
-    | decoder | kind: "mask", with width, heads, points, pixel_* (`PixelDecoder`), layers, ffn (`MaskDecoder`), or "simple", with width alone |
+    | decoder | kind: "mask" (width, heads; points, pixel_*: of `PixelDecoder`; layers, ffn: of `MaskDecoder`), or "simple" (width) |
     | grounding | of `Grounded` and its `MaskGrounding`, which `for_training` puts around the network; weight 0: no Mask Grounding |
 
     bce, dice: weights of the mask losses. released: compute what the authors' network computes, see `ReleasedLanguageAlignment`.
