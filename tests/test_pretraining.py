@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ris_nb.contract import RISError
-from ris_nb.encoders.pretraining import WORLDS, _descend, learn_names, learn_tags, name_map, new_namer, new_tagger, pretrain, tags
+from ris_nb.encoders.pretraining import (WORLDS, _descend, learn_names, learn_tags, name_map, new_namer, new_tagger, pretrain, pretrained_namer,
+                                          pretrained_tagger, tags)
 
 
 def test_a_killed_training_goes_on_where_it_was(tmp_path):
@@ -52,3 +53,22 @@ def test_what_does_not_exist_is_named(tmp_path):
         pretrain("swin", "photos", tmp_path)
     with pytest.raises(RISError, match="no encoder 'bert'"):
         pretrain("bert", "toys", tmp_path)
+
+
+@pytest.mark.parametrize("name, encoder", [(name, encoder) for name in WORLDS for encoder in ("swin", "vit")])
+def test_shipped_weights_are_small_and_know_something(name, encoder):
+    world = WORLDS[name]
+    model = pretrained_namer(name) if encoder == "swin" else pretrained_tagger(name)
+    assert sum(p.numel() for p in model.parameters()) * 4 < 3e6
+    scenes = [world.make(0, world.size, "val", i) for i in range(20)]
+    image = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) / 255 for s in scenes])
+    with torch.no_grad():
+        if encoder == "swin":
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+            scores = nn.functional.interpolate(model((image - mean) / std), size=world.size, mode="bilinear")
+            truth = torch.from_numpy(np.stack([name_map(s, name) for s in scenes])).long()
+            assert (scores[:, 1:].argmax(1) + 1 == truth)[truth > 0].float().mean() > 0.8
+        else:
+            shown = torch.from_numpy(np.stack([tags(s, world=name) for s in scenes]))
+            logits = model(2 * image - 1)
+            assert logits[shown].mean() > logits[~shown].mean() + 0.5
