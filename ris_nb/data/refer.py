@@ -60,17 +60,19 @@ def _polygon_runs(polygons: list, height: int, width: int) -> list[dict]:
     return coco_mask.frPyObjects(parts, height, width) if parts else []
 
 # %% ../../nbs/03_refer.ipynb #045a
-def _mask_runs(segmentation: list | dict, height: int, width: int) -> list[dict]:
+def _mask_runs(segmentation: list | dict, height: int, width: int, absent: bool = False) -> list[dict]:
     """The parts of a COCO segmentation (polygons, one RLE or a list of RLEs) as compressed RLEs.
 
-    Raises ValueError where they make no mask of `height` x `width` pixels, or an empty one.
+    Raises ValueError where they make no mask of `height` x `width` pixels, an empty one, or, for what is `absent`, any but an empty one.
     """
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     if all(isinstance(part, dict) for part in parts):
         runs = [_rle_run(part, height, width) for part in parts]
     else:
         runs = _polygon_runs(parts, height, width)
-    if not runs or not coco_mask.area(runs).any(): raise ValueError("it covers no pixel of its image")
+    covers = bool(runs) and bool(coco_mask.area(runs).any())
+    if not (covers or absent and runs): raise ValueError("it covers no pixel of its image")
+    if covers and absent: raise ValueError("it covers pixels, and its sentences are said to fit nothing in the image")
     return runs
 
 # %% ../../nbs/03_refer.ipynb #048
@@ -117,6 +119,7 @@ class Referral:
 
     `size` (H, W) and `bbox` (x, y, width, height) are in pixels of the image as annotated; the file may hold it at another size.
     `segmentation` is as the data set has it: COCO polygons or RLE, the path of a mask file, or nothing.
+    `absent`: the sentences fit nothing in the image, and the mask is there and empty (gRefCOCO's `no_target`).
     """
     ref_id: int
     image_id: int
@@ -127,6 +130,7 @@ class Referral:
     sentences: tuple[Sentence, ...]
     bbox: tuple[float, float, float, float] | None = None
     segmentation: list | dict | Path | None = field(default=None, repr=False, compare=False)
+    absent: bool = False
 
     @property
     def has_mask(self) -> bool:
@@ -136,16 +140,16 @@ class Referral:
     def mask(self) -> np.ndarray:
         """The thing's pixels, bool (H, W) of `size`: the union of its parts, cut at the frame.
 
-        Raises `RISError` where there is no mask, an unreadable one, or one without a pixel in the frame.
+        Raises `RISError` where there is no mask, an unreadable one, or one without a pixel in the frame (one with any, of what is `absent`).
         """
         if isinstance(self.segmentation, Path): return _read_naming(self, read_mask, self.segmentation)
-        merged = coco_mask.merge(_read_naming(self, _mask_runs, self.segmentation, *self.size))
+        merged = coco_mask.merge(_read_naming(self, _mask_runs, self.segmentation, *self.size, self.absent))
         return np.ascontiguousarray(coco_mask.decode(merged)).view(bool)
 
     def area(self) -> int:
         """Pixels of the mask as the REFER toolbox sums them: one that two parts share counts twice."""
         if isinstance(self.segmentation, Path): return int(self.mask().sum())
-        return int(coco_mask.area(_read_naming(self, _mask_runs, self.segmentation, *self.size)).sum())
+        return int(coco_mask.area(_read_naming(self, _mask_runs, self.segmentation, *self.size, self.absent)).sum())
 
 # %% ../../nbs/03_refer.ipynb #055
 SPLIT_NAMES = ("train", "val", "test", "testA", "testB", "testC", "testAB", "testBC", "testAC")
@@ -154,7 +158,7 @@ def _in_split(asked: str, split: str) -> bool:
     """Return whether a referral of `split` belongs to the split asked for, by the rules of the REFER toolbox."""
     if asked in ("testA", "testB", "testC"): return asked[-1] in split   # so "testAB" counts for both
     if asked == "test": return "test" in split
-    return asked in SPLIT_NAMES and asked == split
+    return asked == split
 
 # %% ../../nbs/03_refer.ipynb #055a
 class Referrals:
@@ -201,6 +205,7 @@ def _datasets(root: Path) -> list[str]:
 # %% ../../nbs/03_refer.ipynb #062a
 def _how_to_get(root: Path, dataset: str) -> str:
     if dataset.startswith("refshapes"): return f"`ris-nb data shapes {root}` makes it"
+    if dataset.startswith("reftoys"): return f"`ris-nb data toys {root} --flavour {dataset}` makes it"
     if dataset in {name for name, _ in PUBLISHED}: return f"`ris-nb data prepare {dataset} --root {root}` fetches what is missing"
     return f"annotations belong in {root / dataset}, photos in {root / 'images' / dataset}"
 
@@ -243,7 +248,8 @@ def _size(image: dict) -> tuple[int, int]:
 def _referral(ref: dict, annotation: dict, image: tuple, categories: dict) -> Referral:
     box = annotation.get("bbox")
     return Referral(int(ref["ref_id"]), *image, categories.get(ref.get("category_id"), ""), str(ref["split"]),
-                    tuple(map(_sentence, ref["sentences"])), tuple(map(float, box)) if box else None, annotation.get("segmentation"))
+                    tuple(map(_sentence, ref["sentences"])), tuple(map(float, box)) if box else None, annotation.get("segmentation"),
+                    bool(ref.get("no_target", False)))
 
 # %% ../../nbs/03_refer.ipynb #065
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)

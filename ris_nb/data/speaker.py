@@ -41,12 +41,12 @@ def _form_sets(things: list[Thing]) -> list[tuple[int, ...]]:
     return forms
 
 # %% ../../nbs/workshop/speaker.ipynb #052
-def _place_facts(things: list[Thing]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _place_facts(things: list[Thing], margin: int = MARGIN) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rivals, clear and possible relations in the four directions: three times bool (4, n, n)."""
     x, y = np.array([(t.x, t.y) for t in things]).T
     dx, dy = x - x[:, None], y - y[:, None]
     along, across = np.array((dx, -dx, dy, -dy)), np.abs(np.array((dy, dy, dx, dx)))
-    return along < MARGIN, (along >= MARGIN) & (along > across), 2 * along > across
+    return along < margin, (along >= margin) & (along > across), 2 * along > across
 
 
 def _size_facts(things: list[Thing]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,6 +226,11 @@ class Expression:
     referent: int
     kind: str
     phrase: Phrase | None = None
+
+    @property
+    def referents(self) -> tuple[int, ...]:
+        """The referent as a set of one, for who reads other worlds, too."""
+        return (self.referent,)
 
 
 def _is_asked_for(thing: Thing, split: str) -> bool:

@@ -189,7 +189,7 @@ class ToyScene:
     index: int = 0
 
 # %% ../../nbs/workshop/toys.ipynb #ty24
-TOY_SPLITS = ("train", "val", "testA", "testB", "testC", "testR")
+TOY_SPLITS = ("train", "val", "testA", "testB", "testC", "testR", "testS")
 LIVING = ("tree", "flower", "fish", "mushroom", "snowman", "bird")     # the referents of testA; all other kinds are those of testB
 _COLOUR_NAMES, _SIZE_NAMES = tuple(TOY_COLOURS), tuple(TOY_SIZES)
 UNSEEN = (("yellow", "boat"), ("white", "fish"), ("green", "car"), ("orange", "rocket"), ("purple", "flower"), ("pink", "bird"),
