@@ -14,10 +14,10 @@ from .shapes import Dice
 from .speaker import _MOST_WORDS, _turned
 from .toy_phrases import (_ACCENTS, _NUMBERS, _TOY_SIZE_WORDS, _TOY_SUPERLATIVES, ToyPhrase, _is_wanted, _links_are_clear, _modifiers,
                                      _toy_facts, _toy_places, _ToyFacts, _without, denote_toys, say_toys)
-from .toys import RARE, TOY_GRID, TOY_KINDS, TOY_SPLITS, UNSEEN, Toy, ToyScene
+from .toys import RARE, TOY_GRID, TOY_KINDS, TOY_SPLITS, UNSEEN, ToyScene
 
 # %% auto #0
-__all__ = ['TOY_FLAVOURS', 'ToyExpression', 'refer_toys']
+__all__ = ['refer_toys']
 
 # %% ../../nbs/workshop/toy_speaker.ipynb #ts06
 _FIRST_TO_GO = {"accent": -6, "size": -1, "texture": -1, "colour": 1}    # a roll is added: most of the time the colour stays longest
@@ -262,7 +262,7 @@ def _toy_expressions(facts: _ToyFacts, t: int, flavour: str, dice: Dice, most: i
         if text.count(" ") < _MOST_WORDS and (facts.split != "testR" or _has_rare_word(phrase)):
             yield ToyExpression(text, _members(denote_toys(phrase, facts)), kind, phrase)
 
-
+# %% ../../nbs/workshop/toy_speaker.ipynb #ts19r
 def refer_toys(scene: ToyScene, flavour: str = "reftoys", most: int = 3) -> list[ToyExpression]:
     """Up to `most` different expressions for each thing that the scene's split asks for; the same for the same scene."""
     if flavour not in TOY_FLAVOURS:

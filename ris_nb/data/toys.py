@@ -18,7 +18,7 @@ from ..contract import RISError
 from .shapes import Dice, _in_polygon, _ramp
 
 # %% auto #0
-__all__ = ['Toy', 'ToyScene', 'make_toys']
+__all__ = ['make_toys']
 
 # %% ../../nbs/workshop/toys.ipynb #ty06
 TOY_GRID = 96           # scenes are laid out on 96 x 96 units, whatever their size in pixels
