@@ -51,6 +51,11 @@ data shapes new --seed nan
 data shapes new --seed {HUGE}
 data shapes data --counts train 9
 data shapes data --size 96
+data toys new --size 64
+data toys new --flavour refshapes
+data toys new --counts testD 5
+data toys new --counts train -5
+data toys new --seed -1
 
 data check
 data check ''
