@@ -454,7 +454,7 @@ def test_a_name_belongs_to_one():
     again = type("Mean", (RISModel,), {"__module__": Mean.__module__})  # the same definition, run again
     assert _CLASSES["Mean"] is again
     _CLASSES["Mean"] = Mean
-    assert "no argument 'widht'; it takes width" in one_line(lambda: create_model("lavt_tiny", widht=3))
+    assert "no argument 'widht'; it takes image_size" in one_line(lambda: create_model("lavt_tiny", widht=3))
 
 
 def test_a_missing_package_is_named(monkeypatch):

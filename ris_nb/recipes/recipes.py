@@ -126,6 +126,7 @@ _SAG_NETWORK = {
     **sourced("SaG, ICCV 2023: the whole model, of which table 2 leaves parts out", "fusion", attention=True),
     **sourced(_SAG_CODE, threshold=0.5, resolution="original", mean=(0.5,) * 3, std=(0.5,) * 3),
     **sourced(_SAG_CODE, "loss", reconstruction=1.0, c3=1.0, temperature=1.0, false_negatives="keep"),
+    **sourced("off: an addition of this course, see chapter 17", "loss", mirrored=False),
     **sourced(f"ViT-S/16, its positions made for 480 pixels: {_SAG_CODE}", "vision", width=384, depth=12, heads=6, patch=16, image_size=480),
     **sourced(_SAG_CODE, "vision", drop_path=0.1),
     **sourced(f"bert-base-uncased: {_SAG_CODE}", "text", **BERT_BASE),
