@@ -61,13 +61,13 @@ def open_trackers(names: Sequence[str], run_dir: Path, step: int, config: dict) 
     check_trackers(names)
     trackers = []
     for name in names:
-        if name == "csv":
-            tracker = CSVTracker(run_dir)
-        elif name == "tensorboard":
-            tracker = TensorBoardTracker("", logging_dir=run_dir, purge_step=step + 1)
-        else:
-            tracker = WandBTracker("ris_nb", name=Path(run_dir).name, dir=str(run_dir), id=wandb_id(run_dir), resume="allow", config=config)
         try:
+            if name == "csv":
+                tracker = CSVTracker(run_dir)
+            elif name == "tensorboard":
+                tracker = TensorBoardTracker("", logging_dir=run_dir, purge_step=step + 1)
+            else:
+                tracker = WandBTracker("ris_nb", name=Path(run_dir).name, dir=str(run_dir), id=wandb_id(run_dir), resume="allow", config=config)
             getattr(tracker, "start", lambda: None)()  # before 1.8, accelerate's started when they were made
         except Exception as error:
             if name != "wandb" or not isinstance(error, import_module("wandb").Error):
