@@ -214,11 +214,12 @@ def test_layer_norm_and_gelu_fit_the_same_modules():
     assert not list(InstanceNorm(8).parameters())
 
 
-def test_pretrained_tiny_starts_from_the_namer():
-    model = create_model("lavt_tiny", pretrained=True)
-    for name, weight in pretrained_namer().swin.state_dict().items():
+@pytest.mark.parametrize("preset, world", [("lavt_tiny", "refshapes"), ("lavt_toys", "toys")])
+def test_pretrained_tiny_starts_from_the_namer(preset, world):
+    model = create_model(preset, pretrained=True)
+    for name, weight in pretrained_namer(world).swin.state_dict().items():
         assert torch.equal(model.encoder.vision.state_dict()[name], weight), name
-    assert model.lr_factors == {"encoder.vision": 0.2} and not create_model("lavt_tiny").lr_factors
+    assert model.lr_factors == {"encoder.vision": 0.2} and not create_model(preset).lr_factors
 
 
 def test_registered_names_and_refusals():

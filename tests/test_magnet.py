@@ -332,13 +332,14 @@ def test_fit_trains_it_grounded_and_resumes(tmp_path):
     assert type(load_model(tmp_path / "a")) is MagNet
 
 
-def test_pretrained_tiny_starts_from_the_namer():
-    model = create_model("magnet_tiny", pretrained=True)
-    for name, weight in pretrained_namer().swin.state_dict().items():
+@pytest.mark.parametrize("preset, world", [("magnet_tiny", "refshapes"), ("magnet_toys", "toys")])
+def test_pretrained_tiny_starts_from_the_namer(preset, world):
+    model = create_model(preset, pretrained=True)
+    for name, weight in pretrained_namer(world).swin.state_dict().items():
         assert torch.equal(model.encoder.vision.state_dict()[name], weight), name
-    assert model.lr_factors == {"encoder.vision": 0.2} and not create_model("magnet_tiny").lr_factors
-    with pytest.raises(RISError, match="magnet_tiny's pretrained Swin has vision.width=32: .*pretrained=False"):
-        create_model("magnet_tiny", pretrained=True, vision=dict(width=48))
+    assert model.lr_factors == {"encoder.vision": 0.2} and not create_model(preset).lr_factors
+    with pytest.raises(RISError, match=f"{preset}'s pretrained Swin has vision.width=32: .*pretrained=False"):
+        create_model(preset, pretrained=True, vision=dict(width=48))
 
 
 def test_registered_names_and_refusals():

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import SPECIAL, Tokenizer
-from ..encoders.pretraining import TINY_SWIN
 from ..encoders.vision import Swin, init_weights
 from .base import RISModel
-from .layers import (TINY, TINY_ENCODERS, base_preset, dice_loss, mask_loss, preset, read_attention, score_masks,
-                                  text_encoder, upsample)
+from .layers import base_preset, dice_loss, mask_loss, read_attention, score_masks, text_encoder, tiny_preset, upsample
 from .released import load_released, released_lavt, released_lavt_key, released_lavt_sizes
 from ..registry import register_model
 from ..settings import SWIN_B, TEXT
@@ -233,14 +231,22 @@ class LAVT(RISModel):
         return model.eval()
 
 # %% ../../nbs/07_lavt.ipynb #058x
+_TINY = dict(decoder=dict(width=32), norm="layer", dice=3.0)
+
+
 @register_model
 def lavt_tiny(pretrained: bool = False, **overrides) -> LAVT:
     """A LAVT for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
 
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
-    sizes = dict(TINY, vision=TINY_SWIN, decoder=dict(width=32), norm="layer", dice=3.0, lr_factors={"encoder.vision": 0.2} if pretrained else {})
-    return preset(LAVT, "lavt_tiny", sizes, overrides, TINY_ENCODERS if pretrained else {})
+    return tiny_preset(LAVT, "lavt_tiny", "refshapes", _TINY, pretrained, overrides)
+
+
+@register_model
+def lavt_toys(pretrained: bool = False, **overrides) -> LAVT:
+    """`lavt_tiny` for the 96-pixel pictures of RefToys; `pretrained` as there, with the Swin that learned from them."""
+    return tiny_preset(LAVT, "lavt_toys", "toys", _TINY, pretrained, overrides)
 
 # %% ../../nbs/07_lavt.ipynb #058y
 @register_model

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..contract import Batch, Output, RISError
 from ..data.tokenizer import BERT_UNCASED, SPECIAL, read_vocabulary
 from ..encoders.language import TextEncoder
-from ..encoders.pretraining import TINY_SWIN, pretrained_namer
+from ..encoders.pretraining import find_world, pretrained_namer
 from ..encoders.vision import Swin
 from .base import RISModel
 from ..settings import BERT_BASE, SWIN_B, flat
@@ -106,7 +106,15 @@ def preset(kind: type[RISModel], name: str, sizes: Mapping, overrides: Mapping,
 
 # %% ../../nbs/workshop/layers.ipynb #061
 TINY = dict(image_size=64, vocabulary=SPECIAL, text=dict(width=96, layers=2, heads=4, ffn=192, max_positions=32, dropout=0.0))
-TINY_ENCODERS = {"encoder.vision": ("Swin", dict(vision=TINY_SWIN), lambda settings: pretrained_namer().swin)}
+
+
+def tiny_preset(kind: type[RISModel], name: str, world: str, sizes: Mapping, pretrained: bool, overrides: Mapping) -> RISModel:
+    """LAVT or MagNet for the pictures of a world ("refshapes", "toys"), with the other `sizes`. `pretrained`: its Swin starts as
+    that of `pretrained_namer`, and learns at a fifth of the rate."""
+    vision = find_world(world).swin
+    sizes = {**TINY, "image_size": find_world(world).size, "vision": vision, "lr_factors": {"encoder.vision": 0.2} if pretrained else {}, **sizes}
+    return preset(kind, name, sizes, overrides, {
+        "encoder.vision": ("Swin", dict(vision=vision), lambda settings: pretrained_namer(world).swin)} if pretrained else {})
 
 
 def base_preset(kind: type[RISModel], name: str, text: str, pretrained: bool, overrides: Mapping) -> RISModel:

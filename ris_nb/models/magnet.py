@@ -21,13 +21,12 @@ from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import SPECIAL
 from ..encoders.language import TextEncoder
-from ..encoders.pretraining import TINY_SWIN
 from ..encoders.vision import Swin
 from .alignment import ImageAlignment, LanguageAlignment, alignment_loss, sentence_vector
 from .base import RISModel
 from .lavt import LAVT, SimpleDecoder
-from .layers import (TINY, TINY_ENCODERS, base_preset, dice_loss, mask_loss, preset, read_attention, score_masks,
-                                  text_encoder, upsample)
+from .layers import (TINY, base_preset, dice_loss, mask_loss, read_attention, score_masks, text_encoder, tiny_preset,
+                                  upsample)
 from .mask_decoder import MaskDecoder, PixelDecoder
 from .mask_grounding import TINY_PREDICTOR, Grounded, MaskGrounding
 from .released import load_released
@@ -216,17 +215,25 @@ class MagNet(RISModel):
         return model.eval()
 
 # %% ../../nbs/13_magnet.ipynb #027
+_TINY = dict(
+    text=dict(TINY["text"], layers=3), alignment=dict(grids=(1, 4), pixels=64), bce=1.0, dice=3.0,
+    decoder=dict(width=32, heads=4, points=1, pixel_layers=1, pixel_ffn=64, layers=3, ffn=64),
+    grounding=dict(TINY_PREDICTOR, weight=0.1, at_least_one=False))
+
+
 @register_model
 def magnet_tiny(pretrained: bool = False, **overrides) -> MagNet:
     """A MagNet for 64-pixel RefShapes that trains in minutes on two CPU cores. Give it a `vocabulary` to ask it in words.
 
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
-    sizes = dict(
-        TINY, vision=TINY_SWIN, text=dict(TINY["text"], layers=3), alignment=dict(grids=(1, 4), pixels=64), bce=1.0, dice=3.0,
-        decoder=dict(width=32, heads=4, points=1, pixel_layers=1, pixel_ffn=64, layers=3, ffn=64),
-        grounding=dict(TINY_PREDICTOR, weight=0.1, at_least_one=False), lr_factors={"encoder.vision": 0.2} if pretrained else {})
-    return preset(MagNet, "magnet_tiny", sizes, overrides, TINY_ENCODERS if pretrained else {})
+    return tiny_preset(MagNet, "magnet_tiny", "refshapes", _TINY, pretrained, overrides)
+
+
+@register_model
+def magnet_toys(pretrained: bool = False, **overrides) -> MagNet:
+    """`magnet_tiny` for the 96-pixel pictures of RefToys; `pretrained` as there, with the Swin that learned from them."""
+    return tiny_preset(MagNet, "magnet_toys", "toys", _TINY, pretrained, overrides)
 
 # %% ../../nbs/13_magnet.ipynb #027b
 @register_model
