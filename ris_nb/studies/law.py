@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from ..data.batches import ReferralDataset, make_batch
 from ..data.shapes import COLOURS, SHAPES, SIZES, Phrase, Scene, denote, is_minimal, make_scene, say
 from ..data.sources import open_data
 from ..data.tokenizer import SPECIAL
+from ..data.toy_phrases import say_toys
+from ..data.toy_speaker import refer_toys
+from ..data.toys import TOY_COLOURS, TOY_KINDS, TOY_SIZES, ToyScene, make_toys
 from ..evaluation.evaluate import evaluate
 from ..models.base import evaluating
 from ..models.mask_grounding import TINY_PREDICTOR, Grounded
@@ -36,14 +40,14 @@ __all__ = []
 
 # %% ../../nbs/workshop/study_law.ipynb #s01
 LANGUAGES = ("one way out", "two ways out", "no way out")
-TESTS = ("shape", "shape+size")
+TOYS = "toys, one way out"
 PLACES = {"left": "leftmost", "right": "rightmost", "top": "topmost", "bottom": "bottommost"}
-CONTENT = {"colour": tuple(COLOURS), "shape": SHAPES, "size": tuple(SIZES), "place": tuple(PLACES.values())}
-LAW_VOCABULARY = (*SPECIAL, "the", "thing", *(word for words in CONTENT.values() for word in words))
+CONTENT = {"colour": tuple(TOY_COLOURS), "shape": SHAPES, "kind": TOY_KINDS, "size": tuple(TOY_SIZES),
+           "texture": ("striped", "dotted"), "place": tuple(PLACES.values())}  # of both worlds: what may be hidden and guessed
 
 
 def law_phrases(scene: Scene, language: str) -> list[tuple[int, Phrase]]:
-    """All that a language, or a test of `TESTS`, says about the things of a scene: (number of the thing, phrase)."""
+    """All that a language of RefShapes, or one of its tests, says about the things of a scene: (number of the thing, phrase)."""
     found = []
     for i, thing in enumerate(scene.things):
         alone = lambda phrase: denote(phrase, scene.things) == [thing]
@@ -60,26 +64,50 @@ def law_phrases(scene: Scene, language: str) -> list[tuple[int, Phrase]]:
         found += [(i, phrase) for phrase in phrases]
     return found
 
+# %% ../../nbs/workshop/study_law.ipynb #s01t
+def _toy_sentences(scene: ToyScene, language: str) -> list[tuple[int, str]]:
+    of_split = replace(scene, split="train" if language == TOYS else "testS")  # which decides what the flavour says
+    said = {(e.referents[0], say_toys(e.phrase)): e.phrase for e in refer_toys(of_split, "reftoys_shortcut")}
+    return [key for key, p in said.items() if language == TOYS or p.texture != "plain" and bool(p.texture or p.size) == (language == "kind+more")]
+
+
+class LawWorld(NamedTuple):
+    """make: (seed, split=, index=) -> a scene. say: (scene, language or test) -> [(number of the thing, sentence)]. scenes: for training."""
+    make: Callable
+    say: Callable[..., list[tuple[int, str]]]
+    languages: tuple[str, ...]
+    tests: tuple[str, ...]
+    vocabulary: tuple[str, ...]
+    scenes: int
+
+
+WORLDS = (LawWorld(make_scene, lambda scene, language: [(i, say(phrase)) for i, phrase in law_phrases(scene, language)], LANGUAGES,
+                   ("shape", "shape+size"), (*SPECIAL, "the", "thing", *COLOURS, *SHAPES, *SIZES, *PLACES.values()), 2000),
+          LawWorld(make_toys, _toy_sentences, (TOYS,), ("kind", "kind+more"),
+                   (*SPECIAL, "the", *TOY_COLOURS, *TOY_KINDS, *TOY_SIZES, *CONTENT["texture"]), 3000))
+
+
+def world_of(language: str) -> LawWorld:
+    """The world that a language, or a test, speaks about."""
+    return next(world for world in WORLDS if language in world.languages + world.tests)
+
 # %% ../../nbs/workshop/study_law.ipynb #s03
-LAW_COUNTS = {"train": 2000, "val": 200}  # scenes
-
-
-def write_law(root: str | Path, language: str, counts: dict[str, int] = LAW_COUNTS, seed: int = 0) -> Path:
-    """The folder `root`/`language` with scenes and all that `law_phrases` says about them; left alone where it is there."""
-    folder, lines = Path(root, language), []
+def write_law(root: str | Path, language: str, counts: dict[str, int], seed: int = 0) -> Path:
+    """The folder `root`/`language`, so many scenes a split and all that a language or a test says about them; left alone where it is there."""
+    folder, lines, world = Path(root, language), [], world_of(language)
     if (folder / "expressions.jsonl").exists():
         return folder
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for split, index in ((split, index) for split, count in counts.items() for index in range(count)):
-        scene = make_scene(seed, split=split, index=index)
-        image, said = f"images/{split}_{index}.png", law_phrases(scene, language)
+        scene = world.make(seed, split=split, index=index)
+        image, said = f"images/{split}_{index}.png", world.say(scene, language)
         if said:
             Image.fromarray(scene.image).save(folder / image, compress_level=1)
         for i in dict.fromkeys(i for i, _ in said):
             mask = f"masks/{split}_{index}_{i}.png"
             Image.fromarray(scene.masks[i]).save(folder / mask)
-            lines += [{"image": image, "expression": say(phrase), "mask": mask, "split": split} for k, phrase in said if k == i]
+            lines += [{"image": image, "expression": text, "mask": mask, "split": split} for k, text in said if k == i]
     with replacing(folder / "expressions.jsonl") as file:  # the last file, so that it says that the set is whole
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -88,17 +116,17 @@ def write_law(root: str | Path, language: str, counts: dict[str, int] = LAW_COUN
 def holes(text: str) -> list[tuple[int, str, str]]:
     """For each content word of a sentence: its number, the sentence with a hole in its place, the word."""
     words = text.split()
-    return [(k, " ".join((*words[:k], "▢", *words[k + 1:])), word) for k, word in enumerate(words) if word in LAW_VOCABULARY[7:]]
+    return [(k, " ".join((*words[:k], "▢", *words[k + 1:])), word) for k, word in enumerate(words) if any(word in some for some in CONTENT.values())]
 
 
-def best_guessers(language: str, train: Iterable[str], scenes: Iterable[Scene]) -> dict[str, float]:
+def best_guessers(language: str, train: Iterable[str], scenes: Iterable) -> dict[str, float]:
     """How often the best guesser finds a hidden content word, by what it sees: the words (it has read the sentences `train`), the image, the mask."""
     known, right = defaultdict(Counter), defaultdict(list)
     for text in train:
         for _, around, word in holes(text):
             known[around][word] += 1
     for scene in scenes:
-        said = [(i, say(phrase)) for i, phrase in law_phrases(scene, language)]
+        said = world_of(language).say(scene, language)
         fits = defaultdict(Counter)  # (a thing, or None for all; the sentence with a hole) -> words that can stand there
         for i, text in said:
             for _, around, word in holes(text):
@@ -113,14 +141,14 @@ def best_guessers(language: str, train: Iterable[str], scenes: Iterable[Scene]) 
 
 # %% ../../nbs/workshop/study_law.ipynb #s07
 @torch.no_grad()
-def play(grounded: Grounded, language: str, scenes: Iterable[Scene]) -> dict[str, float]:
+def play(grounded: Grounded, language: str, scenes: Iterable) -> dict[str, float]:
     """How a predictor guesses one hidden content word at a time: the share of right words from each source, and by sort of word with all of
     them; and with the mask on another thing, the share of guesses that name its attribute ("follows") or still the referent's ("stays")."""
     sees = {f"guessed from {' + '.join(('words', *grounded.see[:n]))}": grounded.see[:n] for n in range(len(grounded.see) + 1)}
     right = {**{name: [] for name in sees}, **{f"guessed {sort}": [] for sort in CONTENT}, "mask moved: follows": [], "mask moved: stays": []}
     with evaluating(grounded):
         for scene in scenes:
-            asked = [(i, say(phrase), k, word) for i, phrase in law_phrases(scene, language) for k, _, word in holes(say(phrase))]
+            asked = [(i, text, k, word) for i, text in world_of(language).say(scene, language) for k, _, word in holes(text)]
             if not asked:
                 continue
             things, texts, places, words = zip(*asked)
@@ -141,7 +169,7 @@ def play(grounded: Grounded, language: str, scenes: Iterable[Scene]) -> dict[str
             for other in range(len(masks)):
                 for guessed, word in zip(guess([other] * len(asked), grounded.see), words):
                     there = getattr(scene.things[other], _sort_of(word), word)  # a place is not a thing's own
-                    if there != word:
+                    if there not in (word, "plain"):  # a word that no sentence has
                         right["mask moved: follows"].append(guessed == there)
                         right["mask moved: stays"].append(guessed == word)
     return {name: float(np.mean(shares)) for name, shares in right.items() if shares}
@@ -162,40 +190,46 @@ CONDITIONS = {  # condition -> arguments of `Grounded`; None: the model alone
 }
 LAW_STUDY = {f"{language}: {condition}": ("lavt_tiny", language, condition) for language in LANGUAGES for condition in CONDITIONS
              if language == "one way out" or "weight" not in condition}
+LAW_STUDY |= {f"{TOYS}: {condition}": ("lavt_toys", TOYS, condition) for condition in CONDITIONS if "weight" not in condition}
 LAW_STUDY |= {f"MagNet, one way out: {condition}": ("magnet_tiny", "one way out", condition) for condition in CONDITIONS if "weight" not in condition}
 
 
-def law_model(name: str, condition: str) -> nn.Module:
+def law_model(name: str, language: str, condition: str) -> nn.Module:
     """What a row of the study trains."""
-    model = create_model(name, pretrained=True, vocabulary=LAW_VOCABULARY)
+    model = create_model(name, pretrained=True, vocabulary=world_of(language).vocabulary)
     return model if CONDITIONS[condition] is None else Grounded(model, **{**GAME, **CONDITIONS[condition]})
 
 # %% ../../nbs/workshop/study_law.ipynb #s10
-def law_study(root: str | Path, steps: int = 600) -> dict[str, Callable[[int, Path], dict]]:
-    """The study's variants for `run_study`, LAVT's first. The data are written below `root` where they are missing.
+def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> dict[str, Callable[[int, Path], dict]]:
+    """The study's variants for `run_study`, LAVT's first. The data are written below `root` where they are missing, from `scenes` scenes
+    for training, by default the world's own number, and 200 for the tests.
 
-    The figures of a run: steps; seconds (of processor time, in training); oIoU and mIoU of the tests "iid", "shape" and "shape+size";
+    The figures of a run: steps; seconds (of processor time, in training); oIoU and mIoU of the test "iid" and of the world's two others;
     and with a game those of `play` on the val scenes of its language.
     """
+    val = 200 if scenes is None else scenes
+
     @cache
-    def read(language: str):
-        return open_data(write_law(root, language))
+    def read(language: str, **counts: int):
+        return open_data(write_law(root, language, counts))
 
     def variant(name: str, language: str, condition: str):
+        world = world_of(language)
+
         def run(seed: int, folder: Path) -> dict:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
-            model = law_model(name, condition)
+            model, data = law_model(name, language, condition), read(language, train=scenes or world.scenes, val=val)
             config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "warmup": min(TINY_RECIPE["warmup"], steps // 4), "seed": seed})
             start = time.process_time()
-            fit(model, ReferralDataset(read(language).referrals("train"), model.tokenizer, model.transform), config, folder, progress=False)
+            fit(model, ReferralDataset(data.referrals("train"), model.tokenizer, model.transform), config, folder, progress=False)
             figures = {"steps": steps, "seconds": time.process_time() - start}
-            for test, each in {"iid": language, **{test: test for test in TESTS}}.items():
-                dataset = ReferralDataset(read(each).referrals("val"), model.tokenizer, model.transform, every=True)
+            for test, asked in {"iid": data, **{test: read(test, val=val) for test in world.tests}}.items():
+                dataset = ReferralDataset(asked.referrals("val"), model.tokenizer, model.transform, every=True)
                 scores = evaluate(model, dataset, progress=False).scores()
                 figures |= {f"{test} {score}": scores[score] for score in ("oIoU", "mIoU")}
             if isinstance(model, Grounded) and model.weight:
-                figures |= play(model, language, [make_scene(0, split="val", index=i) for i in range(LAW_COUNTS["val"])])
+                figures |= play(model, language, [world.make(0, split="val", index=i) for i in range(val)])
             return figures
         return run
 
@@ -205,11 +239,13 @@ def law_study(root: str | Path, steps: int = 600) -> dict[str, Callable[[int, Pa
 COMPARISONS = [(language, one, other) for language in LANGUAGES for one, other in (
     ("hidden only", "plain"), ("centre", "hidden only"), ("pooled", "hidden only"), ("pooled, weight 0.1", "hidden only"),
     ("pooled, second pass", "plain")) if f"{language}: {one}" in LAW_STUDY and (language, one) != ("no way out", "centre")]
+REPEATED = [(TOYS, one, other) for language, one, other in COMPARISONS if language == "one way out" and "weight" not in one]
 
 
 def law_score(row: dict) -> float:
     """What a run of the law is judged by, from 0 to 1: mIoU where no colour is said, or with no way out on its own language."""
-    return row["iid mIoU"] if row["variant"].startswith("no way out") else (row["shape mIoU"] + row["shape+size mIoU"]) / 2
+    language = LAW_STUDY[row["variant"]][1]
+    return row["iid mIoU"] if language == "no way out" else float(np.mean([row[f"{test} mIoU"] for test in world_of(language).tests]))
 
 
 def law_difference(rows: Iterable[dict], language: str, one: str, other: str) -> list[float]:

@@ -65,12 +65,13 @@ def gather_study(variants: Iterable[str], folder: str | Path, results: str | Pat
 
 # %% ../../nbs/workshop/study_runner.ipynb #068
 def study_table(rows: Sequence[dict], fields: Sequence[str]) -> str:
-    """A Markdown table: a line for each variant, with the number of runs and mean ± half interval of each field, in percent."""
+    """A Markdown table: a line for each variant, with the number of runs and mean ± half interval of each field, in percent. A field that
+    a variant doesn't have stays empty."""
     lines = []
     for name in dict.fromkeys(row["variant"] for row in rows):
         mine = [row for row in rows if row["variant"] == name]
-        cells = [seed_interval([row[field] for row in mine]) for field in fields]
-        lines.append([name, len(mine), *(percent(mean) + ("" if np.isnan(half) else f" ± {percent(half)}") for mean, half in cells)])
+        cells = [seed_interval([row[field] for row in mine]) if field in mine[0] else None for field in fields]
+        lines.append([name, len(mine), *("" if cell is None else " ± ".join(percent(x) for x in cell if not np.isnan(x)) for cell in cells)])
     return markdown_table(["variant", "runs", *fields], lines) + "\n"
 
 

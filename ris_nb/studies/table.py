@@ -31,7 +31,7 @@ class StudyPlan:
 
 STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refshapes oIoU", "refshapes mIoU", "refshapesg mIoU")),
            "sag": StudyPlan(sag_study, ("refshapes",), ("refshapes oIoU", "refshapes mIoU")),
-           "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU"))}  # it makes its own data
+           "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU", "kind mIoU", "kind+more mIoU"))}  # it makes its own data
 
 # %% ../../nbs/workshop/study_table.ipynb #s03
 def repeat_study(name: str, folder: str | Path, seeds: Iterable[int] = (0, 1, 2), steps: int | None = None, only: Iterable[str] = (),
