@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from ris_nb.data.refer import Referral, Sentence
 from ris_nb.data.scenes import Scenes, open_scenes
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import SPECIAL
-from ris_nb.data.writer import make_refshapes
+from ris_nb.data.writer import make_refshapes, make_reftoys
 from ris_nb.evaluation.floors import Floor
 from ris_nb.evaluation.listening import LEAST, Oracle, Trial, contrast, listen, listening_number, sum_up
 from ris_nb.evaluation.probes import PROBES, Sentences, find_changes, opposites
@@ -164,22 +163,18 @@ def test_one_picture_has_nobody_to_shuffle_with(tmp_path):
     assert {c.probe for c in find_changes(photo(tmp_path, 0, [(2, ["left man"]), (12, ["right man"])]))} == {"opposite"}
 
 
-def test_any_generator_with_phrases_and_a_denote_will_do(tmp_path):
+def test_any_generator_that_knows_what_a_phrase_names_will_do(tmp_path):
     """A world of its own: numbered cups on a shelf, which a phrase names by colour or by place."""
     class Say(NamedTuple):
-        colour: str
-
-    @dataclass
-    class Cup:
         colour: str
 
     def scene(split, index):
         masks = np.zeros((2, 32, 32), bool)
         masks[0, 4:10, 2:8] = masks[1, 4:10, 12:18] = True
-        return SimpleNamespace(things=[Cup("red"), Cup("blue")], masks=masks)
+        return masks, lambda phrase: [i for i, colour in enumerate(("red", "blue")) if colour == phrase.colour]
 
     book = [SimpleNamespace(text=f"the {colour} {noun}", phrase=Say(colour)) for colour in ("red", "blue", "green") for noun in ("cup", "mug")]
-    world = Scenes(scene, book, lambda phrase, cups: [cup for cup in cups if cup.colour == phrase.colour])
+    world = Scenes(scene, book)
     referrals = [r for n in range(12) for r in photo(tmp_path, n, [(2, ["the red cup"])])]
     for r in referrals:
         r.image_path.rename(tmp_path / f"val_{r.image_id:06d}.jpg")
@@ -189,6 +184,21 @@ def test_any_generator_with_phrases_and_a_denote_will_do(tmp_path):
     assert {(c.probe, c.after) for c in changes} == {("wrong word", "the blue cup"), ("absent", "the green cup"), ("paraphrase", "the red mug")}
     report = listen(Oracle(world, referrals, 32), changes, progress=False)
     assert report.listens == 1 and set(report.probes) == {"wrong word", "absent", "paraphrase"}
+
+
+@pytest.mark.parametrize("flavour", ["reftoys_human", "reftoys_plural"])
+def test_toys_are_asked_about_one_thing_at_a_time(tmp_path, flavour):
+    """Expressions of several things or of none are left out; who knows the scene gets 1."""
+    make_reftoys(tmp_path, flavour, counts={"val": 40})
+    data = open_data(tmp_path)
+    scenes, val = open_scenes(data, book=300), data.referrals("val")
+    single = {(r.ref_id, s.text) for r in val for s in r.sentences if s.kind not in ("plural", "pair", "none")}
+    assert all((scenes.means(r, s.text) == [r]) == ((r.ref_id, s.text) in single) for r in val for s in r.sentences)
+    changes = find_changes(val, scenes)
+    assert {(c.referral.ref_id, c.before) for c in changes} <= single and {"opposite", "wrong word", "absent", "paraphrase"} <= {c.probe for c in changes}
+    report = listen(Oracle(scenes, val, 96), changes, progress=False)
+    assert report.listens == 1 and {p["score"] for p in report.probes.values()} == {1}
+    assert listen(Floor("every object", 96), changes, progress=False).listens == 0
 
 
 def test_data_without_a_scene_have_no_scenes(drawn, tmp_path):

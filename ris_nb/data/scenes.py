@@ -5,7 +5,7 @@
 # %% ../../nbs/workshop/scenes.ipynb #imp-e
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -16,6 +16,9 @@ from .pickles import _read_json
 from .refer import Referral, Referrals
 from .shapes import FLAVOURS, GRID, Scene, denote, make_scene
 from .speaker import Expression, refer
+from .toy_phrases import ToyPhrase, _links_are_clear, _toy_facts, denote_toys
+from .toy_speaker import TOY_FLAVOURS, ToyExpression, _members, _surely_fits, refer_toys
+from .toys import TOY_GRID, ToyScene, make_toys
 
 # %% auto #0
 __all__ = ['open_scenes']
@@ -24,14 +27,16 @@ __all__ = ['open_scenes']
 class Scenes:
     """What a sentence means in the pictures of a generated data set.
 
-    scene: (split, index) -> its `Scene`, with `things` and their `masks`. expressions: the phrase book, whatever the generator
-    says anywhere, with `text` and (hashable) `phrase`. denote: (phrase, things) -> those of the things that the phrase may mean.
+    scene: (split, index) -> the masks of its things, bool (n, H, W), and a function `named(phrase)`: the numbers of the things that
+    the phrase may mean, or None where that is not clear. expressions: the phrase book, whatever the generator says anywhere, with
+    `text` and (hashable) `phrase`.
     """
 
     asks_unknown = False  # what the generator never says is no sentence of this world
 
-    def __init__(self, scene: Callable[[str, int], Scene], expressions: Iterable[Expression], denote: Callable[[object, list], list]):
-        self._scene, self._denote, self._same, self._own = lru_cache(maxsize=32)(scene), denote, {}, {}
+    def __init__(self, scene: Callable[[str, int], tuple[np.ndarray, Callable[[object], Sequence[int] | None]]],
+                 expressions: Iterable[Expression | ToyExpression]):
+        self._scene, self._same, self._own = lru_cache(maxsize=32)(scene), {}, {}
         self.phrases = {e.text: e.phrase for e in expressions}
         for text, phrase in self.phrases.items():
             self._same.setdefault(phrase, []).append(text)
@@ -42,17 +47,17 @@ class Scenes:
         return self.phrases
 
     def means(self, referral: Referral, text: str) -> list[Referral] | None:
-        """All things that a text names in the picture of a referral, which itself stands for its own thing; None for a text that isn't in the book."""
+        """All things that a text names in the picture of a referral, which itself stands for its own thing; None for a text that isn't in the
+        book, or not clear in this picture."""
         if text not in self.phrases:
             return None
         split, _, index = referral.image_path.stem.rpartition("_")
-        scene = self._scene(split, int(index))
-        found = self._denote(self.phrases[text], scene.things)
+        masks, named = self._scene(split, int(index))
+        found = named(self.phrases[text])
         key = referral.image_path, referral.ref_id
         if key not in self._own:  # comparing masks takes longer than all the rest
-            self._own[key] = [np.array_equal(mask, referral.mask()) for mask in scene.masks]
-        return [referral if self._own[key][i] else as_referral(referral, i, scene.masks[i])
-                for i, thing in enumerate(scene.things) if any(thing is f for f in found)]
+            self._own[key] = [np.array_equal(mask, referral.mask()) for mask in masks]
+        return found if found is None else [referral if self._own[key][i] else as_referral(referral, i, masks[i]) for i in found]
 
     def wordings(self, referral: Referral, text: str) -> list[str]:
         """The other sentences of the book that mean the same as this one, in any picture."""
@@ -62,17 +67,39 @@ class Scenes:
 def as_referral(referral: Referral, number: int, mask: np.ndarray) -> Referral:
     """A referral of the same picture, without sentences, to the thing of this number and mask, bool (H, W)."""
     code = run_lengths.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return replace(referral, ref_id=-1 - number, category="", sentences=(), bbox=None, segmentation=dict(code))
+    return replace(referral, ref_id=-1 - number, category="", sentences=(), bbox=None, absent=False, segmentation=dict(code))
+
+# %% ../../nbs/workshop/scenes.ipynb #s03a
+def _shapes_scene(scene: Scene) -> tuple[np.ndarray, Callable]:
+    """What `Scenes` asks of a scene of RefShapes."""
+    def named(phrase) -> list[int]:
+        found = denote(phrase, scene.things)
+        return [i for i, thing in enumerate(scene.things) if any(thing is f for f in found)]
+    return scene.masks, named
+
+
+def _toy_scene(scene: ToyScene) -> tuple[np.ndarray, Callable]:
+    """What `Scenes` asks of a scene of toys."""
+    facts = _toy_facts(scene.things)
+
+    def named(phrase: ToyPhrase) -> tuple[int, ...] | None:
+        found = _members(denote_toys(phrase, facts))
+        if len(found) == 1 and (phrase.number or phrase.other or not _surely_fits(phrase, facts) >> found[0] & 1
+                                or not _links_are_clear(phrase, found[0], facts)):
+            return None
+        return found
+    return scene.masks, named
 
 # %% ../../nbs/workshop/scenes.ipynb #s03
 def open_scenes(data: Referrals, book: int = 4000) -> Scenes | None:
-    """The scenes behind a data set that `make_refshapes` wrote; None for any other data. The phrase book is filled from `book` training
-    scenes, which take a second or two, and from all scenes of the other splits."""
+    """The scenes behind a data set that `make_refshapes` or `make_reftoys` wrote; None for any other data. The phrase book is filled from
+    `book` training scenes, which take a second or two (toys: fifteen), and from all scenes of the other splits."""
     note = data.root / data.dataset / "generated.json"
     recipe = _read_json(note, of="the recipe of a generator") if note.is_file() else {}
-    if recipe.get("flavour") not in FLAVOURS:
+    flavour = recipe.get("flavour")
+    if flavour not in FLAVOURS + TOY_FLAVOURS:
         return None
-    seed, size = recipe["seed"], recipe["size"]
+    make, grid, say, open_one = (make_toys, TOY_GRID, refer_toys, _toy_scene) if flavour in TOY_FLAVOURS else (make_scene, GRID, refer, _shapes_scene)
     places = [(split, index) for split, count in {**recipe["counts"], "train": book}.items() for index in range(count)]
-    expressions = (e for place in places for e in refer(make_scene(seed, GRID, *place), recipe["flavour"]))  # the same at any size
-    return Scenes(lambda split, index: make_scene(seed, size, split, index), expressions, denote)
+    expressions = (e for place in places for e in say(make(recipe["seed"], grid, *place), flavour))  # the same at any size
+    return Scenes(lambda *place: open_one(make(recipe["seed"], recipe["size"], *place)), expressions)

@@ -136,7 +136,7 @@ def foreign_texts(referrals: Sequence[Referral], seed: int) -> dict[tuple[int, s
 
 # %% ../../nbs/workshop/probes.ipynb #b08
 def find_changes(referrals: Sequence[Referral], knows: Sentences | Scenes | None = None, seed: int = 0) -> list[Change]:
-    """For each expression one change of each kind in `PROBES`, where there is one; the same for the same seed.
+    """For each expression of one thing one change of each kind in `PROBES`, where there is one; the same for the same seed.
 
     knows: what sentences mean, `open_scenes(data)` for generated data; by default the data's own sentences.
     """
@@ -145,6 +145,8 @@ def find_changes(referrals: Sequence[Referral], knows: Sentences | Scenes | None
     for referral in referrals:
         for before in dict.fromkeys(s.text for s in referral.sentences):
             text = plain(before)
+            if referral.absent or meaning(knows, referral, text)[0] != "old":  # it names nothing, or several things together
+                continue
             replaced = one_word(stock, text, rng)
             options = {"shuffled": foreign.get((referral.ref_id, before), []), "opposite": opposites(text), "wrong word": replaced,
                        "order": reordered(stock, text), "absent": replaced, "paraphrase": knows.wordings(referral, text)}
