@@ -92,25 +92,31 @@ def world_of(language: str) -> LawWorld:
     return next(world for world in WORLDS if language in world.languages + world.tests)
 
 # %% ../../nbs/workshop/study_law.ipynb #s03
-def write_law(root: str | Path, language: str, counts: dict[str, int], seed: int = 0) -> Path:
-    """The folder `root`/`language`, so many scenes a split and all that a language or a test says about them; left alone where it is there."""
-    folder, lines, world = Path(root, language), [], world_of(language)
+def write_scenes(folder: Path, make: Callable, said: Callable[..., list[tuple[int, str]]], counts: dict[str, int], seed: int = 0) -> Path:
+    """`folder` with so many scenes a split, by `make`, and what is `said` of each: (number of the thing, sentence); left alone where it is there."""
+    lines = []
     if (folder / "expressions.jsonl").exists():
         return folder
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for split, index in ((split, index) for split, count in counts.items() for index in range(count)):
-        scene = world.make(seed, split=split, index=index)
-        image, said = f"images/{split}_{index}.png", world.say(scene, language)
-        if said:
+        scene = make(seed, split=split, index=index)
+        image, sentences = f"images/{split}_{index}.png", said(scene)
+        if sentences:
             Image.fromarray(scene.image).save(folder / image, compress_level=1)
-        for i in dict.fromkeys(i for i, _ in said):
+        for i in dict.fromkeys(i for i, _ in sentences):
             mask = f"masks/{split}_{index}_{i}.png"
             Image.fromarray(scene.masks[i]).save(folder / mask)
-            lines += [{"image": image, "expression": text, "mask": mask, "split": split} for k, text in said if k == i]
+            lines += [{"image": image, "expression": text, "mask": mask, "split": split} for k, text in sentences if k == i]
     with replacing(folder / "expressions.jsonl") as file:  # the last file, so that it says that the set is whole
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def write_law(root: str | Path, language: str, counts: dict[str, int], seed: int = 0) -> Path:
+    """The folder `root`/`language`, and in it all that a language or a test says about the scenes of its world."""
+    world = world_of(language)
+    return write_scenes(Path(root, language), world.make, lambda scene: world.say(scene, language), counts, seed)
 
 # %% ../../nbs/workshop/study_law.ipynb #s05
 def holes(text: str) -> list[tuple[int, str, str]]:

@@ -11,15 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import ReferralDataset, make_loader
+from ..data.shapes import Phrase, Scene, Thing, denote, make_scene, say, shorter
 from ..data.sources import open_data
+from ..data.speaker import refer
 from ..data.tokenizer import build_vocabulary
 from ..evaluation.evaluate import evaluate
+from ..metrics import SegmentationMetrics, iou
 from ..models.mask_grounding import TINY_PREDICTOR, Grounded, masked_word_accuracy
 from ..registry import create_model
+from .law import write_scenes
 from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.loop import fit
 
@@ -52,6 +57,15 @@ MAGNET_STUDY = {  # row -> arguments of `study_model`, and `more`: how many time
     "MagNet, predictor sees words, image": dict(kind="magnet", weight=0.1, see=("image",)),
 }
 
+# %% ../../nbs/workshop/study_magnet.ipynb #077t
+def train_variant(model: nn.Module, train: Sequence, steps: int, seed: int, folder: Path) -> dict[str, float]:
+    """Train by the course's recipe for tiny models, and say for how many steps and seconds (of processor time)."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
+    config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "warmup": min(TINY_RECIPE["warmup"], steps // 4), "seed": seed})
+    start = time.process_time()
+    fit(model, ReferralDataset(train, model.tokenizer, model.transform), config, folder, progress=False)
+    return {"steps": steps, "seconds": time.process_time() - start}
+
 # %% ../../nbs/workshop/study_magnet.ipynb #077b
 def magnet_study(root: str | Path, steps: int = 600) -> dict[str, Callable[[int, Path], dict]]:
     """The study's variants for `run_study`: each trains on RefShapes and RefShapesG together and is scored on the val split of both.
@@ -69,14 +83,9 @@ def magnet_study(root: str | Path, steps: int = 600) -> dict[str, Callable[[int,
     def variant(more: float = 1.0, **arguments):
         def run(seed: int, folder: Path) -> dict:
             data, train, vocabulary = read()
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
             model = study_model(vocabulary=vocabulary, **arguments)
-            warmup = min(TINY_RECIPE["warmup"], steps // 4)
-            config = TrainConfig(**{**TINY_RECIPE, "steps": round(more * steps), "warmup": warmup, "seed": seed})
-            start = time.process_time()
-            fit(model, ReferralDataset(train, model.tokenizer, model.transform), config, folder, progress=False)
-            return {"steps": config.steps, "seconds": time.process_time() - start, **study_scores(model, data)}
+            return {**train_variant(model, train, round(more * steps), seed, folder), **study_scores(model, data)}
         return run
 
     return {name: variant(**arguments) for name, arguments in MAGNET_STUDY.items()}
@@ -94,3 +103,103 @@ def study_scores(model: nn.Module, data: Mapping) -> dict[str, float]:
         guessed = masked_word_accuracy(model, make_loader(dataset, 32))
         figures |= {f"guessed from {source}": value for source, value in guessed.items()}
     return figures
+
+# %% ../../nbs/workshop/study_magnet.ipynb #p01
+def rivals(phrase: Phrase, things: list[Thing]) -> list[int]:
+    """Numbers of the things, other than those meant, that fit the phrase with one part less: a word, the noun, or a relation."""
+    meant = denote(phrase, things)
+    return [i for i, thing in enumerate(things) if thing not in meant
+            and any(thing in denote(less, things) for less in (*shorter(phrase), phrase._replace(shape=None)))]
+
+
+def relations(scene: Scene) -> list[tuple[int, Phrase]]:
+    """What RefShapesG says about a scene with one relation or two: (number of the thing, phrase)."""
+    return list(dict.fromkeys((e.referent, e.phrase) for e in refer(scene, "refshapesg") if e.phrase.relation))
+
+
+def look_alikes(scene: Scene) -> list[tuple[int, Phrase]]:
+    """The full name of each thing that has at least two look-alikes, and no twin."""
+    names = [(i, Phrase(thing.shape, thing.colour, thing.size)) for i, thing in enumerate(scene.things)]
+    return [(i, name) for i, name in names if len(denote(name, scene.things)) == 1 and len(rivals(name, scene.things)) >= 2]
+
+
+PARTS_TASKS = {"relations": relations, "look-alikes": look_alikes}
+PARTS_COUNTS = {"train": 2000, "val": 200}  # scenes
+
+# %% ../../nbs/workshop/study_magnet.ipynb #p04
+class SilentRegions(nn.Module):
+    """In place of a `RegionBranch`: regions that tell the decoder nothing."""
+
+    def __init__(self, out: int):
+        super().__init__()
+        self.out = out
+
+    def forward(self, regions: Tensor, l: Tensor, words: Tensor) -> Tensor:
+        return regions.new_zeros(*regions.shape[:3], self.out)
+
+
+class BlindWords(nn.Module):
+    """In place of a `LanguageAlignment`: words that stay as they are."""
+
+    def forward(self, l: Tensor, words: Tensor, x: Tensor) -> Tensor:
+        return l
+
+
+def parts_model(vocabulary: Sequence[str], without: str = "") -> nn.Module:
+    """A `magnet_tiny` without Mask Grounding, and without "regions", "reading words", "CAM" (both) or "CAL"."""
+    model = create_model("magnet_tiny", pretrained=True, vocabulary=vocabulary, **({"alignment": {"weight": 0.0}} if without == "CAL" else {}))
+    for k, see in enumerate(model.encoder.image_alignments):
+        if without in ("regions", "CAM"):
+            see.regions = nn.ModuleList(SilentRegions(branch.fusion.visual.out_features) for branch in see.regions)
+        if without in ("reading words", "CAM"):
+            model.encoder.language_alignments[k] = BlindWords()
+    return model
+
+
+PARTS_STUDY = {f"{task}: {'without ' + without if without else 'MagNet'}": (task, without) for task, without in (
+    ("relations", ""), ("relations", "regions"), ("relations", "reading words"), ("relations", "CAM"), ("look-alikes", ""), ("look-alikes", "CAL"))}
+
+# %% ../../nbs/workshop/study_magnet.ipynb #p07
+def parts_scores(model: nn.Module, task: str) -> tuple[dict[str, float], np.ndarray]:
+    """oIoU, mIoU, shares of sentences "found" and with a "rival marked" over the val scenes of a task; and all masks, bool (n, 64, 64)."""
+    meter, found, marked, kept = SegmentationMetrics(), [], [], []
+    for index in range(PARTS_COUNTS["val"]):
+        scene = make_scene(0, split="val", index=index)
+        said = PARTS_TASKS[task](scene)
+        if not said:
+            continue
+        masks = np.array(model.predict([scene.image] * len(said), [say(phrase) for _, phrase in said]))
+        truths = scene.masks[[i for i, _ in said]]
+        meter.update(masks, truths)
+        found += (iou(masks, truths) > 0.5).tolist()
+        covered = (masks[:, None] & scene.masks).sum((2, 3)) / scene.masks.sum((1, 2))  # (sentences, things)
+        marked += [bool((shares[rivals(phrase, scene.things)] > 0.5).any()) for shares, (_, phrase) in zip(covered, said)]
+        kept.append(masks)
+    scores = meter.compute()
+    return {"oIoU": scores["oIoU"], "mIoU": scores["mIoU"], "found": float(np.mean(found)), "rival marked": float(np.mean(marked))}, np.concatenate(kept)
+
+# %% ../../nbs/workshop/study_magnet.ipynb #p08
+def parts_study(root: str | Path, steps: int = 350) -> dict[str, Callable[[int, Path], dict]]:
+    """The variants of `PARTS_STUDY` for `run_study`. The data are written below `root` where they are missing.
+
+    The figures of a run: steps, seconds (of processor time, in training) and those of `parts_scores`; its masks are kept in
+    the run's folder as masks.npy, packed bits.
+    """
+    @cache
+    def read(task: str):
+        said = lambda scene: [(i, say(phrase)) for i, phrase in PARTS_TASKS[task](scene)]
+        train = open_data(write_scenes(Path(root, task), make_scene, said, PARTS_COUNTS)).referrals("train")
+        return train, build_vocabulary(sentence.text for referral in train for sentence in referral.sentences)
+
+    def variant(task: str, without: str):
+        def run(seed: int, folder: Path) -> dict:
+            train, vocabulary = read(task)
+            torch.manual_seed(seed)
+            model = parts_model(vocabulary, without)
+            cost = train_variant(model, train, steps, seed, folder)
+            figures, masks = parts_scores(model, task)
+            np.save(folder / "masks.npy", np.packbits(masks, axis=-1))
+            return {**cost, **figures}
+        return run
+
+    return {row: variant(*arguments) for row, arguments in PARTS_STUDY.items()}
