@@ -179,7 +179,7 @@ def parts_scores(model: nn.Module, task: str) -> tuple[dict[str, float], np.ndar
     return {"oIoU": scores["oIoU"], "mIoU": scores["mIoU"], "found": float(np.mean(found)), "rival marked": float(np.mean(marked))}, np.concatenate(kept)
 
 # %% ../../nbs/workshop/study_magnet.ipynb #p08
-def parts_study(root: str | Path, steps: int = 350) -> dict[str, Callable[[int, Path], dict]]:
+def parts_study(root: str | Path, steps: int = 250) -> dict[str, Callable[[int, Path], dict]]:
     """The variants of `PARTS_STUDY` for `run_study`. The data are written below `root` where they are missing.
 
     The figures of a run: steps, seconds (of processor time, in training) and those of `parts_scores`; its masks are kept in
