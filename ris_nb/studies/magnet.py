@@ -203,3 +203,19 @@ def parts_study(root: str | Path, steps: int = 250) -> dict[str, Callable[[int, 
         return run
 
     return {row: variant(*arguments) for row, arguments in PARTS_STUDY.items()}
+
+# %% ../../nbs/workshop/study_magnet.ipynb #p11
+def parts_cases(runs: str | Path, seed: int = 0) -> list[dict]:
+    """Of each task the sentence that gains most in IoU from CAM or CAL, and the one that loses most, with both masks (packed bits, as hex)."""
+    cases = []
+    for task, part in (("relations", "CAM"), ("look-alikes", "CAL")):
+        masks = [np.unpackbits(np.load(Path(runs, f"{task}: {row}", str(seed), "masks.npy")), axis=-1).astype(bool) for row in ("MagNet", f"without {part}")]
+        scenes = [make_scene(0, split="val", index=index) for index in range(PARTS_COUNTS["val"])]
+        said = [(scene, i, phrase) for scene in scenes for i, phrase in PARTS_TASKS[task](scene)]
+        truths = np.array([scene.masks[i] for scene, i, _ in said])
+        gain = iou(masks[0], truths) - iou(masks[1], truths)
+        for n in (int(gain.argmax()), int(gain.argmin())):
+            scene, i, phrase = said[n]
+            cases.append({"task": task, "part": part, "index": scene.index, "referent": i, "text": say(phrase),
+                          "with": np.packbits(masks[0][n]).tobytes().hex(), "without": np.packbits(masks[1][n]).tobytes().hex()})
+    return cases
