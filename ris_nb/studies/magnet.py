@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import ReferralDataset, make_loader
+from ..contract import Batch
+from ..data.batches import ReferralDataset, make_batch, make_loader
 from ..data.shapes import Phrase, Scene, Thing, denote, make_scene, say, shorter
 from ..data.sources import open_data
 from ..data.speaker import refer
 from ..data.tokenizer import build_vocabulary
 from ..evaluation.evaluate import evaluate
 from ..metrics import SegmentationMetrics, iou
+from ..models.base import evaluating
 from ..models.mask_grounding import TINY_PREDICTOR, Grounded, masked_word_accuracy
 from ..registry import create_model
 from .law import write_scenes
@@ -159,6 +161,19 @@ def parts_model(vocabulary: Sequence[str], without: str = "") -> nn.Module:
 PARTS_STUDY = {f"{task}: {'without ' + without if without else 'MagNet'}": (task, without) for task, without in (
     ("relations", ""), ("relations", "regions"), ("relations", "reading words"), ("relations", "CAM"), ("look-alikes", ""), ("look-alikes", "CAL"))}
 
+# %% ../../nbs/workshop/study_magnet.ipynb #p05w
+@torch.no_grad()
+def words_moved(model: nn.Module, batch: Batch) -> Tensor:
+    """For each stage of a MagNet and each real word: the length of what the word reads off the image, relative to its own, (stages, words)."""
+    moved = []
+    watch = lambda read, inputs, after: moved.append(((after - inputs[0]).norm(dim=-1) / inputs[0].norm(dim=-1))[inputs[1]])  # inputs: l, words, x
+    hooks = [read.register_forward_hook(watch) for read in model.encoder.language_alignments]
+    with evaluating(model):
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(moved)
+
 # %% ../../nbs/workshop/study_magnet.ipynb #p07
 def parts_scores(model: nn.Module, task: str) -> tuple[dict[str, float], np.ndarray]:
     """oIoU, mIoU, shares of sentences "found" and with a "rival marked" over the val scenes of a task; and all masks, bool (n, 64, 64)."""
@@ -182,8 +197,8 @@ def parts_scores(model: nn.Module, task: str) -> tuple[dict[str, float], np.ndar
 def parts_study(root: str | Path, steps: int = 250) -> dict[str, Callable[[int, Path], dict]]:
     """The variants of `PARTS_STUDY` for `run_study`. The data are written below `root` where they are missing.
 
-    The figures of a run: steps, seconds (of processor time, in training) and those of `parts_scores`; its masks are kept in
-    the run's folder as masks.npy, packed bits.
+    The figures of a run: steps, seconds (of processor time, in training), those of `parts_scores`, and the mean of `words_moved` over
+    40 scenes, after the last stage but one. Its masks are kept in the run's folder as masks.npy, packed bits.
     """
     @cache
     def read(task: str):
@@ -199,7 +214,10 @@ def parts_study(root: str | Path, steps: int = 250) -> dict[str, Callable[[int, 
             cost = train_variant(model, train, steps, seed, folder)
             figures, masks = parts_scores(model, task)
             np.save(folder / "masks.npy", np.packbits(masks, axis=-1))
-            return {**cost, **figures}
+            scenes = [make_scene(0, split="val", index=index) for index in range(40)]
+            said = [(scene.image, say(phrase)) for scene in scenes for _, phrase in PARTS_TASKS[task](scene)]
+            batch = make_batch(*zip(*said), model.tokenizer, model.transform)
+            return {**cost, **figures, "words moved": float(words_moved(model, batch)[-2].mean())}
         return run
 
     return {row: variant(*arguments) for row, arguments in PARTS_STUDY.items()}
