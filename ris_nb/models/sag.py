@@ -245,7 +245,7 @@ def sag_vit_small(pretrained: bool = False, **overrides) -> SaG:
         "text": ("BERT", {"text": BERT_BASE, "vocabulary": BERT_UNCASED}, lambda settings: TextEncoder.from_pretrained(BERT_UNCASED)),
     } if pretrained else {})
 
-# %% ../../nbs/17_sag.ipynb #029a
+
 @register_model
 def sag_vit_small_scripts(pretrained: bool = False, **overrides) -> SaG:
     """The SaG that the authors' scripts train: as `sag_vit_small`, with 12 Gaussians of 3 slots."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from hashlib import blake2b
 from math import log
@@ -24,6 +24,7 @@ from ..encoders.pretraining import find_world, pretrained_tagger
 from ..evaluation.evaluate import evaluate
 from ..evaluation.floors import Floor
 from ..evaluation.gathering import gathering_means, measure_gathering
+from ..evaluation.report import markdown_table
 from ..metrics import SegmentationMetrics
 from ..models.base import RISModel, evaluating
 from ..models.c3_loss import c3_loss
@@ -31,6 +32,7 @@ from ..models.entity_slots import EntityDiscovery, start_as_kmeans
 from ..models.modality_fusion import SCHEMES, relevance_map
 from ..models.sag import SaG, relevance_masks
 from ..registry import create_model
+from .runner import seed_interval
 from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.loop import fit
 
@@ -79,14 +81,16 @@ SAG_STUDY = {  # row -> how `sag_tiny` is changed; `_BEGIN` has what more is cha
     "attention over patches": dict(slots=dict(discovery=False), loss=dict(reconstruction=0.0)),
     "no reconstruction": dict(loss=dict(reconstruction=0.0)),
     "no interaction": dict(slots=dict(interaction=False)),
-    "12 x 1": dict(slots=dict(gaussians=12, per_gaussian=1)),  # sag_tiny itself has 6 x 2
-    "3 x 4": dict(slots=dict(gaussians=3, per_gaussian=4)),
+    "transformer attention": dict(slots=dict(competition="pixels")),
+    "no fusion, no C3": dict(fusion=dict(attention=False)),
+    **{f"{g} x {12 // g}": dict(slots=dict(gaussians=g, per_gaussian=12 // g)) for g in (12, 4, 3, 2)},  # sag_tiny itself has 6 x 2
     "query slots": dict(slots=dict(kind="query")),
     "random slots": dict(slots=dict(kind="random")),
     "drawn start": {},
     "drawn start, no reconstruction": dict(loss=dict(reconstruction=0.0)),
     "mirrored negatives": dict(loss=dict(mirrored=True)),
     "random ViT": {},
+    "false negatives dropped": dict(loss=dict(false_negatives="drop")),
 }
 
 
@@ -237,3 +241,62 @@ def winners(model: SaG, dataset: ReferralDataset, scenes: int = 8) -> list[list[
     """For each of the first scenes, which slot won each patch, row by row."""
     with evaluating(model):
         return [model.slot_maps(model(dataset[i]))[0].argmax(0).flatten().tolist() for i in range(min(scenes, len(dataset)))]
+
+# %% ../../nbs/workshop/study_sag.ipynb #080g
+def lost(rows: Iterable[Mapping], variant: str, over: str, figure: str, over_figure: str | None = None) -> tuple[float, float, int]:
+    """Points that `over` has more than `variant`: the mean over the seeds of both, half its 95 % interval, the number of seeds.
+
+    figure: a key of the rows, or a path of keys such as "gathering/relation/iou"; over_figure: the other row's, if another.
+    """
+    def by_seed(name: str, path: str) -> dict[int, float]:
+        found = {}
+        for row in rows:
+            if row["variant"] == name and path.split("/")[0] in row:
+                found[row["seed"]] = row
+                for key in path.split("/"):
+                    found[row["seed"]] = found[row["seed"]][key]
+        return found
+
+    mine, theirs = by_seed(variant, figure), by_seed(over, over_figure or figure)
+    both = sorted(mine.keys() & theirs.keys())
+    return (*seed_interval([100 * (theirs[seed] - mine[seed]) for seed in both]), len(both)) if both else (float("nan"), float("nan"), 0)
+
+
+def _verdict(low: float, high: float, seeds: int, least: float, most: float, yes: str, no: str) -> str:
+    """Whether a loss between low and high lies between `least` and `most`."""
+    if seeds < 3 or low < most < high or low < least < high:
+        return "open"
+    return yes if least <= low and high <= most else no
+
+
+def _points(mean: float, half: float, seeds: int) -> str:
+    return "to come" if not seeds else f"{mean:+.1f}" + (f" ± {half:.1f}" if seeds > 1 else "")
+
+# %% ../../nbs/workshop/study_sag.ipynb #080h
+def beside_published(theirs: Mapping[str, Mapping], ours: Mapping[str, tuple[str, str]], rows: Sequence[Mapping], score: str = "mIoU") -> str:
+    """The paper's rows beside ours, in Markdown, in percent and points, and whether the loss has the paper's direction ("agrees").
+
+    theirs: row -> its published scores; ours: the same rows -> (variant, rule), where rule is "" or ", max" and the like; the first of
+    them is what the others are compared with.
+    """
+    lines, first = [], next(iter(ours))
+    for name, (variant, rule) in ours.items():
+        figure, base = f"refshapes {score}{rule}", f"refshapes {score}{ours[first][1]}"
+        measured = [100 * row[figure] for row in rows if row["variant"] == variant and figure in row]
+        theirs_lose = theirs[first][score] - theirs[name][score]
+        mean, half, seeds = lost(rows, variant, ours[first][0], figure, base)
+        bounds = (0.0, float("inf")) if theirs_lose > 0 else (-float("inf"), 0.0)
+        compared = ["", "", ""] if name == first else [f"{theirs_lose:+.1f}", _points(mean, half, seeds), _verdict(mean - half, mean + half, seeds, *bounds, "agrees", "reversed")]
+        lines.append([name, f"{theirs[name][score]:.2f}", compared[0], f"{sum(measured) / len(measured):.1f}" if measured else "", len(measured), *compared[1:]])
+    metric = {"oIoU": "cIoU"}.get(score, score)  # the paper's name for it
+    return markdown_table(["", f"{metric}, published", "loses, published", f"{score}, ours", "seeds", "loses, ours", "direction"], lines) + "\n"
+
+
+def outcomes(predicted: Iterable[tuple[str, str, str, float, float]], rows: Sequence[Mapping]) -> str:
+    """What became of predictions, in Markdown: (row, row it is compared with, kind of expression or "all", least, most points lost)."""
+    lines = []
+    for variant, over, kind, least, most in predicted:
+        mean, half, seeds = lost(rows, variant, over, f"gathering/{kind}/iou")
+        said = f"at least {least:+.0f}" if most == float("inf") else f"at most {most:+.0f}" if least == -float("inf") else f"{least:+.0f} to {most:+.0f}"
+        lines.append([variant, over, kind, said, _points(mean, half, seeds), seeds, _verdict(mean - half, mean + half, seeds, least, most, "held", "failed")])
+    return markdown_table(["row", "compared with", "expressions", "predicted loss", "measured loss", "seeds", "prediction"], lines) + "\n"
