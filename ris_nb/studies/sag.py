@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, partial, reduce
 from hashlib import blake2b
 from math import log
+from operator import getitem
 from pathlib import Path
 
 import torch
@@ -249,13 +250,8 @@ def lost(rows: Iterable[Mapping], variant: str, over: str, figure: str, over_fig
     figure: a key of the rows, or a path of keys such as "gathering/relation/iou"; over_figure: the other row's, if another.
     """
     def by_seed(name: str, path: str) -> dict[int, float]:
-        found = {}
-        for row in rows:
-            if row["variant"] == name and path.split("/")[0] in row:
-                found[row["seed"]] = row
-                for key in path.split("/"):
-                    found[row["seed"]] = found[row["seed"]][key]
-        return found
+        keys = path.split("/")
+        return {row["seed"]: reduce(getitem, keys, row) for row in rows if row["variant"] == name and keys[0] in row}
 
     mine, theirs = by_seed(variant, figure), by_seed(over, over_figure or figure)
     both = sorted(mine.keys() & theirs.keys())
