@@ -19,6 +19,7 @@ pytest.importorskip("anywidget", reason="the panels need the extra ris_nb[explor
 import ipywidgets as widgets
 
 from ris_nb.contract import RISError
+from ris_nb.data.tokenizer import build_vocabulary
 from ris_nb.explore.answers import Remembered, Viewer, shipped
 from ris_nb.explore.ask import ask_panel, same_place
 from ris_nb.explore.fill import SEES, Pointable, WordGame, fill_panel, guess_word, hide_word, paint, shift
@@ -26,10 +27,11 @@ from ris_nb.models.mask_grounding import mean_below
 from ris_nb.explore.losses import c3_points, loss_panel
 from ris_nb.explore.page import explore as explore_
 from ris_nb.explore.panel import SIDE, Panel, bars, coloured, png, scene_at, shown as shown_
-from ris_nb.explore.shatter import draw_slots, shatter_panel, slot_colours, slot_names, with_slots
+from ris_nb.explore.shatter import ShatterPanel, draw_slots, shatter_panel, slot_colours, slot_names, with_slots
 from ris_nb.models.c3_loss import c3_loss
 from ris_nb.models.entity_slots import QuerySlots
 from ris_nb.registry import create_model, load_model, shipped_checkpoint
+from ris_nb.studies.sag import sag_for
 
 MODELS = ("lavt_tiny", "magnet_tiny", "sag_tiny")
 
@@ -462,6 +464,18 @@ def test_shatter_tells_what_it_cannot_read(shatter):
     assert "says nothing" in shatter["status"].value and shatter["mask"].value == before
     with pytest.raises(RISError, match="entity"):
         with_slots(with_slots(shatter.discoveries["entity"], "query"), "random")
+
+
+def test_shatter_shows_toys():
+    known = {split: [scene_at(split, number, "toys")[2] for number in range(3)] for split in ("val", "testC")}
+    vocabulary = build_vocabulary(text for scenes in known.values() for scene in scenes for text in scene)
+    toys = ShatterPanel(Viewer(sag_for("reftoys", vocabulary, pretrained=False).eval()), "toys")
+    for split, scenes in known.items():
+        toys["split"].value = split
+        toys["number"].value = 2
+        toys["expression"].value = list(scenes[2])[-1]
+        assert toys["example"].options[1][1] in scenes[2] and "IoU" in toys["mask caption"].value
+        assert toys.pictures["slots"].shape == (96, 96, 3) and "UNK" not in toys["status"].value
 
 
 # --- Loss lab

@@ -21,6 +21,8 @@ from ..contract import RISError
 from ..data.shapes import FLAVOURS, Scene, make_scene
 from ..data.speaker import refer
 from ..data.tokenizer import Tokenizer
+from ..data.toy_speaker import refer_toys
+from ..data.toys import ToyScene, make_toys
 from .answers import Latest
 from ..show import TRUTH
 
@@ -117,23 +119,30 @@ def picture_part(name: str) -> dict[str, widgets.Widget]:
 
 
 @lru_cache(maxsize=64)
-def scene_at(split: str, number: int) -> tuple[Scene, Image.Image, dict[str, np.ndarray]]:
-    """Scene `number` of a split, which no shipped model has seen; its picture; and expressions with their masks (H, W)."""
-    scene = make_scene(0, split=split, index=number)
-    known = {one.text: scene.masks[one.referent] for flavour in FLAVOURS for one in refer(scene, flavour)}
+def scene_at(split: str, number: int, world: str = "refshapes") -> tuple[Scene | ToyScene, Image.Image, dict[str, np.ndarray]]:
+    """Scene `number` of a split, which no shipped model has seen; its picture; and expressions with their masks (H, W).
+
+    world: "refshapes" or "toys".
+    """
+    if world == "toys":
+        scene = make_toys(0, split=split, index=number)
+        known = {one.text: scene.masks[list(one.referents)].any(0) for one in refer_toys(scene)}
+    else:
+        scene = make_scene(0, split=split, index=number)
+        known = {one.text: scene.masks[one.referent] for flavour in FLAVOURS for one in refer(scene, flavour)}
     return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: len(pair[0])))
 
 # %% ../../nbs/workshop/explore_panel.ipynb #035s0
-def scene_parts() -> dict[str, widgets.Widget]:
-    """Widgets to choose a scene (`split`, `number`, `another`) and an expression (`example`, `expression`)."""
+def scene_parts(world: str = "refshapes") -> dict[str, widgets.Widget]:
+    """Widgets to choose a scene (`split`, `number`, `another`) of a world and an expression (`example`, `expression`)."""
     wide = widgets.Layout(width="330px")
     parts = {
-        "split": widgets.Dropdown(options=[("like those of training", "val"), ("new pairs of colour and shape", "testC")],
+        "split": widgets.Dropdown(options=[("like those of training", "val"), (f"new pairs of colour and {'kind' if world == 'toys' else 'shape'}", "testC")],
                                   description="Scenes", layout=wide),
         "number": widgets.BoundedIntText(0, 0, 99_999, description="Scene"),
         "another": widgets.Button(description="Another scene", tooltip="Go on to the next scene"),
         "example": widgets.Dropdown(options=[("(choose one)", "")], description="Examples", layout=wide),
-        "expression": widgets.Text(next(iter(scene_at("val", 0)[2])), description="Expression", placeholder="describe one thing", layout=wide)}
+        "expression": widgets.Text(next(iter(scene_at("val", 0, world)[2])), description="Expression", placeholder="describe one thing", layout=wide)}
 
     def go_on(button) -> None:
         parts["number"].value = (parts["number"].value + 1) % 100_000
@@ -154,9 +163,9 @@ def offer(choice: widgets.Widget, options: Sequence[tuple[str, object]], default
         choice.value = value if value in [option for _, option in options] else default
 
 
-def offer_examples(parts: dict[str, widgets.Widget]) -> tuple[Scene, Image.Image, dict[str, np.ndarray]]:
+def offer_examples(parts: dict[str, widgets.Widget], world: str = "refshapes") -> tuple[Scene | ToyScene, Image.Image, dict[str, np.ndarray]]:
     """The chosen scene, as `scene_at` gives it, its expressions offered as examples."""
-    found = scene_at(parts["split"].value, parts["number"].value)
+    found = scene_at(parts["split"].value, parts["number"].value, world)
     offer(parts["example"], [("(choose one)", ""), *((text, text) for text in found[2])], "")
     return found
 

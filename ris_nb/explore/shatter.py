@@ -104,10 +104,10 @@ def draw_slots(picture: np.ndarray, maps: Tensor, colours: np.ndarray, lit: int 
 GATHERED = ("mask", "relevance", "first", "second", "third")
 
 
-def shatter_parts(iterations: int, names: Sequence[str]) -> dict[str, widgets.Widget]:
+def shatter_parts(iterations: int, names: Sequence[str], world: str = "refshapes") -> dict[str, widgets.Widget]:
     """The widgets of `ShatterPanel`."""
     narrow = {"button_width": "auto"}
-    parts = {**scene_parts(), "kind": widgets.ToggleButtons(options=["entity", "random", "query"], description="First slots", style=narrow),
+    parts = {**scene_parts(world), "kind": widgets.ToggleButtons(options=["entity", "random", "query"], description="First slots", style=narrow),
              "draw": widgets.BoundedIntText(0, 0, 9999, description="Draw", tooltip="Number of the draw; 0 is the model's own"),
              "redraw": widgets.Button(description="Draw again", tooltip="Go on to the next draw of the first slots"),
              "iteration": widgets.IntSlider(iterations, 1, iterations, description="Iteration"),
@@ -133,17 +133,17 @@ def draw_gathered(picture: np.ndarray, model: RISModel, maps: Tensor, reads: Ten
 class ShatterPanel(Panel):
     """Slots of a picture, and what a sentence gathers of them: see `shatter_panel`. `found`: a `Shattered`; `reads`: A_fuse (K,)."""
 
-    def __init__(self, viewer: Viewer):
-        self.viewer, entities = viewer, viewer.model.entities
+    def __init__(self, viewer: Viewer, world: str = "refshapes"):
+        self.viewer, self.world, entities = viewer, world, viewer.model.entities
         self.discoveries = {kind: with_slots(entities, kind) for kind in ("entity", "random", "query")}
         self.names, self.colours = (make(entities.slots.count, entities.slots.per_gaussian) for make in (slot_names, slot_colours))
         self.shatter, self.gather, self.hovered = Remembered(shatter), Remembered(gather), []
-        super().__init__(shatter_parts(entities.iterations, self.names), [
+        super().__init__(shatter_parts(entities.iterations, self.names, world), [
             ("split", "number", "another"), ("kind", "draw", "redraw"), ("example", "expression"), ("iteration", "slot"),
             ("picture", "bars"), [f"{name} column" for name in GATHERED]])
 
     def show(self) -> None:
-        scene, photo, known = offer_examples(self.parts)
+        scene, photo, known = offer_examples(self.parts, self.world)
         self.found = self.shatter(self.viewer, self.discoveries[self["kind"].value], photo, self["draw"].value)
         maps, text = self.found.maps[self["iteration"].value - 1], self["expression"].value
         self.point(self["picture"].hover, maps)
@@ -171,11 +171,11 @@ class ShatterPanel(Panel):
         return row_of_pictures(self.pictures, {}, title)
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #077
-def shatter_panel(model: str = "sag_tiny") -> ShatterPanel:
+def shatter_panel(model: str = "sag_tiny", world: str = "refshapes") -> ShatterPanel:
     """Step through the iterations of slot attention, light a slot, change the sentence. Parts: `split`, `number`, `another`, `kind`
     (entity, random or query slots), `draw`, `redraw`, `example`, `expression`, `iteration`, `slot`, `picture`, `bars`, `mask`,
     `relevance`, `first`, `second`, `third` (the slots that are read most) and their captions (`mask caption`, ...).
 
-    model: the name, folder or Hub id of a trained SaG with entity slots.
+    model: the name, folder or Hub id of a trained SaG with entity slots. world: that its scenes are from, "refshapes" or "toys".
     """
-    return ShatterPanel(shipped(model))
+    return ShatterPanel(shipped(model), world)
