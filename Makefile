@@ -23,7 +23,7 @@ demo: .venv/installed
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split testC --out $(DEMO)/testC
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --shuffle-seed 0 --out $(DEMO)/val_shuffled
 	$(BIN)/ris-nb predict $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --out $(DEMO)/magnet_tiny
-	$(BIN)/ris-nb compare $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --models magnet_tiny sag_tiny --out $(DEMO)
+	$(BIN)/ris-nb compare $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --models $(DEMO)/lavt_tiny lavt_tiny magnet_tiny sag_tiny --out $(DEMO)
 
 # Notebooks by the rules of nbdev (tests/test_notebooks.py), and the tests a notebook should not carry.
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.

@@ -23,8 +23,8 @@ __all__ = []
 class Compare(Several):
     """Put one expression to several models and draw their answers, a row each: slots where a model has some, score and mask.
 
-    Writes PHOTO_answers.png. Where no model is named, magnet_tiny and sag_tiny answer, which come with the library and know
-    RefShapes and nothing else.
+    Writes PHOTO_answers.png. Where no model is named, lavt_tiny, magnet_tiny and sag_tiny answer, which come with the library
+    and know RefShapes and nothing else.
 
     examples:
       ris-nb compare data/images/refshapes/val_000000.png "the red triangle"
@@ -43,7 +43,7 @@ def run_compare(flags: Compare) -> int:
     """Write the picture."""
     not_empty(flags, models="model")
     if flags.models is None and not flags.released:
-        flags.models = ("magnet_tiny", "sag_tiny")
+        flags.models = ("lavt_tiny", "magnet_tiny", "sag_tiny")
     import matplotlib.pyplot as plt
     from ris_nb.checkpoint import replacing
     from ris_nb.data.images import read_image

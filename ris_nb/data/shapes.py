@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -203,16 +203,17 @@ def _background(raw: np.ndarray, size: int) -> np.ndarray:
     return (np.matmul(ramp, rows) / 4096).astype(np.uint8)   # whole numbers below 2**24 until here: float32 is exact
 
 # %% ../../nbs/02_shapes.ipynb #028
-_MOST_PIXELS = 4096   # on each side; memory grows with its square
-
-
-def _check_scene(seed: int, size: int, split: str, index: int = 0) -> None:
-    if split not in SPLITS:
-        raise RISError(f"no split {split!r} in RefShapes: choose one of {', '.join(SPLITS)}")
-    if not GRID <= size <= _MOST_PIXELS:
-        raise RISError(f"RefShapes scenes measure {GRID} to {_MOST_PIXELS} pixels, not {size}")
+def _check_place(world: str, splits: tuple[str, ...], sizes: tuple[int, int], seed: int, size: int, split: str, index: int) -> None:
+    """`RISError` for a scene that a world has not; `sizes`: the least and the most pixels on a side."""
+    if split not in splits:
+        raise RISError(f"no split {split!r} in {world}: choose one of {', '.join(splits)}")
+    if not sizes[0] <= size <= sizes[1]:
+        raise RISError(f"{world} scenes measure {sizes[0]} to {sizes[1]} pixels, not {size}")
     if not (0 <= seed < 2 ** 32 and 0 <= index < 2 ** 32):
-        raise RISError(f"seed and index of a RefShapes scene go from 0 to 2**32 - 1: {seed}, {index} do not")
+        raise RISError(f"seed and index of a {world} scene go from 0 to 2**32 - 1: {seed}, {index} do not")
+
+
+_check_scene = partial(_check_place, "RefShapes", SPLITS, (GRID, 4096))     # memory grows with the square of the size
 
 
 def _render(things: list[Thing], owner: np.ndarray, raw: np.ndarray) -> np.ndarray:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from bisect import bisect
 from collections import namedtuple
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
-from ..contract import RISError
-from .shapes import Dice, _in_polygon, _ramp
+from .shapes import Dice, _check_place, _in_polygon, _ramp
 
 # %% auto #0
 __all__ = ['make_toys']
@@ -363,16 +362,7 @@ def _paint_ground(dice: Dice, name: str, size: int) -> np.ndarray:
     return image
 
 # %% ../../nbs/workshop/toys.ipynb #ty37
-_MOST_PIXELS = 1024     # on each side; a stencil has 16 samples a pixel
-
-
-def _check_toys(seed: int, size: int, split: str, index: int) -> None:
-    if split not in TOY_SPLITS:
-        raise RISError(f"no split {split!r} in the world of toys: choose one of {', '.join(TOY_SPLITS)}")
-    if not TOY_GRID <= size <= _MOST_PIXELS:
-        raise RISError(f"scenes of toys measure {TOY_GRID} to {_MOST_PIXELS} pixels, not {size}")
-    if not (0 <= seed < 2 ** 32 and 0 <= index < 2 ** 32):
-        raise RISError(f"seed and index of a scene of toys go from 0 to 2**32 - 1: {seed}, {index} do not")
+_check_toys = partial(_check_place, "RefToys", TOY_SPLITS, (TOY_GRID, 1024))     # a stencil has 16 samples a pixel
 
 
 def make_toys(seed: int, size: int = TOY_GRID, split: str = "train", index: int = 0) -> ToyScene:
