@@ -17,18 +17,22 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_model as load_weights, save_model as save_weights
+from safetensors.torch import load_model as load_weights, save_file
 from torch import Tensor
 
 from ..checkpoint import replacing
 from ..contract import Batch, Output
+from ..data.batches import ReferralDataset
 from ..data.shapes import Scene
+from ..data.sources import open_data
+from ..data.writer import make_refshapes
 from .answers import Remembered, Viewer
 from .panel import PALETTE, Panel, bars, offer, offer_examples, png, scene_parts, unread
 from ..models.base import RISModel
-from ..models.mask_grounding import TINY_PREDICTOR, Grounded, mask_grounding_loss
+from ..models.mask_grounding import TINY_PREDICTOR, Grounded
 from ..registry import load_model, shipped_checkpoint
 from ..show import overlay
+from ..training.config import TINY_RECIPE, TrainConfig
 
 # %% auto #0
 __all__ = ['SEES', 'hide_word', 'guess_word', 'shipped_game']
@@ -114,32 +118,33 @@ def shift(mask: np.ndarray, right: int, down: int) -> np.ndarray:
 
 # %% ../../nbs/workshop/explore_fill.ipynb #057s0
 class WordGame(Grounded):
-    """Mask Grounding's game (MagNet, CVPR 2024) over a finished model: the host stays as it is and a predictor learns to play.
-
-    The mask's token is "pooled". In training the predictor sees, by chance in each step, words alone (a quarter of the steps), words and
-    image (a quarter), or all. Its checkpoint is `predictor.safetensors`.
+    """Mask Grounding (MagNet, CVPR 2024) around a model that learns to play: the mask's token is "pooled", masks are learned from full
+    sentences. In training the predictor sees, by chance in each step, words alone (a quarter of the steps), words and image (a quarter),
+    or all. Its checkpoint `word_game.safetensors` holds the model and the predictor.
     """
 
     def __init__(self, host: RISModel):
-        super().__init__(host.requires_grad_(False), replace=1.0, mask_encoder="pooled", dropout=0.0, **TINY_PREDICTOR)
-
-    def train(self, mode: bool = True) -> WordGame:
-        super().train(mode)
-        self.host.eval()
-        return self
+        super().__init__(host, segment="full", replace=1.0, mask_encoder="pooled", **TINY_PREDICTOR)
 
     def guess(self, output: Output, batch: Batch, see: Sequence[str]) -> Tensor:
         """As in `Grounded`; in training from a part of `see`, by chance."""
         return super().guess(output, batch, see[:int(torch.randint(4, ()))] if self.training else see)
 
-    def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """{"grounding": `mask_grounding_loss`}: the host has nothing to learn."""
-        return {"grounding": mask_grounding_loss(output.extra["word_logits"], output.extra["word_targets"])}
-
     def save_pretrained(self, folder: str | Path) -> None:
-        with replacing(Path(folder) / "predictor.safetensors") as file:
-            save_weights(self.predictor, str(file))
+        with replacing(Path(folder) / "word_game.safetensors") as file:
+            save_file({name: tensor.half() for name, tensor in self.state_dict().items()}, str(file))
             file.chmod(0o644)  # safetensors makes its file readable for its owner alone
+
+# %% ../../nbs/workshop/explore_fill.ipynb #058a
+def train_word_game(folder: str | Path, steps: int = 800, scenes: int = 3000) -> list[dict]:
+    """Train `lavt_tiny` on with the game, about `scenes` scenes of RefShapes, and leave `word_game.safetensors` in a folder; the log."""
+    from ris_nb.training.loop import fit  # not needed to show a panel
+
+    torch.manual_seed(0)
+    game = WordGame(load_model("lavt_tiny"))
+    data = open_data(make_refshapes(Path(folder) / "data", counts={"train": scenes})).referrals("train")
+    config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "lr": 1e-3, "warmup": min(100, steps // 4)})
+    return fit(game, ReferralDataset(data, game.tokenizer, game.transform), config, folder, progress=False)
 
 # %% ../../nbs/workshop/explore_fill.ipynb #059
 SEES = {"words alone": (), "+ image": ("image",), "+ image + mask": ("image", "mask")}
@@ -167,10 +172,10 @@ def guess_word(game: WordGame, batch: Batch, output: Output, hidden: int, mask: 
 # %% ../../nbs/workshop/explore_fill.ipynb #059s0
 @lru_cache(maxsize=None)
 def shipped_game() -> WordGame:
-    """`magnet_tiny` with the predictor that comes with the library."""
-    folder = shipped_checkpoint("magnet_tiny")
+    """The network and the predictor that come with the library: `lavt_tiny`, trained on with the game."""
+    folder = shipped_checkpoint("lavt_tiny")
     game = WordGame(load_model(folder))
-    load_weights(game.predictor, folder / "predictor.safetensors")
+    load_weights(game, folder / "word_game.safetensors")
     return game.eval()
 
 # %% ../../nbs/workshop/explore_fill.ipynb #061
