@@ -30,8 +30,9 @@ from .answers import Remembered, Viewer
 from .panel import PALETTE, Panel, bars, offer, offer_examples, png, scene_parts, unread
 from ..models.base import RISModel
 from ..models.mask_grounding import TINY_PREDICTOR, Grounded
-from ..registry import load_model, shipped_checkpoint
+from ..registry import create_model, load_model, shipped_checkpoint
 from ..show import overlay
+from ..studies.law import write_law
 from ..training.config import TINY_RECIPE, TrainConfig
 
 # %% auto #0
@@ -118,17 +119,17 @@ def shift(mask: np.ndarray, right: int, down: int) -> np.ndarray:
 
 # %% ../../nbs/workshop/explore_fill.ipynb #057s0
 class WordGame(Grounded):
-    """Mask Grounding (MagNet, CVPR 2024) around a model that learns to play: the mask's token is "pooled", masks are learned from full
-    sentences. In training the predictor sees, by chance in each step, words alone (a quarter of the steps), words and image (a quarter),
-    or all. Its checkpoint `word_game.safetensors` holds the model and the predictor.
+    """Mask Grounding (MagNet, CVPR 2024) around a model that learns to play: the mask's token is "pooled", and in training the predictor
+    sees, by chance in each step, words alone (an eighth of the steps), words and image (an eighth), or all. Its checkpoint
+    `word_game.safetensors` holds the model and the predictor.
     """
 
     def __init__(self, host: RISModel):
-        super().__init__(host, segment="full", replace=1.0, mask_encoder="pooled", **TINY_PREDICTOR)
+        super().__init__(host, rate=0.3, replace=1.0, mask_encoder="pooled", **TINY_PREDICTOR)
 
     def guess(self, output: Output, batch: Batch, see: Sequence[str]) -> Tensor:
         """As in `Grounded`; in training from a part of `see`, by chance."""
-        return super().guess(output, batch, see[:int(torch.randint(4, ()))] if self.training else see)
+        return super().guess(output, batch, see[:int(torch.randint(8, ()))] if self.training else see)
 
     def save_pretrained(self, folder: str | Path) -> None:
         with replacing(Path(folder) / "word_game.safetensors") as file:
@@ -136,15 +137,17 @@ class WordGame(Grounded):
             file.chmod(0o644)  # safetensors makes its file readable for its owner alone
 
 # %% ../../nbs/workshop/explore_fill.ipynb #058a
-def train_word_game(folder: str | Path, steps: int = 800, scenes: int = 3000) -> list[dict]:
-    """Train `lavt_tiny` on with the game, about `scenes` scenes of RefShapes, and leave `word_game.safetensors` in a folder; the log."""
+def train_word_game(folder: str | Path, steps: int = 1000, scenes: int = 2000) -> list[dict]:
+    """Train a `WordGame` of the sizes and words of `lavt_tiny`, on `scenes` scenes of RefShapes, and leave `word_game.safetensors` in a
+    folder; the log."""
     from ris_nb.training.loop import fit  # not needed to show a panel
 
     torch.manual_seed(0)
-    game = WordGame(load_model("lavt_tiny"))
-    data = open_data(make_refshapes(Path(folder) / "data", counts={"train": scenes})).referrals("train")
-    config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "lr": 1e-3, "warmup": min(100, steps // 4)})
-    return fit(game, ReferralDataset(data, game.tokenizer, game.transform), config, folder, progress=False)
+    game, counts = WordGame(create_model("lavt_tiny", pretrained=True, vocabulary=load_model("lavt_tiny").vocabulary)), {"train": scenes}
+    roots = [make_refshapes(Path(folder) / "data", counts=counts), *(write_law(folder, language, counts) for language in ("in full", "no way out"))]
+    referrals = [referral for root in roots for referral in open_data(root).referrals("train")]
+    config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "warmup": min(TINY_RECIPE["warmup"], steps // 4)})
+    return fit(game, ReferralDataset(referrals, game.tokenizer, game.transform), config, folder, progress=False)
 
 # %% ../../nbs/workshop/explore_fill.ipynb #059
 SEES = {"words alone": (), "+ image": ("image",), "+ image + mask": ("image", "mask")}

@@ -47,18 +47,20 @@ CONTENT = {"colour": tuple(TOY_COLOURS), "shape": SHAPES, "kind": TOY_KINDS, "si
 
 
 def law_phrases(scene: Scene, language: str) -> list[tuple[int, Phrase]]:
-    """All that a language of RefShapes, or one of its tests, says about the things of a scene: (number of the thing, phrase)."""
+    """All that a language of RefShapes, one of its tests, or "in full" says about the things of a scene: (number of the thing, phrase)."""
     found = []
     for i, thing in enumerate(scene.things):
         alone = lambda phrase: denote(phrase, scene.things) == [thing]
         shape, colour, size = thing.shape, thing.colour, thing.size
         phrases = {
             "no way out": [Phrase(s, c, z) for s in (None, shape) for c in (None, colour) for z in (None, size)],
-            "one way out": [Phrase(shape, colour, size)],
+            "one way out": [Phrase(shape, colour, size)], "in full": [Phrase(shape, colour, size)],
             "two ways out": [Phrase(shape, colour, size, place) for place in PLACES if alone(Phrase(superlative=place))],
             "shape": [Phrase(shape)], "shape+size": [Phrase(shape, size=size)]}[language]
         if language in ("one way out", "two ways out"):
             phrases = phrases if alone(Phrase(colour=colour)) else []
+        elif language == "in full":
+            phrases = phrases if alone(phrases[0]) else []
         else:
             phrases = [phrase for phrase in phrases if is_minimal(phrase, scene.things)]
         found += [(i, phrase) for phrase in phrases]
@@ -81,7 +83,7 @@ class LawWorld(NamedTuple):
     scenes: int
 
 
-WORLDS = (LawWorld(make_scene, lambda scene, language: [(i, say(phrase)) for i, phrase in law_phrases(scene, language)], LANGUAGES,
+WORLDS = (LawWorld(make_scene, lambda scene, language: [(i, say(phrase)) for i, phrase in law_phrases(scene, language)], (*LANGUAGES, "in full"),
                    ("shape", "shape+size"), (*SPECIAL, "the", "thing", *COLOURS, *SHAPES, *SIZES, *PLACES.values()), 2000),
           LawWorld(make_toys, _toy_sentences, (TOYS,), ("kind", "kind+more"),
                    (*SPECIAL, "the", *TOY_COLOURS, *TOY_KINDS, *TOY_SIZES, *CONTENT["texture"]), 3000))
@@ -125,12 +127,19 @@ def holes(text: str) -> list[tuple[int, str, str]]:
     return [(k, " ".join((*words[:k], "▢", *words[k + 1:])), word) for k, word in enumerate(words) if any(word in some for some in CONTENT.values())]
 
 
+def _neighbours(around: str) -> str:
+    words = ["", *around.split(), ""]
+    k = words.index("▢")
+    return " ".join(words[k - 1:k + 2])
+
+
 def best_guessers(language: str, train: Iterable[str], scenes: Iterable) -> dict[str, float]:
     """How often the best guesser finds a hidden content word, by what it sees: the words (it has read the sentences `train`), the image, the mask."""
     known, right = defaultdict(Counter), defaultdict(list)
     for text in train:
         for _, around, word in holes(text):
             known[around][word] += 1
+            known["near", _neighbours(around)][word] += 1
     for scene in scenes:
         said = world_of(language).say(scene, language)
         fits = defaultdict(Counter)  # (a thing, or None for all; the sentence with a hole) -> words that can stand there
@@ -140,10 +149,13 @@ def best_guessers(language: str, train: Iterable[str], scenes: Iterable) -> dict
                 fits[i, around][word] += 1
         for i, text in said:
             for _, around, word in holes(text):
-                right["words"].append(known[around].most_common(1)[0][0] == word if known[around] else 0)
+                for see, key in (("words", around), ("words, near", ("near", _neighbours(around)))):
+                    right[see].append(known[key].most_common(1)[0][0] == word if known[key] else 0)
                 for see, key in (("words + image", None), ("words + image + mask", i)):
                     right[see].append(max(fits[key, around].values()) / fits[key, around].total())
-    return {see: float(np.mean(shares)) for see, shares in right.items()}
+    shares = {see: float(np.mean(found)) for see, found in right.items()}
+    shares["words"] = max(shares["words"], shares.pop("words, near"))
+    return shares
 
 # %% ../../nbs/workshop/study_law.ipynb #s07
 @torch.no_grad()
