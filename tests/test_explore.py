@@ -22,7 +22,7 @@ from ris_nb.contract import RISError
 from ris_nb.data.tokenizer import build_vocabulary
 from ris_nb.explore.answers import Remembered, Viewer, shipped
 from ris_nb.explore.ask import ask_panel, same_place
-from ris_nb.explore.fill import SEES, Pointable, WordGame, fill_panel, guess_word, hide_word, paint, shift
+from ris_nb.explore.fill import SEES, Pointable, fill_panel, full_names, guess_word, hide_word, paint, shift
 from ris_nb.models.mask_grounding import mean_below
 from ris_nb.explore.losses import c3_points, loss_panel
 from ris_nb.explore.page import explore as explore_
@@ -299,8 +299,8 @@ def test_mean_below_is_a_weighted_mean():
 
 
 def test_only_the_guess_with_the_mask_follows_the_mask(fill):
-    fill["expression"].value = list(scene_at("val", 0)[2])[0]
-    fill["words"].value = 1
+    fill["expression"].value = full_names(scene_at("val", 0)[0])[-1]
+    fill["words"].value = 2
     seen = []
     for onto in range(len(scene_at("val", 0)[0].things)):
         assert changed(fill, "onto", onto) == {"picture", "bars"}
@@ -357,47 +357,21 @@ def test_shift_and_paint():
     assert not mask[2, 2]  # the given mask stays
 
 
-def test_the_predictor_that_ships_reads_the_mask(fill):
-    """On scenes that nobody trained on, colours are guessed far better with the mask than from words alone."""
+@pytest.mark.parametrize(("kind", "hidden"), [("colour", 2), ("shape", 3)])
+def test_the_predictor_that_ships_follows_the_mask(fill, kind, hidden):
+    """On scenes that nobody trained on: the mask on a thing that differs from the one that is named in the hidden word alone decides."""
     right = {name: [] for name in SEES}
-    for number in range(12):
-        fill["number"].value = number
-        scene, _, known = scene_at("val", number)
-        for thing, mask in zip(scene.things, scene.masks):
-            batch, output = hide_word(fill.game, fill.viewer, scene_at("val", number)[1], "the red thing", 1)
-            best = guess_word(fill.game, batch, output, 1, mask)
-            for name, rows in best.items():
-                right[name].append(rows[0][0] == thing.colour)
+    for number in range(8):
+        scene, photo, _ = scene_at("val", number)
+        for thing, name in zip(scene.things, full_names(scene)):
+            batch, output = hide_word(fill.game, fill.viewer, photo, name, hidden)
+            for other, mask in zip(scene.things, scene.masks):
+                if getattr(other, kind) != getattr(thing, kind):
+                    for see, rows in guess_word(fill.game, batch, output, hidden, mask, count=1).items():
+                        right[see].append(rows[0][0] == getattr(other, kind))
     told = {name: np.mean(hits) for name, hits in right.items()}
     print({name: f"{share:.0%}" for name, share in told.items()})
-    assert told["+ image + mask"] > 0.75 and told["words alone"] < 0.35
-
-
-def test_a_word_game_trains_model_and_predictor(tmp_path):
-    torch.manual_seed(0)
-    game = WordGame(load_model("lavt_tiny")).train()
-    viewer = Viewer(load_model("lavt_tiny"))
-    viewer.look(scene_at("val", 0)[1])
-    batch = replace(viewer.batch("the red circle"), mask=torch.ones(1, 64, 64, dtype=torch.bool), encoded=None)
-    seen = []
-    game.predictor.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[2] is not None, inputs[3] is not None)))
-    for _ in range(40):
-        losses = game.losses(game(batch), batch)
-    assert set(seen) == {(False, False), (True, False), (True, True)}  # what it sees is drawn
-    sum(losses.values()).backward()
-    assert set(losses) == {"mask", "dice", "grounding"}
-    assert game.predictor.head[0].weight.grad.abs().sum() > 0 and game.host.text.bert.embeddings.word_embeddings.weight.grad.abs().sum() > 0
-    game.save_pretrained(tmp_path)
-    again = WordGame(load_model("lavt_tiny"))
-    load_weights(again, tmp_path / "word_game.safetensors")
-    for a, b in zip(game.state_dict().values(), again.state_dict().values()):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)  # kept in half precision
-
-
-def test_the_command_of_the_word_game(tmp_path):
-    from ris_nb.explore.fill import train_word_game
-    log = train_word_game(tmp_path, steps=2, scenes=4)
-    assert log[-1]["step"] == 2 and (tmp_path / "word_game.safetensors").stat().st_size < 3e6
+    assert told["+ image + mask"] > max(0.4, told["words alone"] + 0.15, told["+ image"] + 0.15)
 
 
 # --- Shatter and gather

@@ -104,7 +104,7 @@ def requirements(about, extra: str = "") -> list[str]:
 def test_wheel_holds_the_library_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "ris_nb/models/lavt.py" in names
-    assert {"ris_nb/explore/explore.ipynb", "ris_nb/checkpoints/lavt_tiny/word_game.safetensors"} <= set(names)
+    assert {"ris_nb/explore/explore.ipynb", "ris_nb/explore/word_game/predictor.safetensors"} <= set(names)
     assert not [n for n in names if n.startswith(("nbs/", "tests/", "data/", "runs/"))]
 
 

@@ -17,23 +17,16 @@ import torch
 import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_model as load_weights, save_file
-from torch import Tensor
+from safetensors.torch import load_model as load_weights
 
-from ..checkpoint import replacing
+import ris_nb
 from ..contract import Batch, Output
-from ..data.batches import ReferralDataset
-from ..data.shapes import Scene
-from ..data.sources import open_data
-from ..data.writer import make_refshapes
+from ..data.shapes import Phrase, Scene, say
 from .answers import Remembered, Viewer
-from .panel import PALETTE, Panel, bars, offer, offer_examples, png, scene_parts, unread
-from ..models.base import RISModel
+from .panel import PALETTE, Panel, bars, offer, png, scene_at, scene_parts, unread
 from ..models.mask_grounding import TINY_PREDICTOR, Grounded
-from ..registry import create_model, load_model, shipped_checkpoint
+from ..registry import load_model
 from ..show import overlay
-from ..studies.law import write_law
-from ..training.config import TINY_RECIPE, TrainConfig
 
 # %% auto #0
 __all__ = ['SEES', 'hide_word', 'guess_word', 'shipped_game']
@@ -117,44 +110,12 @@ def shift(mask: np.ndarray, right: int, down: int) -> np.ndarray:
     moved[max(0, down):H + min(0, down), max(0, right):W + min(0, right)] = mask[max(0, -down):H + min(0, -down), max(0, -right):W + min(0, -right)]
     return moved
 
-# %% ../../nbs/workshop/explore_fill.ipynb #057s0
-class WordGame(Grounded):
-    """Mask Grounding (MagNet, CVPR 2024) around a model that learns to play: the mask's token is "pooled", and in training the predictor
-    sees, by chance in each step, words alone (an eighth of the steps), words and image (an eighth), or all. Its checkpoint
-    `word_game.safetensors` holds the model and the predictor.
-    """
-
-    def __init__(self, host: RISModel):
-        super().__init__(host, rate=0.3, replace=1.0, mask_encoder="pooled", **TINY_PREDICTOR)
-
-    def guess(self, output: Output, batch: Batch, see: Sequence[str]) -> Tensor:
-        """As in `Grounded`; in training from a part of `see`, by chance."""
-        return super().guess(output, batch, see[:int(torch.randint(8, ()))] if self.training else see)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        with replacing(Path(folder) / "word_game.safetensors") as file:
-            save_file({name: tensor.half() for name, tensor in self.state_dict().items()}, str(file))
-            file.chmod(0o644)  # safetensors makes its file readable for its owner alone
-
-# %% ../../nbs/workshop/explore_fill.ipynb #058a
-def train_word_game(folder: str | Path, steps: int = 1000, scenes: int = 2000) -> list[dict]:
-    """Train a `WordGame` of the sizes and words of `lavt_tiny`, on `scenes` scenes of RefShapes, and leave `word_game.safetensors` in a
-    folder; the log."""
-    from ris_nb.training.loop import fit  # not needed to show a panel
-
-    torch.manual_seed(0)
-    game, counts = WordGame(create_model("lavt_tiny", pretrained=True, vocabulary=load_model("lavt_tiny").vocabulary)), {"train": scenes}
-    roots = [make_refshapes(Path(folder) / "data", counts=counts), *(write_law(folder, language, counts) for language in ("in full", "no way out"))]
-    referrals = [referral for root in roots for referral in open_data(root).referrals("train")]
-    config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "warmup": min(TINY_RECIPE["warmup"], steps // 4)})
-    return fit(game, ReferralDataset(referrals, game.tokenizer, game.transform), config, folder, progress=False)
-
 # %% ../../nbs/workshop/explore_fill.ipynb #059
 SEES = {"words alone": (), "+ image": ("image",), "+ image + mask": ("image", "mask")}
 
 
 @torch.no_grad()
-def hide_word(game: WordGame, viewer: Viewer, photo: Image.Image, expression: str, hidden: int) -> tuple[Batch, Output]:
+def hide_word(game: Grounded, viewer: Viewer, photo: Image.Image, expression: str, hidden: int) -> tuple[Batch, Output]:
     """What the host makes of a picture and an expression whose inner piece number `hidden` is hidden: the batch, its output."""
     viewer.look(photo)
     batch = viewer.batch(expression)
@@ -163,7 +124,7 @@ def hide_word(game: WordGame, viewer: Viewer, photo: Image.Image, expression: st
 
 
 @torch.no_grad()
-def guess_word(game: WordGame, batch: Batch, output: Output, hidden: int, mask: np.ndarray, count: int = 5) -> dict[str, list[tuple[str, float]]]:
+def guess_word(game: Grounded, batch: Batch, output: Output, hidden: int, mask: np.ndarray, count: int = 5) -> dict[str, list[tuple[str, float]]]:
     """The `count` likeliest words and their probabilities, for each way to look of `SEES`; mask (H, W) bool."""
     seen = replace(batch, mask=game.transform.mask(mask)[None])
     best = {}
@@ -174,12 +135,17 @@ def guess_word(game: WordGame, batch: Batch, output: Output, hidden: int, mask: 
 
 # %% ../../nbs/workshop/explore_fill.ipynb #059s0
 @lru_cache(maxsize=None)
-def shipped_game() -> WordGame:
-    """The network and the predictor that come with the library: `lavt_tiny`, trained on with the game."""
-    folder = shipped_checkpoint("lavt_tiny")
-    game = WordGame(load_model(folder))
-    load_weights(game, folder / "word_game.safetensors")
+def shipped_game() -> Grounded:
+    """The network and its predictor that come with the library."""
+    folder = Path(ris_nb.__path__[0], "explore", "word_game")
+    game = Grounded(load_model(folder), mask_encoder="pooled", **TINY_PREDICTOR)
+    load_weights(game.predictor, folder / "predictor.safetensors")
     return game.eval()
+
+# %% ../../nbs/workshop/explore_fill.ipynb #060n
+def full_names(scene: Scene) -> list[str]:
+    """Each thing of a scene in full: "the small red star"."""
+    return [say(Phrase(thing.shape, thing.colour, thing.size)) for thing in scene.things]
 
 # %% ../../nbs/workshop/explore_fill.ipynb #061
 def fill_parts() -> dict[str, widgets.Widget]:
@@ -191,6 +157,7 @@ def fill_parts() -> dict[str, widgets.Widget]:
              "tool": widgets.ToggleButtons(options=["move", "paint", "erase"], description="Pointer", style={"button_width": "auto"}),
              "right": widgets.IntSlider(0, description="Move right", **amount), "down": widgets.IntSlider(0, description="Move down", **amount),
              "picture": Pointable(), "bars": widgets.HTML()}
+    parts["expression"].value = full_names(scene_at("val", 0)[0])[0]
     parts["controls"] = widgets.VBox([parts[name] for name in ("onto", "tool", "right", "down")])
     return parts
 
@@ -244,24 +211,25 @@ class MovableMask:
 class FillPanel(Panel):
     """Hide a word and move the mask: see `fill_panel`. `mask` is a `MovableMask`, `best` what the predictor guesses."""
 
-    def __init__(self, game: WordGame):
+    def __init__(self, game: Grounded):
         parts = fill_parts()
         self.game, self.viewer, self.mask = game, Viewer(game.host), MovableMask(parts["right"], parts["down"])
         self.hide, self.begin, self.guess = Remembered(hide_word), Remembered(self.begin_mask), Remembered(guess_word)
         super().__init__(parts, [("split", "number", "another"), ("example", "expression"), ("words",), ("picture", "controls", "bars")])
 
-    def begin_mask(self, scene: Scene, truth: np.ndarray | None, onto: int) -> None:
-        """Begin with the mask of a thing, or of what is meant; where nobody knows that, with an empty one."""
-        meant = np.zeros(scene.masks.shape[1:], bool) if truth is None else truth
-        self.mask.begin(meant if onto < 0 else scene.masks[onto])
+    def begin_mask(self, scene: Scene, thing: int) -> None:
+        """Begin with the mask of a thing, by its number; -1 is none, and an empty mask."""
+        self.mask.begin(scene.masks[thing] if thing >= 0 else np.zeros(scene.masks.shape[1:], bool))
 
     def show(self) -> None:
-        scene, photo, known = offer_examples(self.parts)
-        text = self["expression"].value
+        scene, photo, _ = scene_at(self["split"].value, self["number"].value)
+        text, names = self["expression"].value, full_names(scene)
+        offer(self["example"], [("(choose one)", ""), *((name, name) for name in dict.fromkeys(names))], "")
         self.pieces = self.game.tokenizer.pieces(text)[1:-1]
         offer(self["words"], [(piece, i) for i, piece in enumerate(self.pieces)], len(self.pieces) - 1)
-        offer(self["onto"], [("what is meant", -1), *((f"{t.size} {t.colour} {t.shape}", i) for i, t in enumerate(scene.things))], -1)
-        self.begin(scene, known.get(text.strip().lower()), self["onto"].value)
+        offer(self["onto"], [("what is meant", -1), *((name.removeprefix("the "), i) for i, name in enumerate(names))], -1)
+        meant = names.index(text.strip().lower()) if text.strip().lower() in names else -1
+        self.begin(scene, meant if self["onto"].value < 0 else self["onto"].value)
         self.mask.follow(self["picture"].stroke, self["tool"].value)
         hidden, mask = self["words"].value, self.mask.value
         self.best = self.guess(self.game, *self.hide(self.game, self.viewer, photo, text, hidden), hidden, mask)
@@ -278,10 +246,10 @@ class FillPanel(Panel):
         return picture_and_bars(self.drawn, self.best, f"{asked}   (hidden: {self.pieces[hidden]})", self.pieces[hidden])
 
 # %% ../../nbs/workshop/explore_fill.ipynb #064
-def fill_panel(game: WordGame | None = None) -> FillPanel:
+def fill_panel(game: Grounded | None = None) -> FillPanel:
     """Hide a word of an expression, move or paint the mask, and see the guess change. Parts: `split`, `number`, `another`, `example`,
     `expression`, `words` (which is hidden), `onto` (the thing that the mask lies on), `tool`, `right`, `down`, `picture`, `bars`.
 
-    game: a `WordGame` of yours in place of the one that comes with the library.
+    game: one of yours, with a pooled mask token, in place of the one that comes with the library.
     """
     return FillPanel(game or shipped_game())

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_model as save_weights
 from torch import nn
 
 from ..checkpoint import replacing
@@ -47,20 +48,18 @@ CONTENT = {"colour": tuple(TOY_COLOURS), "shape": SHAPES, "kind": TOY_KINDS, "si
 
 
 def law_phrases(scene: Scene, language: str) -> list[tuple[int, Phrase]]:
-    """All that a language of RefShapes, one of its tests, or "in full" says about the things of a scene: (number of the thing, phrase)."""
+    """All that a language of RefShapes, or one of its tests, says about the things of a scene: (number of the thing, phrase)."""
     found = []
     for i, thing in enumerate(scene.things):
         alone = lambda phrase: denote(phrase, scene.things) == [thing]
         shape, colour, size = thing.shape, thing.colour, thing.size
         phrases = {
             "no way out": [Phrase(s, c, z) for s in (None, shape) for c in (None, colour) for z in (None, size)],
-            "one way out": [Phrase(shape, colour, size)], "in full": [Phrase(shape, colour, size)],
+            "one way out": [Phrase(shape, colour, size)],
             "two ways out": [Phrase(shape, colour, size, place) for place in PLACES if alone(Phrase(superlative=place))],
             "shape": [Phrase(shape)], "shape+size": [Phrase(shape, size=size)]}[language]
         if language in ("one way out", "two ways out"):
             phrases = phrases if alone(Phrase(colour=colour)) else []
-        elif language == "in full":
-            phrases = phrases if alone(phrases[0]) else []
         else:
             phrases = [phrase for phrase in phrases if is_minimal(phrase, scene.things)]
         found += [(i, phrase) for phrase in phrases]
@@ -83,7 +82,7 @@ class LawWorld(NamedTuple):
     scenes: int
 
 
-WORLDS = (LawWorld(make_scene, lambda scene, language: [(i, say(phrase)) for i, phrase in law_phrases(scene, language)], (*LANGUAGES, "in full"),
+WORLDS = (LawWorld(make_scene, lambda scene, language: [(i, say(phrase)) for i, phrase in law_phrases(scene, language)], LANGUAGES,
                    ("shape", "shape+size"), (*SPECIAL, "the", "thing", *COLOURS, *SHAPES, *SIZES, *PLACES.values()), 2000),
           LawWorld(make_toys, _toy_sentences, (TOYS,), ("kind", "kind+more"),
                    (*SPECIAL, "the", *TOY_COLOURS, *TOY_KINDS, *TOY_SIZES, *CONTENT["texture"]), 3000))
@@ -223,7 +222,7 @@ def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> 
     for training, by default the world's own number, and 200 for the tests.
 
     The figures of a run: steps; seconds (of processor time, in training); oIoU and mIoU of the test "iid" and of the world's two others;
-    and with a game those of `play` on the val scenes of its language.
+    and with a game those of `play` on the val scenes of its language. Its predictor then lies beside the model, in predictor.safetensors.
     """
     val = 200 if scenes is None else scenes
 
@@ -247,6 +246,7 @@ def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> 
                 scores = evaluate(model, dataset, progress=False).scores()
                 figures |= {f"{test} {score}": scores[score] for score in ("oIoU", "mIoU")}
             if isinstance(model, Grounded) and model.weight:
+                save_weights(model.predictor, str(folder / "predictor.safetensors"))  # a checkpoint has none
                 figures |= play(model, language, [world.make(0, split="val", index=i) for i in range(val)])
             return figures
         return run
