@@ -6,13 +6,11 @@ import datetime
 import io
 import random
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_model as load_weights
 
 pytest.importorskip("anywidget", reason="the panels need the extra ris_nb[explore]")
 
