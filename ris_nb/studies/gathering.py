@@ -83,6 +83,7 @@ SLOTS_OF = {"clustered": clustered, "true": true, "named": named}
 # %% ../../nbs/workshop/study_gathering.ipynb #w21
 def spread(text: Tensor) -> float:
     """How far vectors (B, D) lie from their mean, as a share of their length."""
+    text = text.detach()
     return float((text - text.mean(0)).norm(dim=1).mean() / text.norm(dim=1).mean())
 
 

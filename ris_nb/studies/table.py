@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..contract import RISError
 from ..data.writer import make_refshapes
+from .gathering import gathering_study
 from .law import law_study
 from .magnet import magnet_study, parts_study
 from .runner import run_study, study_table
@@ -32,7 +33,8 @@ class StudyPlan:
 STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refshapes oIoU", "refshapes mIoU", "refshapesg mIoU")),
            "sag": StudyPlan(sag_study, ("refshapes",), ("refshapes oIoU", "refshapes mIoU")),
            "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU", "kind mIoU", "kind+more mIoU")),  # it makes its own data
-           "parts": StudyPlan(parts_study, (), ("mIoU", "found", "rival marked"))}  # so does this
+           "parts": StudyPlan(parts_study, (), ("mIoU", "found", "rival marked")),  # so does this
+           "gathering": StudyPlan(gathering_study, (), ("mIoU", "oIoU", "on the referent", "by chance"))}  # and this needs none
 
 # %% ../../nbs/workshop/study_table.ipynb #s03
 def repeat_study(name: str, folder: str | Path, seeds: Iterable[int] = (0, 1, 2), steps: int | None = None, only: Iterable[str] = (),
