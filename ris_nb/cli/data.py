@@ -32,9 +32,9 @@ class Shapes:
       ris-nb data shapes small --counts train 500 val 100
     """
     root: Annotated[Positional[Path], arg(metavar="FOLDER")]
-    """Data root, the folder to write to; one root takes all three flavours."""
-    flavour: Literal["refshapes", "refshapes+", "refshapesg"] = "refshapes"
-    """refshapes has location words, refshapes+ none, refshapesg long relational expressions."""
+    """Data root, the folder to write to; one root takes all flavours."""
+    flavour: Literal["refshapes", "refshapes+", "refshapesg", "refshapes_plural"] = "refshapes"
+    """refshapes has location words, refshapes+ none, refshapesg long relational expressions; refshapes_plural speaks of one thing, several or none."""
     counts: Annotated[dict[str, int] | None, arg(metavar="SPLIT INT ...")] = None
     """Scenes for each split (train, val, testA, testB, testC); a split left out gets none. Default: the full set."""
     size: int = 64

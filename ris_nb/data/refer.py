@@ -61,15 +61,13 @@ def _polygon_runs(polygons: list, height: int, width: int) -> list[dict]:
 
 # %% ../../nbs/03_refer.ipynb #045a
 def _mask_runs(segmentation: list | dict, height: int, width: int, absent: bool = False) -> list[dict]:
-    """The parts of a COCO segmentation (polygons, one RLE or a list of RLEs) as compressed RLEs.
+    """The parts of a COCO segmentation (one RLE, or a list of polygons and RLEs) as compressed RLEs.
 
     Raises ValueError where they make no mask of `height` x `width` pixels, an empty one, or, for what is `absent`, any but an empty one.
     """
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if all(isinstance(part, dict) for part in parts):
-        runs = [_rle_run(part, height, width) for part in parts]
-    else:
-        runs = _polygon_runs(parts, height, width)
+    runs = [_rle_run(part, height, width) for part in parts if isinstance(part, dict)]
+    if polygons := [part for part in parts if not isinstance(part, dict)]: runs += _polygon_runs(polygons, height, width)
     covers = bool(runs) and bool(coco_mask.area(runs).any())
     if not (covers or absent and runs): raise ValueError("it covers no pixel of its image")
     if covers and absent: raise ValueError("it covers pixels, and its sentences are said to fit nothing in the image")
@@ -196,15 +194,20 @@ def _phrasecut_files(folder: Path) -> dict[str, Path]:
     paths = {split: folder / f"refer_{split}.json" for split in _PHRASECUT_SPLITS}
     return {split: path for split, path in paths.items() if path.is_file()}
 
+def _refs_files(folder: Path) -> dict[str, Path]:
+    """The file of each way of splitting a data set: refs(unc).p, or gRefCOCO's grefs(unc).json."""
+    return {path.stem.partition("(")[2][:-1]: path for pattern in ("refs(*).p", "grefs(*).json") for path in folder.glob(pattern)}
+
 def _splits_by(folder: Path) -> list[str]:
-    return ["authors"] if _phrasecut_files(folder) else sorted(path.name[5:-3] for path in folder.glob("refs(*).p"))
+    return ["authors"] if _phrasecut_files(folder) else sorted(_refs_files(folder))
 
 def _datasets(root: Path) -> list[str]:
-    return sorted({path.parent.name for pattern in ("*/refs(*).p", "phrasecut/refer_*.json") for path in root.glob(pattern)})
+    return sorted({path.parent.name for pattern in ("*/refs(*).p", "*/grefs(*).json", "phrasecut/refer_*.json") for path in root.glob(pattern)})
 
 # %% ../../nbs/03_refer.ipynb #062a
 def _how_to_get(root: Path, dataset: str) -> str:
-    if dataset.startswith("refshapes"): return f"`ris-nb data shapes {root}` makes it"
+    flag = "" if dataset == "refshapes" else f" --flavour {dataset}"
+    if dataset.startswith("refshapes"): return f"`ris-nb data shapes {root}{flag}` makes it"
     if dataset.startswith("reftoys"): return f"`ris-nb data toys {root} --flavour {dataset}` makes it"
     if dataset in {name for name, _ in PUBLISHED}: return f"`ris-nb data prepare {dataset} --root {root}` fetches what is missing"
     return f"annotations belong in {root / dataset}, photos in {root / 'images' / dataset}"
@@ -213,7 +216,7 @@ def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:
     found = _splits_by(root / dataset)
     if not found:
         there = ", ".join(_datasets(root)) or "no data set at all"
-        looked = "refer_*.json" if dataset == "phrasecut" else "refs(*).p"
+        looked = {"phrasecut": "refer_*.json", "grefcoco": "grefs(*).json"}.get(dataset, "refs(*).p")
         raise RISError(f"no {dataset} in {root}: looked for {root / dataset / looked}, found {there}; {_how_to_get(root, dataset)}")
     if split_by is None and len(found) > 1:
         raise RISError(f"{dataset} in {root} is split by {' and by '.join(found)}: say which one you want (split_by)")
@@ -224,7 +227,7 @@ def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:
 # %% ../../nbs/03_refer.ipynb #063
 def photo_folders(dataset: str) -> tuple[str, ...]:
     """Folders below the data root in which the images of a data set may be; write to the first."""
-    return _PHOTO_FOLDERS if dataset.startswith("refcoco") else (f"images/{dataset}",)
+    return _PHOTO_FOLDERS if dataset.startswith(("refcoco", "grefcoco")) else (f"images/{dataset}",)
 
 def _image_folder(root: Path, dataset: str) -> Path:
     names = photo_folders(dataset)
@@ -234,10 +237,10 @@ def _image_folder(root: Path, dataset: str) -> Path:
     raise RISError(f"the images of {dataset} are missing: looked for {looked}; {_how_to_get(root, dataset)}")
 
 # %% ../../nbs/03_refer.ipynb #063a
-def _sentence(entry: dict) -> Sentence:
+def _sentence(entry: dict, kind: str = "") -> Sentence:
     text = entry["raw"] if "raw" in entry else entry["sent"]
     if not isinstance(text, str): raise ValueError("a sentence is no string")
-    return Sentence(text, str(entry.get("kind", "")), int(entry.get("sent_id", -1)))
+    return Sentence(text, str(entry.get("kind", kind)), int(entry.get("sent_id", -1)))
 
 def _size(image: dict) -> tuple[int, int]:
     height, width = int(image["height"]), int(image["width"])
@@ -245,11 +248,28 @@ def _size(image: dict) -> tuple[int, int]:
         raise ValueError(f"image {image['id']} is said to have {height} x {width} pixels")
     return height, width
 
-def _referral(ref: dict, annotation: dict, image: tuple, categories: dict) -> Referral:
-    box = annotation.get("bbox")
-    return Referral(int(ref["ref_id"]), *image, categories.get(ref.get("category_id"), ""), str(ref["split"]),
-                    tuple(map(_sentence, ref["sentences"])), tuple(map(float, box)) if box else None, annotation.get("segmentation"),
-                    bool(ref.get("no_target", False)))
+# %% ../../nbs/03_refer.ipynb #063h
+def _as_list(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+def _annotation_ids(ref: dict) -> list[int]:
+    """The annotations that a ref names: `ann_id` is a number, or a list as in gRefCOCO, where [-1] means none."""
+    ids = _as_list(ref["ann_id"])
+    if ids == [-1]: return []
+    if not ids or -1 in ids: raise ValueError(f"ann_id {ids} must list annotations, or be [-1] where the sentences fit nothing")
+    return ids
+
+def _referral(ref: dict, annotations: list[dict], image: tuple, categories: dict) -> Referral:
+    kind = "" if not isinstance(ref["ann_id"], list) else ("none", "one", "many")[min(len(annotations), 2)]
+    names = {categories.get(number, "") for number in _as_list(ref.get("category_id"))}
+    boxes = np.array([box for a in annotations if (box := a.get("bbox"))], dtype=float).reshape(-1, 4)
+    low, high = (boxes[:, :2].min(0), (boxes[:, :2] + boxes[:, 2:]).max(0)) if len(boxes) else ([], [])
+    parts = [a.get("segmentation") for a in annotations]
+    if len(parts) > 1: parts = [[part for whole in parts for part in _as_list(whole)]]   # the union, when the mask is decoded
+    empty = {"size": list(image[2]), "counts": [image[2][0] * image[2][1]]}
+    return Referral(int(ref["ref_id"]), *image, names.pop() if len(names) == 1 else "", str(ref["split"]),
+                    tuple(_sentence(entry, kind) for entry in ref["sentences"]), (*map(float, low), *map(float, high - low)) if len(boxes) else None,
+                    parts[0] if parts else empty, not annotations or bool(ref.get("no_target", False)))
 
 # %% ../../nbs/03_refer.ipynb #065
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
@@ -266,16 +286,20 @@ def _index(instances: dict, folder: Path, wanted: set | None = None) -> tuple[di
     return annotations, images, {c["id"]: str(c["name"]) for c in instances.get("categories", ())}
 
 # %% ../../nbs/03_refer.ipynb #065s0
+def _read_refs(path: Path) -> list:
+    return _read_json(path, list, "refs") if path.suffix == ".json" else load_plain_pickle(path)
+
+
 def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
     """Join refs, annotations and images into referrals. ValueError says which entry is wrong, and how."""
     try:
-        annotations, images, categories = _index(instances, folder, {ref["ann_id"] for ref in refs})
+        annotations, images, categories = _index(instances, folder, {i for ref in refs for i in _as_list(ref["ann_id"])})
     except _MALFORMED as error:
         raise ValueError(f"not as the REFER toolbox has it ({_describe(error)})") from None
     referrals = []
     for number, ref in enumerate(refs):
         try:
-            referrals.append(_referral(ref, annotations[ref["ann_id"]], images[ref["image_id"]], categories))
+            referrals.append(_referral(ref, [annotations[i] for i in _annotation_ids(ref)], images[ref["image_id"]], categories))
         except _MALFORMED as error:
             raise ValueError(f"entry {number} is malformed, or its annotation or image is not in instances.json "
                              f"({_describe(error)})") from None
@@ -283,20 +307,20 @@ def _join(refs: list, instances: dict, folder: Path) -> list[Referral]:
 
 # %% ../../nbs/03_refer.ipynb #066
 class ReferData(Referrals):
-    """A data set in the layout of the REFER toolbox: RefCOCO, RefCOCO+, RefCOCOg, RefShapes.
+    """A data set in the layout of the REFER toolbox: RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO, RefShapes.
 
-    Reads `root/<dataset>/refs(<split_by>).p` and `root/<dataset>/instances.json`; images lie in `root/images/mscoco/images/train2014`
-    for refcoco*, in `root/images/<dataset>` otherwise. Without `split_by` it takes the only division there is.
+    Reads `root/<dataset>/refs(<split_by>).p` (gRefCOCO: `grefs(<split_by>).json`) and `root/<dataset>/instances.json`; images lie in
+    `root/images/mscoco/images/train2014` for refcoco* and grefcoco, in `root/images/<dataset>` otherwise. Without `split_by` it takes the only division there is.
     Raises `RISError` where something is missing, corrupt or contradictory. Images and masks are read only when asked for.
     """
     def __init__(self, root: str | Path, dataset: str = "refcoco", split_by: str | None = None):
         root = Path(root)
         split_by = _choose_split_by(root, dataset, split_by)
-        refs, instances = root / dataset / f"refs({split_by}).p", root / dataset / "instances.json"
+        refs, instances = _refs_files(root / dataset)[split_by], root / dataset / "instances.json"
         if not instances.is_file(): raise RISError(f"{instances} is missing: {_how_to_get(root, dataset)}")
         folder = _image_folder(root, dataset)
         try:
-            super().__init__(root, dataset, split_by, _join(load_plain_pickle(refs), _read_json(instances), folder))
+            super().__init__(root, dataset, split_by, _join(_read_refs(refs), _read_json(instances), folder))
         except RISError:
             raise
         except ValueError as error:

@@ -14,8 +14,8 @@ from pycocotools import mask as run_lengths
 
 from .pickles import _read_json
 from .refer import Referral, Referrals
-from .shapes import FLAVOURS, GRID, Scene, denote, make_scene
-from .speaker import Expression, refer
+from .shapes import GRID, Scene, make_scene
+from .speaker import SHAPE_FLAVOURS, Expression, _NUMBERS, Several, denote_several, refer
 from .toy_phrases import ToyPhrase, _links_are_clear, _toy_facts, denote_toys
 from .toy_speaker import TOY_FLAVOURS, ToyExpression, _members, _surely_fits, refer_toys
 from .toys import TOY_GRID, ToyScene, make_toys
@@ -70,10 +70,20 @@ def as_referral(referral: Referral, number: int, mask: np.ndarray) -> Referral:
     return replace(referral, ref_id=-1 - number, category="", sentences=(), bbox=None, absent=False, segmentation=dict(code))
 
 # %% ../../nbs/workshop/scenes.ipynb #s03a
+def _is_said(phrase: Several, found: int, scene: Scene) -> bool:
+    """Whether a plural finds as many things as it needs, and each of two phrases one thing of its own."""
+    if len(phrase.parts) > 1:
+        return found == len(phrase.parts) == sum(len(denote_several(part, scene.things)) for part in phrase.parts)
+    number = phrase.before.removeprefix("the ")
+    return number == _NUMBERS.get(found) if number in _NUMBERS.values() else found != 1
+
+
 def _shapes_scene(scene: Scene) -> tuple[np.ndarray, Callable]:
     """What `Scenes` asks of a scene of RefShapes."""
-    def named(phrase) -> list[int]:
-        found = denote(phrase, scene.things)
+    def named(phrase) -> list[int] | None:
+        found = denote_several(phrase, scene.things)
+        if isinstance(phrase, Several) and not _is_said(phrase, len(found), scene):
+            return None
         return [i for i, thing in enumerate(scene.things) if any(thing is f for f in found)]
     return scene.masks, named
 
@@ -97,7 +107,7 @@ def open_scenes(data: Referrals, book: int = 4000) -> Scenes | None:
     note = data.root / data.dataset / "generated.json"
     recipe = _read_json(note, of="the recipe of a generator") if note.is_file() else {}
     flavour = recipe.get("flavour")
-    if flavour not in FLAVOURS + TOY_FLAVOURS:
+    if flavour not in SHAPE_FLAVOURS + TOY_FLAVOURS:
         return None
     make, grid, say, open_one = (make_toys, TOY_GRID, refer_toys, _toy_scene) if flavour in TOY_FLAVOURS else (make_scene, GRID, refer, _shapes_scene)
     places = [(split, index) for split, count in {**recipe["counts"], "train": book}.items() for index in range(count)]

@@ -5,21 +5,22 @@
 # %% ../../nbs/workshop/speaker.ipynb #imp-e
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..contract import RISError
-from .shapes import _COLOUR_NAMES, FLAVOURS, HELD_OUT, MARGIN, ROUND, SIZES, SPLITS, Dice, Phrase, Scene, Thing, say
+from .shapes import (_COLOUR_NAMES, _SIZE_NAMES, FLAVOURS, HELD_OUT, MARGIN, ROUND, SHAPES, SIZES, SPLITS, Dice, Phrase, Scene, Thing,
+                                 denote, say)
 from ..show import show_referral
 
 if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['KINDS', 'Expression', 'refer', 'show_scene']
+__all__ = ['KINDS', 'MANY_KINDS', 'SHAPE_FLAVOURS', 'Expression', 'refer', 'show_scene']
 
 # %% ../../nbs/workshop/speaker.ipynb #050
 _SIZE, _COLOUR, _SHAPE = 1, 2, 4       # a form says which of the three a phrase names: 6 is "red star", 0 "thing"
@@ -60,13 +61,14 @@ class _Facts(NamedTuple):
     """What is true in a scene, sets of things as bits: `forms[t][form]`, all that t's description in that form fits; for
     each superlative the `rivals[t]` that t does not beat; for each relation all that t may stand in it to (`near`) and
     all that may stand in it to t (`reach`); and `links[t]`, all (relation, anchor) that clearly hold of t, the anchor being of
-    another shape."""
+    another shape. `split`: the one that the scene belongs to."""
     things: list[Thing]
     forms: list[tuple[int, ...]]
     rivals: dict[str, list[int]]
     near: dict[str, list[int]]
     reach: dict[str, list[int]]
     links: list[list[tuple[str, int]]]
+    split: str = "train"
 
 
 def _bits(table: np.ndarray) -> list:
@@ -78,7 +80,7 @@ def _same_colour(things: list[Thing]) -> np.ndarray:
     return ((hue == hue[:, None]) & ~np.eye(len(hue), dtype=bool))[None]
 
 # %% ../../nbs/workshop/speaker.ipynb #054
-def _find_facts(things: list[Thing], flavour: str) -> _Facts:
+def _find_facts(things: list[Thing], flavour: str, split: str = "train") -> _Facts:
     """The facts that the expressions of a flavour use."""
     if flavour == "refshapes+":
         rivals, clear, near = _size_facts(things)
@@ -88,7 +90,7 @@ def _find_facts(things: list[Thing], flavour: str) -> _Facts:
     else:
         rivals, clear, near = _place_facts(things)
         extremes, relations = ("left", "right", "top", "bottom"), ("left", "right", "above", "below")
-        if flavour == "refshapes":
+        if flavour != "refshapesg":
             rivals, extremes = np.concatenate((rivals, _size_facts(things)[0])), (*extremes, "large", "small")
     named = [dict(zip(names, _bits(table))) for names, table in (
         (extremes, rivals), (relations, near), (relations, near.transpose(0, 2, 1)))]
@@ -96,7 +98,7 @@ def _find_facts(things: list[Thing], flavour: str) -> _Facts:
     for which, t, a in zip(*[row.tolist() for row in clear.nonzero()]):
         if things[t].shape != things[a].shape:
             links[t].append((relations[which], a))
-    return _Facts(things, _form_sets(things), *named, links)
+    return _Facts(things, _form_sets(things), *named, links, split)
 
 # %% ../../nbs/workshop/speaker.ipynb #057
 def _turned(items: tuple | list, dice: Dice):
@@ -210,33 +212,112 @@ def _nested(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
 def _anchor_phrase(facts: _Facts, a: int, form: int, relation: str | None = None, b: int = 0, last: int = 0) -> Phrase:
     return _describe(facts.things[a], form, None, relation, _describe(facts.things[b], last) if relation else None)
 
+# %% ../../nbs/workshop/speaker.ipynb #067n
+class Several(NamedTuple):
+    """What an expression of several things says: one phrase in the plural, with a word before it ("the", "all", "the two"),
+    or two phrases that mean one thing each, joined by "and"."""
+    parts: tuple[Phrase, ...]
+    before: str = "the"
+
+
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+
+def say_several(phrase: Phrase | Several, roll: Callable[[int], int] = lambda sides: 0) -> str:
+    """Put what an expression says into words, as `say` does it for one phrase; of several, phrases without superlative and relation."""
+    if isinstance(phrase, Phrase):
+        return say(phrase, roll)
+    if len(phrase.parts) > 1:
+        return " and ".join([say(part, roll) for part in phrase.parts])
+    words = say(phrase.parts[0], roll).split()
+    return " ".join([phrase.before, *words[1:-1], words[-1] + ("es" if words[-1] == "cross" else "s")])
+
+
+def denote_several(phrase: Phrase | Several, things: list[Thing]) -> list[Thing]:
+    """All things that an expression may mean: the union over its parts, in the order of the scene."""
+    found = [t for part in getattr(phrase, "parts", (phrase,)) for t in denote(part, things)]
+    return [t for t in things if any(t is f for f in found)]
+
+# %% ../../nbs/workshop/speaker.ipynb #067q
+def _members(bits: int) -> tuple[int, ...]:
+    return tuple([i for i in range(bits.bit_length()) if bits >> i & 1])
+
+
+def _asked(facts: _Facts) -> int:
+    return sum([1 << i for i, thing in enumerate(facts.things) if _is_asked_for(thing, facts.split)])
+
+
+def _plural(facts: _Facts, t: int, dice: Dice) -> Several | None:
+    """All things, t and at least one other, that a description of t fits; the shorter descriptions first."""
+    asked = _asked(facts)
+    for form in _turned((4, 2, 6, 5, 3), dice):
+        found = facts.forms[t][form]
+        if found & (found - 1) and not found & ~asked:
+            number = _NUMBERS.get(len(_members(found)))
+            words = ("the", "all", f"the {number}") if number else ("the", "all")
+            return Several((_describe(facts.things[t], form),), dice.pick(words))
+    return None
+
+
+def _pair(facts: _Facts, t: int, dice: Dice) -> Several | None:
+    """Two things, each by attributes of its own; neither is a mere "thing"."""
+    others = [i for i in _members(_asked(facts)) if i != t]
+    parts = [_attribute(facts, i, dice) for i in (t, dice.pick(others))] if others else [None]
+    return Several(tuple(parts)) if all([part and any(part[:3]) for part in parts]) else None
+
+
+def _none(facts: _Facts, t: int, dice: Dice) -> Phrase | None:
+    """A description of t with a word changed, so that it fits nothing."""
+    thing = facts.things[t]
+    for _ in range(6):
+        way = dice.roll(6)
+        if facts.split == "testC":
+            p = Phrase(*dice.pick(HELD_OUT)[::-1])
+        elif way < 4:
+            p = Phrase(thing.shape, dice.pick(facts.things).colour if way else dice.pick(_COLOUR_NAMES))
+        else:
+            p = Phrase(thing.shape, size=dice.pick(_SIZE_NAMES)) if way == 4 else Phrase(dice.pick(SHAPES))
+        if not denote(p, facts.things) and _is_wanted(p.colour, p.shape, facts.split):
+            return p
+    return None
+
 # %% ../../nbs/workshop/speaker.ipynb #066
 KINDS = ("attribute", "superlative", "relation", "nested")
-_FINDERS = dict(zip(KINDS, (_attribute, _superlative, _relation, _nested)))
-_WEIGHTS = {"refshapes": (14, 7, 6, 0), "refshapes+": (12, 6, 8, 0), "refshapesg": (1, 0, 7, 22)}
-_MENUS = {flavour: [kind for kind, weight in zip(KINDS, weights) for _ in range(weight)]
+MANY_KINDS = ("plural", "pair", "none")     # of refshapes_plural alone: several things, or none
+SHAPE_FLAVOURS = (*FLAVOURS, "refshapes_plural")
+_FINDERS = dict(zip(KINDS + MANY_KINDS, (_attribute, _superlative, _relation, _nested, _plural, _pair, _none)))
+_WEIGHTS = {"refshapes": (14, 7, 6, 0), "refshapes+": (12, 6, 8, 0), "refshapesg": (1, 0, 7, 22), "refshapes_plural": (8, 4, 4, 0, 6, 2, 5)}
+_MENUS = {flavour: [kind for kind, weight in zip(_FINDERS, weights) for _ in range(weight)]
           for flavour, weights in _WEIGHTS.items()}
 _MOST_WORDS = 18      # with [CLS] and [SEP], the 20 tokens that models read
 
 
 @dataclass
 class Expression:
-    """The words, the number of the thing they refer to (`scene.things[referent]`, `scene.masks[referent]`), and their kind."""
+    """The words, the number of the thing they refer to (`scene.things[referent]`, `scene.masks[referent]`), and their kind.
+
+    An expression of several things or none (`MANY_KINDS`) has the numbers in `many`, and no `referent`, which is -1."""
     text: str
     referent: int
     kind: str
-    phrase: Phrase | None = None
+    phrase: Phrase | Several | None = None
+    many: tuple[int, ...] | None = None
 
     @property
     def referents(self) -> tuple[int, ...]:
-        """The referent as a set of one, for who reads other worlds, too."""
-        return (self.referent,)
+        """All that it refers to: one thing, several or none."""
+        return (self.referent,) if self.many is None else self.many
+
+
+def _is_wanted(colour: str | None, shape: str, split: str) -> bool:
+    """Whether a split speaks of this shape in this colour; None: in any."""
+    if split == "testC" or (colour, shape) in HELD_OUT:
+        return split == "testC" and (colour, shape) in HELD_OUT
+    return split in ("train", "val") or (shape in ROUND) == (split == "testA")
 
 
 def _is_asked_for(thing: Thing, split: str) -> bool:
-    if split == "testC":
-        return (thing.colour, thing.shape) in HELD_OUT
-    return split in ("train", "val") or (thing.shape in ROUND) == (split == "testA")
+    return _is_wanted(thing.colour, thing.shape, split)
 
 # %% ../../nbs/workshop/speaker.ipynb #067
 def _expressions(facts: _Facts, t: int, flavour: str, dice: Dice, most: int) -> dict[str, Expression]:
@@ -247,28 +328,32 @@ def _expressions(facts: _Facts, t: int, flavour: str, dice: Dice, most: int) -> 
         if phrase is None:
             hopeless.add(kind)
             continue
-        text = say(phrase, dice.roll)
+        text = say_several(phrase, dice.roll)
         if text.count(" ") < _MOST_WORDS:
-            found[text] = Expression(text, t, kind, phrase)
+            meant = denote_several(phrase, facts.things) if kind in MANY_KINDS else None
+            many = meant and tuple([i for i, thing in enumerate(facts.things) if any([thing is m for m in meant])])
+            found[text] = Expression(text, t, kind, phrase) if meant is None else Expression(text, -1, kind, phrase, tuple(many))
     return found
 
 
 def refer(scene: Scene, flavour: str = "refshapes", most: int = 3) -> list[Expression]:
     """Up to `most` different expressions for each thing that the scene's split asks for; the same for the same scene.
 
-    Each has exactly one referent and no modifier it could do without. Things that cannot be singled out get none.
-    flavour: one of `FLAVOURS`. RISError: another flavour.
+    Each has exactly one referent and no modifier it could do without; those of `refshapes_plural` may have several referents or
+    none. Things that cannot be singled out get none. flavour: one of `SHAPE_FLAVOURS`. RISError: another flavour.
     """
-    if flavour not in FLAVOURS:
-        raise RISError(f"no flavour {flavour!r} of RefShapes: choose one of {', '.join(FLAVOURS)}")
-    dice = Dice(scene.seed, SPLITS.index(scene.split), scene.index, 1 + FLAVOURS.index(flavour))
-    facts = _find_facts(scene.things, flavour)
-    return [e for t, thing in enumerate(scene.things) if _is_asked_for(thing, scene.split)
-            for e in _expressions(facts, t, flavour, dice, most).values()]
+    if flavour not in SHAPE_FLAVOURS:
+        raise RISError(f"no flavour {flavour!r} of RefShapes: choose one of {', '.join(SHAPE_FLAVOURS)}")
+    dice, found = Dice(scene.seed, SPLITS.index(scene.split), scene.index, 1 + SHAPE_FLAVOURS.index(flavour)), {}
+    facts = _find_facts(scene.things, flavour, scene.split)
+    for t in [t for t, thing in enumerate(scene.things) if _is_asked_for(thing, scene.split)]:
+        for text, e in _expressions(facts, t, flavour, dice, most).items():
+            found.setdefault(text, e)   # "the red circles" may be said in the turn of each of them
+    return list(found.values())
 
 # %% ../../nbs/workshop/speaker.ipynb #071
 def show_scene(scene: Scene, expression: Expression | None = None, ax=None) -> plt.Axes:
     """Draw a scene; with an expression, its words above and its referent outlined."""
     if expression is None:
         return show_referral(scene.image, f"{scene.split} {scene.index}", ax=ax)
-    return show_referral(scene.image, expression.text, truth=scene.masks[expression.referent], ax=ax)
+    return show_referral(scene.image, expression.text, truth=scene.masks[list(expression.referents)].any(0), ax=ax)

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import replacing
 from ..contract import RISError
-from .shapes import FLAVOURS, GRID, SHAPES, SPLITS, Scene, _check_scene, make_scene
-from .speaker import Expression, refer
+from .shapes import GRID, SHAPES, SPLITS, Scene, _check_scene, make_scene
+from .speaker import SHAPE_FLAVOURS, Expression, refer
 from .toy_speaker import TOY_FLAVOURS, ToyExpression, refer_toys
 from .toys import TOY_GRID, TOY_KINDS, TOY_SPLITS, ToyScene, _check_toys, make_toys
 
@@ -58,9 +58,12 @@ def _check_recipe(world: _World, flavour: str, counts: dict[str, int], size: int
             "counts": {split: counts.get(split, 0) for split in world.splits}}
 
 # %% ../../nbs/workshop/writer.ipynb #080
+_REFS = ("refs(generated).p", "grefs(generated).json")   # the second where sentences may mean several things or none
+
+
 def _is_there(folder: Path, recipe: dict) -> bool:
     """Whether a complete set of this recipe is there; RISError for a set of another recipe."""
-    if not (folder / "refs(generated).p").exists():
+    if not any((folder / name).exists() for name in _REFS):
         return False
     note = folder / "generated.json"
     try:
@@ -73,31 +76,33 @@ def _is_there(folder: Path, recipe: dict) -> bool:
     raise RISError(f"{folder} already holds another data set ({'; '.join(other)}): choose another root or delete it")
 
 # %% ../../nbs/workshop/writer.ipynb #081
-def _annotations(scene: Scene | ToyScene, sets: list[tuple[int, ...]], categories: list[int], image_id: int, first_id: int) -> list[dict]:
-    """One COCO annotation for each set of things, the union of their masks as run lengths. `categories`: of each thing; a mixed or empty set has 0."""
-    masks = np.array([scene.masks[list(members)].any(0) for members in sets])
-    codes = run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
-    areas, boxes, annotations = run_lengths.area(codes).tolist(), run_lengths.toBbox(codes).tolist(), []
-    for i, (members, code, area, box) in enumerate(zip(sets, codes, areas, boxes)):
-        kinds = {categories[t] for t in members}
-        annotations.append({"id": first_id + i, "image_id": image_id, "category_id": kinds.pop() if len(kinds) == 1 else 0, "iscrowd": 0,
-                            "segmentation": {"size": code["size"], "counts": code["counts"].decode()}, "area": area, "bbox": box})
-    return annotations
+def _annotations(scene: Scene | ToyScene, categories: list[int], image_id: int, first_id: int) -> list[dict]:
+    """One COCO annotation for each thing, its mask as run lengths. `categories`: of each thing."""
+    codes = run_lengths.encode(np.asfortranarray(scene.masks.transpose(1, 2, 0), dtype=np.uint8))
+    areas, boxes = run_lengths.area(codes).tolist(), run_lengths.toBbox(codes).tolist()
+    return [{"id": first_id + i, "image_id": image_id, "category_id": category, "iscrowd": 0,
+             "segmentation": {"size": code["size"], "counts": code["counts"].decode()}, "area": area, "bbox": box}
+            for i, (category, code, area, box) in enumerate(zip(categories, codes, areas, boxes))]
 
 
-def _references(expressions: list, annotations: dict[tuple[int, ...], dict], split: str, file_name: str, ref_id: int, sent_id: int) -> list[dict]:
-    """One entry of REFER's refs for each set of things that is referred to."""
+def _references(expressions: list, annotations: list[dict], lists: bool, split: str, image: dict, ref_id: int, sent_id: int) -> list[dict]:
+    """One entry of REFER's refs for each thing that is referred to; with `lists`, as gRefCOCO has it, for each set of things."""
     refs: dict[tuple[int, ...], dict] = {}
     for number, e in enumerate(expressions, sent_id):
-        a = annotations[e.referents]
+        ids, kinds = ([annotations[t][key] for t in e.referents] or [-1] for key in ("id", "category_id"))
         ref = refs.setdefault(e.referents, {
-            "ref_id": ref_id + len(refs), "ann_id": a["id"], "image_id": a["image_id"], "category_id": a["category_id"],
-            "file_name": file_name, "split": split, "sent_ids": [], "sentences": [], **({} if e.referents else {"no_target": True})})
+            "ref_id": ref_id + len(refs), "ann_id": ids if lists else ids[0], "image_id": image["id"], "category_id": kinds if lists else kinds[0],
+            "file_name": image["file_name"], "split": split, "sent_ids": [], "sentences": [], **({} if e.referents else {"no_target": True})})
         ref["sent_ids"].append(number)
         ref["sentences"].append({"tokens": e.text.split(), "raw": e.text, "sent": e.text, "sent_id": number, "kind": e.kind})
     return list(refs.values())
 
 # %% ../../nbs/workshop/writer.ipynb #082
+def _has_sets(flavour: str) -> bool:
+    """Whether an expression of the flavour may mean several things, or none."""
+    return flavour.endswith("_plural")
+
+
 def _write_images(world: _World, folder: Path, recipe: dict, progress: bool) -> tuple[dict, list[dict]]:
     """Draw and save every scene; return the content of instances.json, and the refs."""
     images, annotations, refs, sentences = [], [], [], 0
@@ -108,10 +113,10 @@ def _write_images(world: _World, folder: Path, recipe: dict, progress: bool) -> 
         Image.fromarray(scene.image).save(folder / name, compress_level=1)
         images.append({"id": image_id, "file_name": name, "height": len(scene.image), "width": len(scene.image)})
         found = world.refer(scene, recipe["flavour"])
-        sets = list(dict.fromkeys([*[(i,) for i in range(len(scene.things))], *[e.referents for e in found]]))
         categories = [1 + world.kinds.index(getattr(thing, world.kind)) for thing in scene.things]
-        annotations += _annotations(scene, sets, categories, image_id, len(annotations) + 1)
-        refs += _references(found, dict(zip(sets, annotations[-len(sets):])), split, name, len(refs) + 1, sentences + 1)
+        own = _annotations(scene, categories, image_id, len(annotations) + 1)
+        annotations += own
+        refs += _references(found, own, _has_sets(recipe["flavour"]), split, images[-1], len(refs) + 1, sentences + 1)
         sentences += len(found)
     kinds = [{"id": i, "name": kind, "supercategory": world.category} for i, kind in enumerate(world.kinds, 1)]
     return {"info": recipe, "images": images, "annotations": annotations, "categories": kinds}, refs
@@ -128,8 +133,8 @@ def _write(world: _World, root: str | Path, flavour: str, counts: dict[str, int]
         folder.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)
         instances, refs = _write_images(world, pictures, recipe, progress)
-        for name, data in (("instances.json", json.dumps(instances).encode()), ("generated.json", json.dumps(recipe).encode()),
-                           ("refs(generated).p", pickle.dumps(refs))):
+        last = (_REFS[1], json.dumps(refs).encode()) if _has_sets(flavour) else (_REFS[0], pickle.dumps(refs))
+        for name, data in (("instances.json", json.dumps(instances).encode()), ("generated.json", json.dumps(recipe).encode()), last):
             with replacing(folder / name) as temporary:
                 temporary.write_bytes(data)
     except OSError as error:
@@ -143,8 +148,9 @@ def make_refshapes(root: str | Path, flavour: str = "refshapes", counts: dict[st
 
     `counts` maps splits to numbers of scenes (default `COUNTS`; a split left out gets none). A data set that is
     already there is left alone; one made with other parameters is a RISError. The refs are written last and complete the set.
+    An expression of `refshapes_plural` may have several things, whose masks' union counts, or none (`Referral.absent`).
     """
-    world = _World("RefShapes", 1, FLAVOURS, SPLITS, "shape", "shape", SHAPES, _check_scene, make_scene, refer)
+    world = _World("RefShapes", 1, SHAPE_FLAVOURS, SPLITS, "shape", "shape", SHAPES, _check_scene, make_scene, refer)
     return _write(world, root, flavour, COUNTS if counts is None else counts, size, seed, progress)
 
 
