@@ -316,6 +316,13 @@ explore --models ''
 explore --models nowhere
 explore --released magnet_refcoco
 
+course
+course parents --out new
+course student
+course student --out data
+course student --out new --chapters 99
+course student --out new --chapters
+
 results ''
 results text.jpg
 results photo.png

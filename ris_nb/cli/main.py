@@ -36,6 +36,7 @@ COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one fr
     "explore": (".explore", "Explore", "run_explore", "play with the trained models in a browser"),
     "models": (".models", "Models", "run_models", "list the models that can be trained"),
     "study": (".study", "Study", "run_the_study", "train the variants of a chapter's study from several seeds"),
+    "course": (".course", "Course", "run_course", "write the edition for students, for whoever teaches, or for nbgrader"),
 }
 
 # %% ../../nbs/26_cli.ipynb #017

@@ -1,0 +1,148 @@
+"""Exercises: solutions pass every check, stubs fail every check, students get no solution, and nbgrader's own commands grade three submissions."""
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from test_course import imports, MODULES, name_of
+
+from ris_nb.course.check import verdict
+from ris_nb.course.editions import (exercises_of, is_check, is_hidden_test, nbgrader_edition, read_notebook, student_edition, student_exercises,
+                                    text_of)
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+SOURCES = sorted((NBS / "exercises").glob("*.ipynb"))
+each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+
+
+def run(notebook: dict, monkeypatch, hidden: bool = False) -> dict:
+    """The names that a notebook's code cells define, whatever else they raise."""
+    monkeypatch.chdir(NBS / "exercises")
+    names = {"__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code" and not is_check(cell) and (hidden or not is_hidden_test(cell)):
+            try:
+                with redirect_stdout(StringIO()):
+                    exec(compile(text_of(cell), cell["id"], "exec"), names)
+            except Exception:
+                if hidden:
+                    raise
+    return names
+
+
+@each_source
+def test_solutions_pass_their_checks_and_the_hidden_ones(path, monkeypatch):
+    notebook = read_notebook(path)
+    for student in ("", "ada"):  # constants of one's own
+        monkeypatch.setenv("RIS_NB_STUDENT", student)
+        names = run(notebook, monkeypatch, hidden=True)
+        found = [verdict(exercise.number, names) for exercise in exercises_of(notebook)]
+        assert [one for one in found if not one] == []
+
+
+@each_source
+def test_stubs_fail_their_checks(path, monkeypatch):
+    notebook = read_notebook(path)
+    names = run(student_exercises(notebook), monkeypatch)
+    assert [exercise.number for exercise in exercises_of(notebook) if verdict(exercise.number, names)] == []
+
+
+@each_source
+def test_exercises_are_complete(path):
+    notebook, number = read_notebook(path), path.name[:2]
+    found = exercises_of(notebook)
+    assert [exercise.number for exercise in found] == [f"{number}.{k + 1}" for k in range(len(found))] and 4 <= len(found) <= 6
+    assert len({exercise.kind for exercise in found}) > 1
+    texts = [text_of(cell) for cell in notebook["cells"]]
+    for exercise in found:
+        assert f'check("{exercise.number}")' in texts and f'@exercise("{exercise.number}")' in "\n".join(texts)
+    assert "<details><summary>Hint</summary>" in "\n".join(texts)
+    for text in texts:  # what asks for a written answer says what it is worth
+        assert ("<!-- BEGIN SOLUTION -->" in text) == ("<!-- BEGIN RUBRIC -->" in text) == bool(re.search(r"Rubric \(\d+ points?\)", text))
+
+
+def chapters_needed(module: str) -> set[str]:
+    """The numbers of the chapters whose modules a module of the library imports, directly or by way of others."""
+    homes = {name_of(path): re.search(r"^# %% (\S+\.ipynb)", path.read_text(encoding="utf-8"), re.M)[1] for path in MODULES}
+    paths, seen, todo = {name_of(path): path for path in MODULES}, set(), [module]
+    while todo:
+        name = todo.pop()
+        if name in paths and name not in seen:
+            seen.add(name)
+            todo += imports(paths[name])
+    return {Path(homes[name]).name[:2] for name in seen if "exercises" not in homes[name]} & {path.name[:2] for path in NBS.glob("[0-9]*.ipynb")}
+
+
+@each_source
+def test_exercises_need_no_later_chapter(path):
+    text = "\n".join(text_of(cell) for cell in read_notebook(path)["cells"] if cell["cell_type"] == "code")
+    for module in {*re.findall(r"(?:from|import)\s+(ris_nb(?:\.\w+)+)", text)}:
+        assert {number for number in chapters_needed(module) if number > path.name[:2]} == set(), module
+
+
+def test_the_students_edition_holds_no_solution(tmp_path):
+    out = student_edition(NBS, tmp_path / "out")
+    for path in out.rglob("*"):
+        if path.suffix in (".ipynb", ".json") and "results" not in path.parts:
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(BEGIN|END) (SOLUTION|HIDDEN TESTS|RUBRIC)|@exercise", text), path
+    for source in SOURCES:
+        handed_out = json.dumps(read_notebook(out / "nbs" / "exercises" / source.name))
+        for cell in read_notebook(source)["cells"]:
+            for region in re.findall(r"BEGIN (?:SOLUTION|HIDDEN TESTS|RUBRIC).*?\n(.*?)\n[^\n]*END ", text_of(cell), re.S):
+                for line in region.splitlines():
+                    assert len(line.strip()) < 20 or json.dumps(line.strip())[1:-1] not in handed_out, line
+
+
+# --- nbgrader ---
+
+def nbgrader(*words: str, folder: Path) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_NO_CONFIG": "1"}
+    done = subprocess.run([sys.executable, "-m", "nbgrader", *words], cwd=folder, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nbgrader_grades_three_submissions(tmp_path, monkeypatch):
+    pytest.importorskip("nbgrader", reason='nbgrader comes with pip install -e ".[dev]"')
+    from nbgrader.api import Gradebook
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # nbgrader calls the program alembic
+    nbgrader_edition(NBS, tmp_path / "course", ("07",))
+    course, name = tmp_path / "course", "07_lavt.ipynb"
+    nbgrader("generate_assignment", "ch07", "--create", folder=course)
+    released = read_notebook(course / "release" / "ch07" / name)
+    assert not re.search(r"BEGIN (SOLUTION|HIDDEN TESTS|RUBRIC)", json.dumps(released))
+    answers = {cell["metadata"]["nbgrader"]["grade_id"]: cell["source"] for cell in read_notebook(course / "source" / "ch07" / name)["cells"]
+               if cell["metadata"].get("nbgrader", {}).get("solution")}
+
+    def submit(student: str, change) -> None:
+        notebook = copy.deepcopy(released)
+        for cell in notebook["cells"]:
+            grade_id = cell["metadata"].get("nbgrader", {}).get("grade_id")
+            if grade_id in answers and cell["cell_type"] == "code":
+                cell["source"] = change(grade_id, cell["source"])
+        path = course / "submitted" / student / "ch07" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+
+    submit("right", lambda grade_id, stub: answers[grade_id])
+    submit("wrong", lambda grade_id, stub: "".join(answers[grade_id]).replace("softmax(-1)", "softmax(-2)") if grade_id.startswith("answer-07-1-") else answers[grade_id])
+    submit("empty", lambda grade_id, stub: stub)
+    nbgrader("autograde", "ch07", "--create", folder=course)
+    nbgrader("generate_feedback", "ch07", folder=course)
+    checks = {f"check-{exercise.number.replace('.', '-')}": exercise.points for exercise in exercises_of(read_notebook(NBS / "exercises" / name))}
+    with Gradebook(f"sqlite:///{course}/gradebook.db") as book:
+        for student, lost in (("right", 0), ("wrong", checks["check-07-1"]), ("empty", sum(checks.values()))):
+            grades = {grade.name: grade.auto_score for grade in book.find_submission_notebook("07_lavt", "ch07", student).grades}
+            assert sum(grades[check] for check in checks) == sum(checks.values()) - lost, (student, grades)
+            assert (course / "feedback" / student / "ch07" / "07_lavt.html").is_file()
