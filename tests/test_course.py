@@ -228,6 +228,6 @@ def test_few_names_are_public():
     """`#| export` makes a name public, `#| exporti` does not: what `import ris_nb` gives, what chapters take by name, and little else."""
     public = {(module.relative_to(LIBRARY).as_posix(), name) for module in MODULES for node in ast.parse(module.read_text(encoding="utf-8")).body
               if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__" for name in ast.literal_eval(node.value)}
-    assert len(public) <= 200
+    assert len(public) <= 230
     missing = {(module.replace(".", "/") + ".py", name) for module, names in ris_nb._ROOMS.items() for name in names.split()} - public
     assert missing == set()
