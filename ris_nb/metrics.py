@@ -39,7 +39,8 @@ def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
 def iou(prediction, truth) -> Tensor:
     """Intersection over union of bool masks (..., H, W): a float64 tensor (...,) in [0, 1].
 
-    Two empty masks have an empty union and score 0, as in MagNet's released evaluation. Raises as `intersection_union`.
+    Two empty masks have an empty union and score 0, as in MagNet's released evaluation; where the sentence fits nothing, it is
+    the scores that know better (`SegmentationMetrics`). Raises as `intersection_union`.
     """
     return _ratio(*intersection_union(prediction, truth))
 
@@ -47,40 +48,59 @@ def iou(prediction, truth) -> Tensor:
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 # %% ../nbs/01_task.ipynb #047
-def _sums(intersection: Tensor, union: Tensor) -> Tensor:
-    # of masks with these counts (B,): expressions, intersections, unions, IoUs, and expressions that reach each threshold
-    ious = _ratio(intersection, union)
-    reached = [(ious >= x).sum() for x in THRESHOLDS]
-    return torch.stack([torch.tensor(len(ious)), intersection.double().sum(), union.double().sum(), ious.sum(), *reached])
+def _sums(intersection: Tensor, union: Tensor, absent: Tensor, empty: Tensor) -> Tensor:
+    # of masks with these counts (B,): expressions, intersections, unions, IoUs, and expressions that reach each threshold;
+    # then sentences that fit nothing, those of them with the right (empty) answer, and the others with an answer
+    right = absent & (union == 0)
+    ious = torch.where(absent, right.double(), _ratio(intersection, union))
+    reached = [((ious >= x) & ~absent).sum() for x in THRESHOLDS]
+    return torch.stack([torch.tensor(len(ious)), intersection.double().sum(), union.double().sum(), ious.sum(), *reached,
+                        absent.sum(), right.sum(), (~absent & ~empty).sum()])
 
 # %% ../nbs/01_task.ipynb #047b
 def _fractions(sums: list[float]) -> dict[str, float]:
-    n, intersection, union, ious, *reached = sums
+    n, intersection, union, ious, *reached, absent, right, answered = sums
     if n == 0:
         raise RISError("no expression has been scored: is the split empty?")
+    targets = n - absent
     result = {"expressions": int(n), "oIoU": intersection / max(union, 1), "mIoU": ious / n}
-    return result | {f"Prec@{x:g}": k / n for x, k in zip(THRESHOLDS, reached)}
+    result |= {f"Prec@{x:g}": k / max(targets, 1) for x, k in zip(THRESHOLDS, reached)}
+    if absent:
+        result |= {"without target": int(absent), "cIoU": result["oIoU"], "gIoU": result["mIoU"], "N-acc": right / absent}
+        result |= {"T-acc": answered / targets} if targets else {}
+    return result
 
 # %% ../nbs/01_task.ipynb #049
 class SegmentationMetrics:
-    """oIoU, mIoU and Prec@X, in [0, 1], of a stream of masks; `totals`, nine sums, add up over parts. RISError: nothing scored."""
+    """oIoU, mIoU and Prec@X, in [0, 1], of a stream of masks; `totals`, twelve sums, add up over parts. RISError: nothing scored.
+
+    A sentence that fits nothing (`absent`) scores 1 for an empty answer and 0 for any other, whose pixels add to the unions.
+    """
 
     def __init__(self):
-        self.totals = torch.zeros(4 + len(THRESHOLDS), dtype=torch.float64)  # pixel counts stay exact up to 2**53
+        self.totals = torch.zeros(7 + len(THRESHOLDS), dtype=torch.float64)  # pixel counts stay exact up to 2**53
 
-    def update(self, prediction, truth) -> None:
-        """Score bool masks: (H, W), (B, H, W), or two lists of (H, W) masks, whose sizes may differ from pair to pair."""
+    def update(self, prediction, truth, absent=False) -> None:
+        """Score bool masks: (H, W), (B, H, W), or two lists of (H, W) masks, whose sizes may differ from pair to pair.
+
+        absent: a bool for all of them or one for each; the sentence fits nothing, so its truth is empty."""
         if not isinstance(prediction, (list, tuple)):
-            return self.update_counts(*intersection_union(prediction, truth))
+            counts = intersection_union(prediction, truth)
+            return self.update_counts(*counts, absent, ~torch.as_tensor(prediction).flatten(-2).any(-1))
         if len(prediction) != len(truth):
             raise RISError(f"{len(prediction)} predictions for {len(truth)} truths: pass one of each per expression")
-        for one, other in zip(prediction, truth):
-            self.update(one, other)
+        for one, other, none in zip(prediction, truth, [absent] * len(truth) if isinstance(absent, bool) else absent):
+            self.update(one, other, none)
 
-    def update_counts(self, intersection, union) -> None:
-        """Score masks that were already counted: two integers, or two tensors (B,), of pixels."""
-        self.totals += _sums(*(torch.as_tensor(x).reshape(-1).cpu() for x in (intersection, union)))
+    def update_counts(self, intersection, union, absent=False, empty=False) -> None:
+        """Score masks that were already counted: two integers, or two tensors (B,), of pixels.
+
+        absent: as in `update`. empty: answers without a pixel, which T-acc counts; each a bool for all or one for each."""
+        counts = [torch.as_tensor(x).reshape(-1).cpu() for x in (intersection, union, absent, empty)]
+        self.totals += _sums(*torch.broadcast_tensors(*counts))
 
     def compute(self) -> dict[str, float]:
-        """`expressions`, then `oIoU`, `mIoU` and `Prec@X` as fractions in [0, 1]. `RISError` if nothing was scored."""
+        """`expressions`, then `oIoU`, `mIoU` and `Prec@X` as fractions in [0, 1], Prec@X of the sentences with a target.
+
+        Where some have none: also how many (`without target`), `cIoU`, `gIoU`, `N-acc` and `T-acc`. `RISError` if nothing was scored."""
         return _fractions(self.totals.tolist())

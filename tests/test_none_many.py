@@ -2,10 +2,11 @@
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from ris_nb import Grounded, create_model
+from ris_nb import Grounded, create_model, evaluate
 from ris_nb.contract import RISError
 from ris_nb.data.batches import ReferralDataset, collate
 from ris_nb.data.check import check_data
@@ -14,6 +15,9 @@ from ris_nb.data.shapes import HELD_OUT, ROUND, SPLITS, is_minimal, make_scene
 from ris_nb.data.sources import open_data
 from ris_nb.data.speaker import KINDS, MANY_KINDS, denote_several, refer
 from ris_nb.data.writer import make_refshapes
+from ris_nb.evaluation.floors import Floor
+from ris_nb.evaluation.report import Record, Report, make_report
+from ris_nb.metrics import SegmentationMetrics
 from ris_nb.models.mask_grounding import TINY_PREDICTOR
 
 
@@ -95,3 +99,107 @@ def test_empty_masks_are_trained_on(root, name, kinds):
     assert all(torch.isfinite(loss) for loss in losses.values()), losses
     gradients = [p.grad for p in harness.parameters() if p.grad is not None]
     assert gradients and all(torch.isfinite(g).all() for g in gradients)
+
+
+# ---- scores: ten sentences by hand, every corner case
+
+def strip(*pixels):
+    mask = np.zeros((2, 10), bool)
+    mask.flat[list(pixels)] = True
+    return mask
+
+
+#       truth              answer                   fits nothing  I   U  score
+TEN = [(strip(*range(10)), strip(*range(10)),       False,       10, 10, 1.0),    # found to the pixel
+       (strip(*range(10)), strip(*range(9)),        False,        9, 10, 0.9),    # exactly 0.9: reaches Prec@0.9
+       (strip(*range(10)), strip(*range(7)),        False,        7, 10, 0.7),    # exactly 0.7
+       (strip(0, 1, 8, 9), strip(0, 1),             False,        2,  4, 0.5),    # two things, of which one is found
+       (strip(0, 1, 8, 9), strip(0, 1, 7, 8, 9),    False,        4,  5, 0.8),    # two things, both found, a pixel too much
+       (strip(3, 4),       strip(13, 14, 15),       False,        0,  5, 0.0),    # the wrong thing
+       (strip(3, 4, 5, 6), strip(),                 False,        0,  4, 0.0),    # "there is none", and there is
+       (strip(),           strip(),                 True,         0,  0, 1.0),    # "there is none", rightly
+       (strip(),           strip(5, 6, 7),          True,         0,  3, 0.0),    # there is none, and 3 pixels are marked
+       (strip(),           strip(*range(20)),       True,         0, 20, 0.0)]    # there is none, and everything is marked
+BY_HAND = {"expressions": 10, "without target": 3,
+           "cIoU": 32 / 71,                                      # (10+9+7+2+4) / (10+10+10+4+5+5+4+0+3+20)
+           "gIoU": (1 + 0.9 + 0.7 + 0.5 + 0.8 + 1) / 10,         # 0.49
+           "N-acc": 1 / 3, "T-acc": 6 / 7,
+           "Prec@0.5": 5 / 7, "Prec@0.6": 4 / 7, "Prec@0.7": 4 / 7, "Prec@0.8": 3 / 7, "Prec@0.9": 2 / 7}
+
+
+def as_by_hand(scores):
+    assert {name: pytest.approx(scores[name], abs=1e-12) for name in BY_HAND} == BY_HAND
+    assert scores["oIoU"] == scores["cIoU"] and scores["mIoU"] == scores["gIoU"]
+
+
+def test_ten_sentences_by_hand():
+    truths, answers, absent, I, U, single = zip(*TEN)
+    ways = [SegmentationMetrics() for _ in range(4)]
+    ways[0].update(list(answers), list(truths), list(absent))
+    ways[1].update(np.stack(answers), np.stack(truths), torch.tensor(absent))
+    ways[2].update_counts(torch.tensor(I), torch.tensor(U), torch.tensor(absent), torch.tensor([not a.any() for a in answers]))
+    for truth, answer, none in zip(truths, answers, absent):
+        ways[3].update(answer, truth, absent=none)
+    for metrics in ways:
+        as_by_hand(metrics.compute())
+    records = [Record(n // 4, n % 4, n, "it", "none" if none else "one", i, u, t.mean(), none, not a.any())
+               for n, (t, a, none, i, u, _) in enumerate(TEN)]
+    assert [r.iou for r in records] == list(single)
+    report = make_report(records, "model")
+    as_by_hand({**report.scores(), "expressions": report.expressions, "without target": report.no_target["without target"]})
+    assert report.by_number["none"]["mIoU"] == pytest.approx(1 / 3) and report.by_number["one"]["expressions"] == 7
+    for name in ("oIoU", "mIoU", "N-acc", "T-acc"):
+        low, high = report.interval[name]
+        assert low <= report.scores()[name] <= high and low < high
+
+
+def test_parts_add_up_with_sentences_about_nothing():
+    whole, first, second = (SegmentationMetrics() for _ in range(3))
+    for n, (truth, answer, none, *_) in enumerate(TEN):
+        for metrics in (whole, first if n % 2 else second):
+            metrics.update(answer, truth, none)
+    first.totals += second.totals
+    torch.testing.assert_close(first.totals, whole.totals, rtol=1e-14, atol=0)
+
+
+def test_a_lost_mask_is_no_missing_thing():
+    """Where resizing emptied the mask, the sentence still has a target: no answer is right, and no name of gRefCOCO appears."""
+    metrics = SegmentationMetrics()
+    metrics.update(strip(), strip())
+    assert metrics.compute() == {"expressions": 1, "oIoU": 0, "mIoU": 0} | {f"Prec@{x}": 0 for x in (0.5, 0.6, 0.7, 0.8, 0.9)}
+
+
+def test_data_without_such_sentences_are_scored_as_before():
+    metrics, old = SegmentationMetrics(), [row for row in TEN if not row[2]]
+    metrics.update([row[1] for row in old], [row[0] for row in old])
+    scores = metrics.compute()
+    assert list(scores) == ["expressions", "oIoU", "mIoU", *(f"Prec@{x}" for x in (0.5, 0.6, 0.7, 0.8, 0.9))]
+    assert scores["oIoU"] == 32 / 48 and scores["mIoU"] == pytest.approx(3.9 / 7)
+    report = make_report([Record(0, n, 0, "it", "attribute", i, u, 0.1) for n, (*_, i, u, _) in enumerate(old)], "model")
+    assert report.no_target == {} and report.by_number == {} and set(report.interval) == {"oIoU", "mIoU"} and "N-acc" not in report.markdown()
+
+
+def test_only_sentences_about_nothing():
+    metrics = SegmentationMetrics()
+    metrics.update([strip(), strip(3)], [strip(), strip()], absent=True)
+    scores = metrics.compute()
+    assert scores["N-acc"] == scores["gIoU"] == 0.5 and scores["cIoU"] == 0 and "T-acc" not in scores and scores["Prec@0.5"] == 0
+    assert set(make_report([Record(0, 0, 0, "it", "none", 0, 0, 0.0, True, True)], "model").no_target) == {"without target", "cIoU", "gIoU", "N-acc"}
+
+
+def test_floors_and_the_report(root, tmp_path):
+    model = Floor("nothing")
+    dataset = ReferralDataset(ReferData(root, "refshapes_plural").referrals("train"), model.tokenizer, model.transform, every=True)
+    nothing = evaluate(model, dataset, progress=False)
+    share = np.mean([e.kind == "none" for i in range(12) for e in refer(make_scene(9, index=i), "refshapes_plural")])
+    scores = nothing.scores()
+    assert (scores["N-acc"], scores["T-acc"], scores["cIoU"]) == (1, 0, 0) and scores["gIoU"] == pytest.approx(share)
+    assert nothing.interval["N-acc"] == [1, 1] and nothing.interval["T-acc"] == [0, 0]
+    everything = evaluate(Floor("whole image"), dataset, progress=False)
+    assert (everything.scores()["N-acc"], everything.scores()["T-acc"]) == (0, 1) and everything.by_number["none"]["mIoU"] == 0
+    assert set(nothing.by_number) == {"none", "one", "many"}
+    assert sum(g["expressions"] for g in nothing.by_number.values()) == nothing.expressions
+    again = Report.load(nothing.save(tmp_path / "report.json"))
+    assert again.no_target == nothing.no_target and again.markdown() == nothing.markdown()
+    head = nothing.markdown().splitlines()
+    assert "fit nothing" in head[0] and "| N-acc | 100.0 | 100.0 to 100.0 |" in head and "| cIoU | 0.0 | 0.0 to 0.0 |" in head

@@ -73,9 +73,9 @@ def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int
     records, asked = [], Counter()
     for b, (mask, truth, n) in enumerate(zip(*answer_batch(model, batch, pairs), which, strict=True)):
         intersection, union = intersection_union(mask, truth)
-        share = int(truth.count_nonzero()) / truth.numel()
+        share, absent = int(truth.count_nonzero()) / truth.numel(), not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
         records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b],
-                              int(intersection), int(union), share))
+                              int(intersection), int(union), share, absent, not mask.any()))
         asked[n] += 1
     return records
 

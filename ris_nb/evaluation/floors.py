@@ -19,7 +19,7 @@ from ..models.base import RISModel
 __all__ = ['FLOORS', 'blind_choice', 'Floor']
 
 # %% ../../nbs/workshop/floors.ipynb #046
-FLOORS = ("whole image", "centre box", "random object", "every object")
+FLOORS = ("whole image", "centre box", "random object", "every object", "nothing")
 
 
 def _companions(batch: Batch) -> list[tuple[int, list[int]]]:
@@ -45,7 +45,7 @@ class Floor(RISModel):
 
     `rule`: "whole image"; "centre box", the middle half of each side; "random object", the true mask of a random
     expression of the same image, so perfect outlines, chosen blindly; or "every object", the true masks of all of them together:
-    it knows the ground, but no language. The last two are as fine as `batch.mask`.
+    it knows the ground, but no language. These two are as fine as `batch.mask`. "nothing" marks no pixel.
     """
 
     def __init__(self, rule: str, image_size: int = 64, resolution: str = "model"):
@@ -62,7 +62,8 @@ class Floor(RISModel):
         height, width = batch.image.shape[-2:]
         top, left = (0, 0) if self.rule == "whole image" else (height // 4, width // 4)
         score = torch.full((len(batch), height, width), -0.5, device=batch.image.device)
-        score[:, top:height - top, left:width - left] = 0.5
+        if self.rule != "nothing":
+            score[:, top:height - top, left:width - left] = 0.5
         return Output(score=score)
 
     def masks(self, output: Output, sizes) -> list[Tensor]:

@@ -27,7 +27,8 @@ class Record:
 
     `image` is the image's position in the data set and `sentence` the expression's position among that image's, so the
     pair names the expression. `intersection` and `union` are pixels of the grid where the masks were compared;
-    `share` in [0, 1] is how much of that grid the true mask covers.
+    `share` in [0, 1] is how much of that grid the true mask covers. `absent`: the expression fits nothing in the image;
+    `empty`: the answer has no pixel.
     """
 
     image: int
@@ -38,22 +39,33 @@ class Record:
     intersection: int
     union: int
     share: float
+    absent: bool = False
+    empty: bool = False
 
     @property
     def iou(self) -> float:
-        """Intersection over union in [0, 1]; 0 where the union is empty."""
-        return self.intersection / self.union if self.union else 0.0
+        """Intersection over union in [0, 1]; 0 where the union is empty. Of what is `absent`: 1 for the empty answer, else 0."""
+        return self.intersection / self.union if self.union else float(self.absent)
 
 # %% ../../nbs/workshop/report.ipynb #007
 def score(records: Sequence[Record]) -> dict[str, float]:
-    """`expressions`, oIoU, mIoU and Prec@X of `records`, named as `SegmentationMetrics.compute` names them."""
+    """The scores of `records`, named as `SegmentationMetrics.compute` names them."""
     metrics = SegmentationMetrics()
-    metrics.update_counts(torch.tensor([r.intersection for r in records]), torch.tensor([r.union for r in records]))
+    if records:
+        metrics.update_counts(*map(torch.tensor, zip(*((r.intersection, r.union, r.absent, r.empty) for r in records))))
     return metrics.compute()
 
 # %% ../../nbs/workshop/report.ipynb #010
 SIZE_GROUPS = {"small": 0.04, "medium": 0.08, "large": 1.0}
 LENGTH_GROUPS = {"1-2 words": 2, "3-5 words": 5, "6-10 words": 10, "11+ words": float("inf")}
+
+
+NUMBER_GROUPS = ("none", "one", "many")
+
+
+def number_group(record: Record) -> str:
+    """"none", "one" or "many": how many things the expression speaks of, by its kind in RefShapes, RefToys and gRefCOCO."""
+    return "none" if record.absent else "many" if record.kind in ("many", "plural", "pair") else "one"
 
 
 def size_group(record: Record) -> str:
@@ -77,16 +89,19 @@ def score_by(records: Iterable[Record], group: Callable[[Record], str], order: I
 
 # %% ../../nbs/workshop/report.ipynb #031
 def bootstrap(records: Sequence[Record], draws: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, list[float]]:
-    """How far the scores might move on other images of the same kind: {"oIoU": [low, high], "mIoU": [low, high]}.
+    """How far the scores might move on other images of the same kind: {"oIoU": [low, high], "mIoU": [low, high]}, and N-acc and T-acc
+    where some records are `absent`.
 
     Percentiles of the scores over samples of the images, drawn with replacement (Efron, 1979).
     """
     images, index = np.unique([r.image for r in records], return_inverse=True)
-    table = np.zeros((len(images), 4))  # per image: intersection, union, sum of IoUs, expressions
-    np.add.at(table, index, [(r.intersection, r.union, r.iou, 1) for r in records])
+    table = np.zeros((len(images), 8))  # per image: what stands above and below the line in each score
+    np.add.at(table, index, [(r.intersection, r.union, r.iou, 1, r.absent and r.iou, r.absent, not (r.absent or r.empty), not r.absent)
+                             for r in records])
     rng = np.random.default_rng(seed)
     sums = np.stack([table[rng.integers(len(table), size=len(table))].sum(0) for _ in range(draws)])
-    values = {"oIoU": sums[:, 0] / np.maximum(sums[:, 1], 1), "mIoU": sums[:, 2] / sums[:, 3]}
+    names = ["oIoU", "mIoU"] + ["N-acc", "T-acc"] * any(r.absent for r in records)
+    values = {name: sums[:, 2 * i] / np.maximum(sums[:, 2 * i + 1], 1) for i, name in enumerate(names)}
     return {name: np.quantile(v, [(1 - level) / 2, (1 + level) / 2]).tolist() for name, v in values.items()}
 
 # %% ../../nbs/workshop/report.ipynb #034
@@ -101,8 +116,8 @@ class Report:
     images: int
     oIoU: float
     mIoU: float
-    precision: dict[str, float]  # "0.5" -> share of the expressions with IoU >= 0.5
-    interval: dict[str, list[float]]  # "oIoU", "mIoU" -> 95 % bootstrap interval over images
+    precision: dict[str, float]  # "0.5" -> share of the expressions with a target whose IoU is >= 0.5
+    interval: dict[str, list[float]]  # "oIoU", "mIoU" (and "N-acc", "T-acc") -> 95 % bootstrap interval over images
     by_kind: dict[str, dict]  # kind -> {"expressions", "oIoU", "mIoU"}
     by_size: dict[str, dict]  # see `size_group`
     by_length: dict[str, dict]  # see `length_group`
@@ -110,11 +125,14 @@ class Report:
     shuffled: int | None = None  # the seed, where expressions were shuffled among images
     seconds: float = 0.0  # wall clock of the slowest process
     machine: dict[str, str | int] = field(default_factory=dict)  # see `machine_facts`
+    by_number: dict[str, dict] = field(default_factory=dict)  # see `number_group`; where some expressions fit nothing or several things
+    no_target: dict[str, float] = field(default_factory=dict)  # where some expressions fit nothing: how many, cIoU, gIoU, N-acc, T-acc
     records: list[Record] = field(default_factory=list, repr=False)
 
     def scores(self) -> dict[str, float]:
-        """oIoU, mIoU and Prec@X in one flat dict, as `fit` wants them of its `validate`."""
-        return {"oIoU": self.oIoU, "mIoU": self.mIoU, **{f"Prec@{x}": value for x, value in self.precision.items()}}
+        """oIoU, mIoU and Prec@X in one flat dict, as `fit` wants them of its `validate`; cIoU, gIoU, N-acc and T-acc where there are any."""
+        more = {name: value for name, value in self.no_target.items() if name != "without target"}
+        return {"oIoU": self.oIoU, "mIoU": self.mIoU, **more, **{f"Prec@{x}": value for x, value in self.precision.items()}}
 
     def markdown(self) -> str:
         """The scores as Markdown tables, in percent."""
@@ -148,11 +166,14 @@ def write_text(path: str | Path, text: str) -> None:
 def make_report(records: Sequence[Record], resolution: str, **facts) -> Report:
     """Sum up `records`; `facts` are the fields of `Report` that records can't tell. RISError when there are none."""
     total = score(records)
+    no_target = {name: total[name] for name in ("without target", "cIoU", "gIoU", "N-acc", "T-acc") if name in total}
+    numbers = score_by(records, number_group, NUMBER_GROUPS)
     return Report(**{"data": "", "split": "", "checkpoint": "", **facts}, resolution=resolution, records=list(records),
                   expressions=len(records), images=len({r.image for r in records}), oIoU=total["oIoU"], mIoU=total["mIoU"],
                   precision={name[len("Prec@"):]: value for name, value in total.items() if name.startswith("Prec@")},
                   interval=bootstrap(records), by_kind=score_by(records, lambda r: r.kind),
-                  by_size=score_by(records, size_group, SIZE_GROUPS), by_length=score_by(records, length_group, LENGTH_GROUPS))
+                  by_size=score_by(records, size_group, SIZE_GROUPS), by_length=score_by(records, length_group, LENGTH_GROUPS),
+                  by_number={} if set(numbers) == {"one"} else numbers, no_target=no_target)
 
 # %% ../../nbs/workshop/report.ipynb #036
 def markdown_table(head: Sequence, rows: Iterable[Sequence]) -> str:
@@ -167,14 +188,19 @@ def percent(value: float) -> str:
 
 
 def _report_tables(report: Report) -> str:
-    """A line that says what was measured, then tables of scores: overall, by kind, by size, by length; in percent."""
+    """A line that says what was measured, then tables of scores: overall, by number, kind, size and length; in percent.
+
+    Where some expressions fit nothing, oIoU and mIoU go by gRefCOCO's names, cIoU and gIoU."""
     names = ", ".join(name for name in (f"{report.data} {report.split}".strip(), report.checkpoint) if name)
     shuffled = "" if report.shuffled is None else f", expressions shuffled among images (seed {report.shuffled})"
-    first = (f"{names}: {report.expressions} expressions of {report.images} images in {report.seconds:.1f} s, "
+    without = f" ({report.no_target['without target']} fit nothing)" if report.no_target else ""
+    first = (f"{names}: {report.expressions} expressions{without} of {report.images} images in {report.seconds:.1f} s, "
              f"masks compared at the {report.resolution} size{shuffled}")
-    rows = [[name, percent(value), " to ".join(map(percent, report.interval.get(name, [])))] for name, value in report.scores().items()]
+    alias = {"oIoU": "cIoU", "mIoU": "gIoU"} if report.no_target else {}
+    rows = [[alias.get(name, name), percent(value), " to ".join(map(percent, report.interval.get(name, [])))]
+            for name, value in report.scores().items() if name not in ("cIoU", "gIoU")]
     parts = [first, markdown_table(["score", "%", "95 % interval"], rows)]
-    for title, groups in (("kind", report.by_kind), ("size", report.by_size), ("length", report.by_length)):
+    for title, groups in (("number", report.by_number), ("kind", report.by_kind), ("size", report.by_size), ("length", report.by_length)):
         rows = [[name or "(none)", g["expressions"], percent(g["oIoU"]), percent(g["mIoU"])] for name, g in groups.items()]
-        parts.append(markdown_table([title, "expressions", "oIoU %", "mIoU %"], rows))
+        parts += [markdown_table([title, "expressions", *(f"{alias.get(name, name)} %" for name in ("oIoU", "mIoU"))], rows)] if rows else []
     return "\n\n".join(parts) + "\n"
