@@ -26,6 +26,7 @@ LONG = {
     "ViT": "constructor, two methods and two ways to pretrained weights",
     "PWAM": "the constructor names the matrices that the two methods use",
     "LanguageSwin": "the constructor names the parts that one loop chains",
+    "SegmentationMetrics": "the sums and three short methods with what their arguments mean",
     "LAVT": "the whole contract of a model",
     "WordPredictor": "the constructor names the parts that one short method chains",
     "MaskGrounding": "three short methods; the constructor checks the host",
