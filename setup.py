@@ -37,8 +37,8 @@ setup(
                   "ris_nb.recipes": ["published.json"], "ris_nb.explore": ["explore.ipynb", "word_game/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"explore": cfg["explore_requirements"].split(),
+    extras_require={"explore": cfg["explore_requirements"].split(), "import": cfg["import_requirements"].split(),
                     "lab": (cfg["lab_requirements"] + " " + cfg["explore_requirements"]).split(),
-                    "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "lab", "explore")).split()},
+                    "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "lab", "explore", "import")).split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -23,6 +23,7 @@ _ROOMS = {  # module -> what of it is public
     "data.scenes": "open_scenes",
     "data.check": "check_data",
     "data.prepare": "prepare",
+    "data.importing": "import_data",
     "data.tokenizer": "Tokenizer build_vocabulary read_vocabulary",
     "data.images": "read_image",
     "data.batches": "ReferralDataset Transform collate encode_item make_batch make_loader",

@@ -68,6 +68,42 @@ data check data --jsno
 data check data data
 data check {'x/' * 3000}
 
+data check data --trained-on nowhere
+data check data --trained-on text.jpg
+data check data --trained-on ''
+
+data import
+data import coco
+data import coco data/refshapes/instances.json
+data import coco data/refshapes/instances.json --root ''
+data import coco data/refshapes/instances.json --root new
+data import coco data/refshapes/instances.json --root data --force
+data import coco data/refshapes/instances.json --root data/new --label-expressions --photos data/refshapes
+data import coco data/refshapes/instances.json --root run --label-expressions --photos data/images --force
+data import coco data/refshapes/instances.json --root data --label-expressions --photos data/images
+data import coco data/refshapes/instances.json --root new --label-expressions --photos nowhere
+data import coco data/refshapes/instances.json --root new --label-expressions --photos photo.png
+data import coco data/refshapes/instances.json --root new --splits train
+data import coco data/refshapes/instances.json --root new --splits trian 1
+data import coco data/refshapes/instances.json --root new --splits train nan
+data import coco data/refshapes/instances.json --root new --columns sentence x
+data import coco data/refshapes/instances.json --root new --box corners
+data import coco data/refshapes/instances.json --root new --seed -1
+data import coco data/refshapes/instances.json --root text.jpg/new --label-expressions --photos data/images
+data import coco text.jpg --root new
+data import coco run/config.json --root new
+data import coco nowhere --root new
+data import labelme data --root new
+data import labelme text.jpg --root new
+data import cvat data --root new
+data import cvat text.jpg --root new
+data import csv vocab.txt --root new
+data import csv photo.png --root new
+data import csv data --root new
+data import voc data --root new
+data import huggingface nobody/nothing --root new
+data import huggingface data --root new
+
 data prepare
 data prepare refcoco
 data prepare coco --root new

@@ -24,6 +24,7 @@ from .errors import UsageError, check_words, error_line, one_line, out_of_memory
 COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one from the words), what runs it, what it is for
     "data shapes": (".data", "Shapes", "run_shapes", "make RefShapes, a data set of drawn shapes"),
     "data toys": (".data", "Toys", "run_toys", "make RefToys, drawn things with parts"),
+    "data import": (".data", "Import", "run_import", "turn COCO, LabelMe, CVAT, CSV or Hugging Face data into a folder of your own"),
     "data check": (".data", "Check", "run_check", "count what a data root holds, and name what is broken in it"),
     "data prepare": (".data", "Prepare", "run_prepare", "fetch RefCOCO, RefCOCO+, RefCOCOg or PhraseCut, or finish what was begun"),
     "train": (".train", "train_flags", "run_train", "train a model; a stopped run goes on with --resume"),

@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 from ..contract import RISError
-from .pickles import _image_size, _same_shape
-from .refer import PUBLISHED, Referral, Referrals, _datasets, _splits_by
+from .findings import coco_findings, finding, read_coco_ids, read_photos, sentence_findings, shared_photos
+from .folder import _FolderReader, _own_annotations
+from .pickles import _image_size, _read, _same_shape
+from .refer import _MALFORMED, PUBLISHED, Referral, Referrals, _datasets, _splits_by
 from .sources import open_data
 
 # %% auto #0
@@ -31,9 +33,6 @@ def count_split(data: Referrals, split: str) -> dict[str, int]:
                 sentences=sum(len(referral.sentences) for referral in referrals))
 
 # %% ../../nbs/workshop/check.ipynb #101
-def _first_of(problems: list[str], what: str, of: int) -> list[str]:
-    return [f"{len(problems)} of {of} {what}; the first: {problems[0]}"] if problems else []
-
 def photo_problem(path: Path, annotated: tuple[int, int], masked: bool = True) -> str | None:
     """What is wrong with an image file, read to its end: missing, broken off, or not of the shape (H, W) that masks were drawn on."""
     try:
@@ -62,43 +61,82 @@ def _check_masks(referrals: list[Referral]) -> tuple[int, list[str]]:
             pixels += referral.area()
             if _reach(referral) > 1: outside.append(f"referral {referral.ref_id} in {referral.image_path.name}")
         except RISError as error:
-            broken.append(str(error))
-    return pixels, (_first_of(broken, "masks can't be used", len(masked))
-                    + _first_of(outside, "masks reach out of their images and are cut at the edge", len(masked)))
+            broken.append(str(error).removesuffix(" (`ris-nb data check` lists them)"))
+    return pixels, ([f"{len(broken):,} of {len(masked):,} masks can't be used; the first: {broken[0]}"] if broken else []) + finding(
+        outside, len(masked), "masks reach out of their images and are cut at the edge", "draw them on the photo as it is stored")
 
 # %% ../../nbs/workshop/check.ipynb #103
-def _check_split(data: Referrals, split: str) -> dict:
+def _photo_problems(referrals: list[Referral], read: dict[Path, tuple | str]) -> list[str]:
+    """Photos that can't be read, or that have another shape than their masks."""
+    found = []
+    for path, referral in {referral.image_path: referral for referral in referrals}.items():
+        if isinstance(read[path], str): found.append(read[path])
+        elif referral.has_mask and not _same_shape(read[path][0], referral.size):
+            (height, width), (rows, columns) = read[path][0], referral.size
+            found.append(f"{path} is {width} x {height}, its masks are {columns} x {rows}")
+    return found
+
+def _check_split(data: Referrals, split: str, read: dict[Path, tuple | str]) -> dict:
     referrals = data.referrals(split)
-    photos = {referral.image_path: referral for referral in referrals}
-    bad = [photo_problem(path, r.size, r.has_mask) for path, r in photos.items()]
+    bad = _photo_problems(referrals, read)
     pixels, problems = _check_masks(referrals)
     empty = [f"referral {r.ref_id}" for r in referrals if not r.sentences or not all(s.text.strip() for s in r.sentences)]
-    return dict(dataset=data.dataset, split_by=data.split_by, split=split, **count_split(data, split), mask_pixels=pixels,
+    counts = count_split(data, split)
+    return dict(dataset=data.dataset, split_by=data.split_by, split=split, **counts, mask_pixels=pixels,
                 published=published_counts(data.dataset, data.split_by, split),
-                problems=_first_of([p for p in bad if p], "images can't be used", len(photos)) + problems
-                + _first_of(empty, "referrals have no or an empty sentence", len(referrals)))
+                problems=finding(bad, counts["images"], "images can't be used", "get them again, or drop their sentences") + problems
+                + finding(empty, len(referrals), "referrals have no or an empty sentence, and stop a training", "write one, or drop them"),
+                warnings=sentence_findings(referrals))
 
 # %% ../../nbs/workshop/check.ipynb #104
-def _broken_row(dataset: str, split_by: str, error: RISError) -> dict:
+def _broken_row(dataset: str, split_by: str, problems: list[str]) -> dict:
     return dict(dataset=dataset, split_by=split_by, split="", images=0, refs=0, sentences=0, mask_pixels=0, published=None,
-                problems=[str(error)])
+                problems=problems, warnings=[])
 
-def check_data(root: str | Path) -> list[dict]:
-    """Every data set, way of splitting and split below `root`: images, refs, sentences, summed mask pixels, problems.
+def _lenient_folder(root: Path) -> tuple[Referrals, list[str]]:
+    """The good lines of a folder's expressions.jsonl, and a problem if there are bad ones; `FolderData` stops at the first."""
+    path, bad = root / "expressions.jsonl", []
+    reader, lines = _FolderReader(root, _own_annotations(root / "annotations.json")), _read(path).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip(): reader.add(line, number)
+        except _MALFORMED as error:
+            bad.append(f"{path}, line {number}: {error}")
+    return (Referrals(root, root.resolve().name, "folder", reader.referrals.values()),
+            finding(bad, sum(bool(line.strip()) for line in lines), "lines can't be used, and no command reads the folder", "mend or delete them"))
 
-    `mask_pixels` is the sum of `Referral.area`, `published` what `published_counts` knows of the split, for comparison. Every image is read
-    to its end. A data set that can't be opened is a row with an empty `split` and the reason among its `problems`. Raises
-    `RISError` where there is no data set at all.
-    """
-    root = Path(root)
+def _open_all(root: Path) -> tuple[list[Referrals], list[dict]]:
+    """The data sets below a root, each in every way of splitting, and rows for what can't be opened."""
     sets = [(dataset, split_by) for dataset in _datasets(root) for split_by in _splits_by(root / dataset)]
-    if (root / "expressions.jsonl").is_file(): sets.insert(0, (None, None))
+    if (root / "expressions.jsonl").is_file(): sets.insert(0, (root.resolve().name, "folder"))
     if not sets: open_data(root)   # says what is missing
-    rows = []
+    opened, rows = [], []
     for dataset, split_by in sets:
         try:
-            data = open_data(root, dataset, split_by)
-            rows += [_check_split(data, split) for split in data.splits]
+            data, problems = _lenient_folder(root) if split_by == "folder" else (open_data(root, dataset, split_by), [])
+            opened.append(data)
+            if problems or not data.splits: rows.append(_broken_row(dataset, split_by, problems or [f"{root / 'expressions.jsonl'} has no line"]))
         except RISError as error:
-            rows.append(_broken_row(dataset or root.resolve().name, split_by or "folder", error))
+            rows.append(_broken_row(dataset, split_by, [str(error)]))
+    return opened, rows
+
+# %% ../../nbs/workshop/check.ipynb #e3d82c27
+def check_data(root: str | Path, trained_on: str | Path | None = None) -> list[dict]:
+    """Every data set, way of splitting and split below `root`: images, refs, sentences, summed mask pixels, problems, warnings.
+
+    `mask_pixels` is the sum of `Referral.area`, `published` what `published_counts` knows of the split, for comparison. Every image is
+    decoded. `problems` stop a training; `warnings` are photos in two splits or, by their COCO number, in another data set's test split or
+    in `trained_on` (a COCO file, a folder of photos or a list), ambiguous or overlong sentences, and missing masks. A data set that can't be
+    opened is a row with an empty `split` and the reason among its `problems`. Raises `RISError` where there is no data set at all.
+    """
+    seen = None if trained_on is None else read_coco_ids(trained_on)
+    opened, rows = _open_all(Path(root))
+    leaks = coco_findings(opened, seen)
+    for data in opened:
+        read = read_photos(r.image_path for split in data.splits for r in data.referrals(split))
+        shared = shared_photos(data, read)
+        for split in data.splits:
+            row = _check_split(data, split, read)
+            row["warnings"] = shared[split] + leaks.get((data.dataset, data.split_by, split), []) + row["warnings"]
+            rows.append(row)
     return rows
