@@ -38,7 +38,7 @@ from ris_nb.models.lavt import LAVT
 from ris_nb.models.magnet import MagNet
 from ris_nb.models.sag import SaG
 from ris_nb.recipes.expectation import expectation
-from ris_nb.recipes.published import benchmark_table, our_results, read_published, results_figure, results_markdown
+from ris_nb.recipes.published import benchmark_table, find_results, our_results, read_published, result_tables, results_figure, results_markdown, results_text
 from ris_nb.recipes.recipe import check_pretrained, plan, read_recipe
 from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, find_recipe, list_recipes
 from ris_nb.recipes.released import released_model
@@ -445,10 +445,13 @@ def report(tmp_path, data="refcoco (unc)", split="val", name="run", **more):
 @pytest.mark.parametrize("row", read_published()["benchmarks"], ids=lambda row: f"{row['method']} {row['dataset']} {row['split_by']} {row['metric']}")
 def test_a_published_figure_says_what_it_is(row):
     assert set(row) == {"method", "learns from", "trained on", "dataset", "split_by", "metric", "scores", "source"} and all(row.values())
-    assert row["metric"] in (("cIoU", "gIoU") if row["dataset"] == "grefcoco" else ("oIoU", "mIoU"))
+    assert row["metric"] in (("cIoU", "gIoU", "N-acc", "T-acc") if row["dataset"] == "grefcoco" else ("oIoU", "mIoU", "IoU (kind not named)"))
     assert all(0 < score < 100 and round(score, 2) == score for score in row["scores"].values())
-    assert set(row["scores"]) <= set(PUBLISHED.get((row["dataset"], row["split_by"]), {"val"}))
-    assert row["learns from"] == ("sentences" if row["source"].startswith("SaG, ICCV") else "masks")
+    assert set(row["scores"]) <= {*PUBLISHED.get((row["dataset"], row["split_by"]), ("val", "testA", "testB", "test")), "split not named"}
+    assert row["learns from"] in ("masks", "boxes", "sentences", "sentences, with a detector and SAM")
+    assert (row["learns from"] == "sentences") == (row["source"].startswith("SaG, ICCV") or row["method"] == "PCNet")
+    assert ("second hand" in row["source"]) == (row["method"] == "PCNet" or (row["method"], row["metric"]) == ("MagNet", "mIoU"))
+    assert row["split_by"] in ("unc", "umd", "google", "authors", "final", "split not named")
 
 
 def test_no_figure_stands_under_two_metrics():
@@ -461,10 +464,10 @@ def test_no_figure_stands_under_two_metrics():
     for metrics in found.values():
         values = [score for scores in metrics.values() for score in scores.values()]
         assert len(set(values)) == len(values) or len(metrics) == 1
-    assert all(set(metrics) == {"mIoU"} for (method, *_), metrics in found.items() if method == "CRIS")
+    assert all(set(metrics) == {"mIoU"} for (method, *_), metrics in found.items() if method.startswith("CRIS"))
     assert sum(len(metrics["mIoU"]) for (method, *_), metrics in found.items() if method == "LAVT") == 9
     for key in found:  # where both are printed, the mean is the larger one in these data
-        if {"oIoU", "mIoU"} <= set(found[key]):
+        if {"oIoU", "mIoU"} <= set(found[key]) and key[1] != "ref-zom":  # Ref-ZOM has expressions without a referent
             assert all(found[key]["mIoU"][split] > found[key]["oIoU"][split] for split in found[key]["oIoU"] if split in found[key]["mIoU"]), key
 
 
@@ -472,13 +475,18 @@ def test_metrics_share_neither_column_nor_axis():
     published = read_published()
     with pytest.raises(RISError, match="one data set and one metric"):
         benchmark_table(published["benchmarks"], [])
-    text = results_markdown(published, [], {})
-    sections = re.findall(r"^## ([^\n]*) in percent\n\n(.*?)(?=\n## |\Z)", text, re.M | re.S)
-    assert len(sections) == len({(row["dataset"], row["split_by"], row["metric"]) for row in published["benchmarks"]})
-    for heading, body in sections:
-        data, metric = heading.rsplit(", ", 1)
-        mine = {f"{score:.2f}" for row in published["benchmarks"] if (f"{row['dataset']} ({row['split_by']})", row["metric"]) == (data, metric) for score in row["scores"].values()}
-        assert set(re.findall(r"\| (\d+\.\d\d)(?= \|)", body)) == mine, heading
+    tables = [table for table in result_tables(published) if table.head[-1] == "source"]
+    for table in tables:
+        data, metric, training = re.fullmatch(r"Published: (.+? \(.+?\)), (.+) in percent; (learned from .+)", table.title).groups()
+        rows = [row for row in published["benchmarks"] if f"{row['dataset']} ({row['split_by']})" == data and row["metric"] == metric
+                and row["method"] in {line[0] for line in table.rows}]
+        assert len(rows) == len(table.rows) and len({row["learns from"] for row in rows}) == 1
+        assert len({row["trained on"] for row in rows}) == 1 or "other data" in training and "trained on" in table.head
+        for row, line in zip(rows, table.rows):
+            cells = dict(zip(table.head, line))
+            assert row["method"] == line[0] and row["source"] == line[-1]
+            assert {name: cells[name] for name in cells if name not in ("", "trained on", "source") and cells[name]} == {k: f"{v:.2f}" for k, v in row["scores"].items()}
+    assert sum(len(table.rows) for table in tables) == len(published["benchmarks"])
     figure = results_figure(published, [], {})
     for ax, metric in zip(figure.axes, ("oIoU", "mIoU"), strict=True):
         drawn = {round(float(x), 2) for line in ax.lines for x in line.get_xdata()}
@@ -497,6 +505,18 @@ def test_published_numbers_are_those_of_the_sources():
     assert rows["SaG", "refcocog", "google", "mIoU"] == {"val": 28.87}
 
 
+def test_results_of_one_kind_of_study_in_all_places():
+    """A study whose figures name no data set ("mIoU") has a table and a panel, too; one without scores has neither."""
+    rows = [{"variant": name, "seed": seed, "mIoU": 0.5 + seed / 100, "found": 0.9} for name in "ab" for seed in range(3)]
+    none = [{"variant": "a", "seed": 0, "found": 0.9}]
+    published = {**read_published(), "benchmarks": [], "studies": []}
+    assert "51.0 ± 2.5" in results_text(published, [], {"parts": rows, "none": none}) and "none" not in results_text(published, [], {"none": none})[3:]
+    figure = results_figure(published, [], {"parts": rows, "none": none})
+    assert [ax.get_xlabel() for ax in figure.axes] == ["oIoU, %", "mIoU, %", "mIoU, %"]
+    plt.close(figure)
+    assert find_results(published, [], {"parts": rows}, dataset=None, method="a")[2] == {"parts": rows[:3]}
+
+
 def test_theirs_and_ours_never_share_a_column(tmp_path):
     report(tmp_path), report(tmp_path, split="testA"), report(tmp_path, name="shuffled", shuffled=0), report(tmp_path, data="refshapes (generated)", name="toy")
     reports, studies = our_results([tmp_path, tmp_path / "absent"])
@@ -509,9 +529,15 @@ def test_theirs_and_ours_never_share_a_column(tmp_path):
         assert any(filled) or name == "testB, ours"
         assert not any(filled[len(rows):] if name.endswith("published") else filled[:len(rows)]), name
     code, out, err = ris("results", tmp_path)
-    assert (code, err) == (0, []) and "60.95" in out and "data that papers don't use" in out
+    assert (code, err) == (0, []) and out.count("60.95 (60.") == 6 and "Measured here: refshapes (generated)" in out and "Measured here: refcoco (unc)" in out
     code, out, err = ris("results", tmp_path, "--markdown", tmp_path / "r.md", "--figure", tmp_path / "r.png")
     assert (code, out, err) == (0, "", []) and "75.24" in (tmp_path / "r.md").read_text() and (tmp_path / "r.png").read_bytes()[1:4] == b"PNG"
+    assert "75.24" not in (out := ris("results", tmp_path, "--dataset", "refcoco", "--metric", "mIoU")[1]) and "77.43" in out and "60.95" not in out
+    assert "60.95" not in ris("results", tmp_path, "--learns-from", "boxes")[1] and "66.54" in ris("results", tmp_path, "--learns-from", "boxes")[1]
+    found = json.loads(ris("results", tmp_path, "--method", "toy", "--json")[1])
+    assert found["published"]["benchmarks"] == [] and [report["checkpoint"] for report in found["measured"]] == ["toy"]
+    refused(["results", "--dataset", "refcococ"], "refcococ", "refcoco+")
+    refused(["results", "--metric", "IoU"], "'IoU'", "oIoU")
     (tmp_path / "other.json").write_text("{}")
     assert ris("results", tmp_path)[0] == 0                                              # not a result, and nobody named it
     refused(["results", tmp_path / "other.json"], "other.json", "not a report")

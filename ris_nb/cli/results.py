@@ -5,6 +5,8 @@
 # %% ../../nbs/workshop/cli_results.ipynb #imp-e
 from __future__ import annotations
 
+import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,18 +21,31 @@ __all__ = []
 # %% ../../nbs/workshop/cli_results.ipynb #110a
 @dataclass
 class Results:
-    """Published scores, each with its source, and what was measured here, in columns of their own.
+    """Published scores, each with its source, and in tables of their own what was measured here.
 
-    Ours are the reports of `ris-nb evaluate` and the figures of `ris-nb study` in the places named.
+    Ours are the reports of `ris-nb evaluate` and the figures of `ris-nb study` in the places named. A table holds one data set, one
+    metric to a column, and one kind of training; the flags choose among them.
 
     examples:
-      ris-nb results
+      ris-nb results --dataset refcoco --metric oIoU
+      ris-nb results --learns-from sentences
+      ris-nb results --method magnet --json
       ris-nb results runs/magnet data/results --markdown results.md --figure results.png
     """
     places: Annotated[Positional[tuple[Path, ...]], arg(metavar="PLACE ...")] = (Path("data/results"), Path("runs"))
     """Files, or folders to be searched for reports; what isn't there is passed over."""
+    dataset: Annotated[str | None, arg(aliases=["--data"], metavar="NAME")] = None
+    """Only this data set: refcoco, refcoco+, refcocog, phrasecut, grefcoco, ref-zom, or one of ours."""
+    metric: Annotated[str | None, arg(metavar="NAME")] = None
+    """Only this metric: oIoU, mIoU, or gRefCOCO's cIoU, gIoU, N-acc and T-acc."""
+    learns_from: Annotated[str | None, arg(metavar="WHAT")] = None
+    """Only what learned from masks, from boxes or from sentences. Ours don't say what they learned from and are left out then."""
+    method: Annotated[str | None, arg(metavar="NAME")] = None
+    """Only methods, checkpoints and variants with this in their name; also prints what the method adds and which chapter shows it."""
+    json: bool = False
+    """Print all of it as JSON."""
     markdown: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Write the tables to this file. Default: print them."""
+    """Write the tables to this file in Markdown. Default: print them as text."""
     figure: Annotated[Path | None, arg(metavar="FILE")] = None
     """Draw them, too, into this file, such as results.png."""
 
@@ -38,24 +53,38 @@ class Results:
 PICTURES = ("png", "pdf", "svg", "jpg", "jpeg")  # what matplotlib writes everywhere
 
 
+def _ideas(methods: list[dict]) -> str:
+    """What methods add, in lines for a terminal."""
+    lines = []
+    for m in methods:
+        where = f"Chapter {m['chapter']} shows it." if m["chapter"] else "No chapter builds it."
+        when = " ".join(filter(None, (m["venue"], str(m["year"] or ""))))
+        lines.append(f"{m['method']} ({when}): {m['idea']} {where} Read: {m['read']}." if m["idea"] else f"{m['method']}: named, not read ({m['source']}).")
+    return "\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines)
+
+
 def run_results(flags: Results) -> int:
     """Print or write the tables; draw the figure."""
     from ris_nb.checkpoint import replacing
-    from ris_nb.recipes.published import our_results, read_published, results_figure, results_markdown
+    from ris_nb.recipes.published import find_results, our_results, read_published, results_figure, results_markdown, results_text
     kind = flags.figure.suffix[1:].lower() if flags.figure else "png"
     if kind not in PICTURES:
         raise UsageError(f"--figure {flags.figure}: a picture's name ends in {', '.join('.' + name for name in PICTURES)}")
     reports, studies = our_results(flags.places)
-    found = read_published(), list(reports.values()), {path.stem: rows for path, rows in studies.items()}
-    text = results_markdown(*found)
+    found = find_results(read_published(), reports.values(), {path.stem: rows for path, rows in studies.items()}, dataset=flags.dataset,
+                         metric=flags.metric, learns_from=flags.learns_from, method=flags.method)
     if flags.figure is not None:
         import matplotlib.pyplot as plt
         with replacing(flags.figure) as part:
             plt.close(figure := results_figure(*found))
             figure.savefig(part, format=kind, dpi=100)
-    if flags.markdown is None:
-        print(text)
-    else:
+    if flags.markdown is not None:
         with replacing(flags.markdown) as part:
-            part.write_text(text, encoding="utf-8")
+            part.write_text(results_markdown(*found, metric=flags.metric), encoding="utf-8")
+    if flags.json:
+        measured = [{name: value for name, value in vars(report).items() if name != "records"} for report in found[1]]
+        print(json.dumps({"published": found[0], "measured": measured, "studies": found[2]}, indent=1, ensure_ascii=False))
+    elif flags.markdown is None:
+        ideas = _ideas(found[0]["methods"]) if flags.method else ""
+        print("\n".join(filter(None, (ideas and ideas + "\n", results_text(*found, metric=flags.metric)))), end="")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     import matplotlib.pyplot as plt
 
 # %% auto #0
-__all__ = ['read_published', 'our_results', 'benchmark_table', 'results_markdown', 'study_fields']
+__all__ = ['read_published', 'our_results', 'benchmark_table', 'results_markdown', 'results_text', 'find_results']
 
 # %% ../../nbs/workshop/published.ipynb #070
 def read_published(path: str | Path | None = None) -> dict[str, list[dict]]:
-    """The published scores, in percent: "benchmarks", a method on a data set each, and "studies", the parts of one method.
+    """What was published, as data with sources; without a path, the list that comes with the library.
 
-    Without a path, the list that comes with the library.
+    "benchmarks": a method on a data set each, in percent; "studies": the parts of one method; "oddities": figures that warn the reader of
+    a table; "methods": what each method adds, where its words enter, which chapter shows it, and how much of it was read.
     """
     return json.loads(Path(path or Path(__file__).with_name("published.json")).read_text(encoding="utf-8"))
 
@@ -37,7 +39,7 @@ def _checked_study(path: Path, rows: list) -> list[dict]:
         if not isinstance(row, dict) or not isinstance(row.get("variant"), str):
             raise RISError(f"{path}: a row of this study has no variant's name; `ris-nb study` writes such files")
         for name, value in row.items():
-            if re.fullmatch(r"\S+ [om]IoU", name) and not isinstance(value, (int, float)):
+            if _FIELD.fullmatch(name) and not isinstance(value, (int, float)):
                 raise RISError(f"{path}: {name} of {row['variant']} is {value!r} and should be a number")
     return rows
 
@@ -79,31 +81,126 @@ def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
     head = ["", "learns from", "trained on", *(f"{split}, published" for split in splits), *(f"{split}, ours" for split in asked), "source"]
     return markdown_table(head, lines)
 
-# %% ../../nbs/workshop/published.ipynb #075
-def results_markdown(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> str:
-    """Published scores, with ours beside them where we measured on the same data; then what only we or only they measured."""
-    reports, parts = list(reports), ["# Results", published["about"]]
-    groups = {}
-    for row in published["benchmarks"]:
-        groups.setdefault((f"{row['dataset']} ({row['split_by']})", row["metric"]), []).append(row)
-    for (data, metric), rows in groups.items():
-        parts += [f"## {data}, {metric} in percent", benchmark_table(rows, [report for report in reports if report.data == data])]
+# %% ../../nbs/workshop/published.ipynb #8374e2f0
+@dataclass
+class ResultTable:
+    """One table of results: cells are text, and `source` numbers nothing: it is what stands in the last column, or ""."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def _training(row: dict) -> str:
+    """What a row's table says about its training; rows of two kinds never share a table."""
+    if row["trained on"] in ("its train split", "several sets together"):
+        return f"learned from {row['learns from']}, trained on {row['trained on']}"
+    if row["trained on"].startswith("not named"):
+        return f"learned from {row['learns from']}, training data not named"
+    return f"learned from {row['learns from']}, trained on other data{' first' if 'then its train split' in row['trained on'] else ''}"
+
+
+def _published_tables(rows: Iterable[dict]) -> list[ResultTable]:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((f"{row['dataset']} ({row['split_by']})", _training(row), row["metric"]), []).append(row)
+    places = [list(dict.fromkeys(names)) for names in zip(*groups)]   # in the order in which the file has them
+    tables = []
+    for group in sorted(groups, key=lambda group: [names.index(name) for names, name in zip(places, group)]):
+        rows, (data, training, metric) = groups[group], group
+        splits, other = list(dict.fromkeys(split for row in rows for split in row["scores"])), "other data" in training
+        lines = [[row["method"], *([row["trained on"]] if other else []), *(f"{row['scores'][s]:.2f}" if s in row["scores"] else "" for s in splits),
+                  row["source"]] for row in rows]
+        tables.append(ResultTable(f"Published: {data}, {metric} in percent; {training}", "", ["", *(["trained on"] if other else []), *splits, "source"], lines))
+    return tables
+
+
+def _measured_tables(reports: Sequence[Report], metric: str | None) -> list[ResultTable]:
+    metrics, tables = [name for name in ("oIoU", "mIoU") if metric in (None, name)], []
+    for data in dict.fromkeys(report.data for report in reports) if metrics else []:
+        lines = [[r.checkpoint, r.split, f"{r.expressions:,}", *(f"{100 * getattr(r, m):.2f} ({100 * r.interval[m][0]:.1f} to {100 * r.interval[m][1]:.1f})" for m in metrics)]
+                 for r in reports if r.data == data]
+        tables.append(ResultTable(f"Measured here: {data}", "In percent, with the 95 % interval over images.", ["", "split", "expressions", *metrics], lines))
+    return tables
+
+# %% ../../nbs/workshop/published.ipynb #65615652
+_FIELD = re.compile(r"(?:\S+ )?[om]IoU")
+
+
+def study_fields(rows: Sequence[dict], metric: str | None = None) -> list[str]:
+    """The figures of a study that are scores on a whole data set, such as "refshapes oIoU" or "mIoU", in all of its rows."""
+    return [name for name in rows[0] if _FIELD.fullmatch(name) and name.endswith(metric or "") and all(name in row for row in rows)]
+
+
+def result_tables(published: Mapping, reports: Iterable[Report] = (), studies: Mapping[str, Sequence[dict]] | None = None,
+                  metric: str | None = None) -> list[ResultTable]:
+    """Every table of results, published ones first; none mixes two metrics in a column, two kinds of training, or theirs and ours."""
+    tables = _published_tables(published["benchmarks"])
     for study in published["studies"]:
-        lines = [[name, *(f"{scores[metric]:.2f}" for metric in ("oIoU", "mIoU"))] for name, scores in study["rows"].items()]
-        parts += [f"## {study['title']}: published", f"{study['dataset']} ({study['split_by']}) {study['split']}, in percent; {study['source']}",
-                  markdown_table(["", "oIoU", "mIoU"], lines)]
-    others = [report for report in reports if report.data not in {data for data, _ in groups}]
-    if others:
-        lines = [[r.checkpoint, r.data, r.split, r.expressions, f"{100 * r.oIoU:.1f}", f"{100 * r.mIoU:.1f}"] for r in others]
-        parts += ["## Measured here, on data that papers don't use", markdown_table(["", "data", "split", "expressions", "oIoU", "mIoU"], lines)]
-    for name, rows in studies.items():
-        parts += [f"## Measured here: the study {name}", study_table(rows, study_fields(rows)).strip()]
+        metrics = [name for name in ("oIoU", "mIoU") if metric in (None, name)]
+        lines = [[name, *(f"{scores[m]:.2f}" for m in metrics)] for name, scores in study["rows"].items()] if metrics else []
+        note = f"{study['dataset']} ({study['split_by']}) {study['split']}, in percent; {study['source']}"
+        tables += [ResultTable(f"Published: {study['title']}", note, ["", *metrics], lines)] if lines else []
+    tables += _measured_tables(list(reports), metric)
+    for name, rows in (studies or {}).items():
+        if fields := study_fields(rows, metric):
+            head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in study_table(rows, fields).strip().splitlines()]
+            tables.append(ResultTable(f"Measured here: the study {name}", "In percent, mean ± half of the 95 % interval over runs.", head, lines))
+    return tables
+
+# %% ../../nbs/workshop/published.ipynb #075
+def results_markdown(published: Mapping, reports: Iterable[Report] = (), studies: Mapping[str, Sequence[dict]] | None = None, metric: str | None = None) -> str:
+    """All of `result_tables` in Markdown, under what the list of published scores says about itself."""
+    parts = ["# Results", published["about"]]
+    for table in result_tables(published, reports, studies, metric):
+        parts += [f"## {table.title}", *([table.note] if table.note else []), markdown_table(table.head, table.rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def study_fields(rows: Sequence[dict]) -> list[str]:
-    """The figures of a study that are scores on a whole data set, such as "refshapes oIoU", in all of its rows."""
-    return [name for name in rows[0] if re.fullmatch(r"\S+ [om]IoU", name) and all(name in row for row in rows)]
+def results_text(published: Mapping, reports: Iterable[Report] = (), studies: Mapping[str, Sequence[dict]] | None = None, metric: str | None = None) -> str:
+    """The same for a terminal: aligned columns, and a number for each source, which are listed at the end."""
+    sources, parts = [], []
+    for table in result_tables(published, reports, studies, metric):
+        lines = [table.head, *table.rows]
+        if table.head[-1] == "source":
+            sources += [source for source in dict.fromkeys(line[-1] for line in table.rows) if source not in sources]
+            lines = [table.head[:-1] + [""], *([*line[:-1], f"[{sources.index(line[-1]) + 1}]"] for line in table.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        number = [all(re.match(r"[\d.,]*( |$)", line[i]) for line in lines[1:]) for i in range(len(widths))]
+        aligned = ["  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(line, widths, number)).rstrip() for line in lines]
+        parts.append("\n".join([table.title, *([table.note] if table.note else []), *(f"  {line}" for line in aligned)]))
+    if sources:
+        parts.append("\n".join(["Sources", *(f"  [{i}] {source}" for i, source in enumerate(sources, 1))]))
+    return "\n\n".join(parts) + "\n" if parts else "no results\n"
+
+# %% ../../nbs/workshop/published.ipynb #a76e073e
+def find_results(published: Mapping, reports: Iterable[Report] = (), studies: Mapping[str, Sequence[dict]] | None = None, *, dataset: str | None = None,
+                 metric: str | None = None, learns_from: str | None = None, method: str | None = None) -> tuple[dict, list[Report], dict[str, list[dict]]]:
+    """The published scores, our reports and our studies that fit: what the functions above take.
+
+    dataset: "refcoco", ...; metric: "oIoU", ...; learns_from: the start of "masks", "boxes" or "sentences"; method: a part of a name, in
+    capitals or not, also of our checkpoints and variants. Ours do not say what they learned from, so `learns_from` leaves them out.
+    `RISError`, naming what there is, where a data set, metric or kind of supervision is not in the list or among ours.
+    """
+    reports, studies = list(reports), {name: list(rows) for name, rows in (studies or {}).items()}
+    known = {"data set": {row["dataset"] for row in published["benchmarks"]} | {r.data.split(" (")[0] for r in reports}
+             | {f.split()[0] for rows in studies.values() for f in study_fields(rows) if " " in f},
+             "metric": {row["metric"] for row in published["benchmarks"]}, "supervision": {row["learns from"] for row in published["benchmarks"]}}
+    for (what, names), asked in zip(known.items(), (dataset, metric, learns_from)):
+        if asked is not None and not any(name == asked or what == "supervision" and name.startswith(asked) for name in names):
+            raise RISError(f"no {what} {asked[:40]!r} among the results; there are {'; '.join(sorted(names))}")
+    part = (method or "").lower()
+    named = lambda name: part in name.lower()
+    fits = lambda row: (dataset in (None, row["dataset"]) and metric in (None, row["metric"]) and row["learns from"].startswith(learns_from or "") and named(row["method"]))
+    parts_of = lambda study: dataset in (None, study["dataset"]) and metric in (None, "oIoU", "mIoU") and named("SaG") and "sentences".startswith(learns_from or "")
+    chosen = {**published, "benchmarks": [*filter(fits, published["benchmarks"])], "studies": [*filter(parts_of, published["studies"])],
+              "methods": [m for m in published["methods"] if named(m["method"]) and m["learns from"].startswith(learns_from or "")]}
+    if learns_from is not None:
+        return chosen, [], {}
+    of_data = lambda row: {k: v for k, v in row.items() if not _FIELD.fullmatch(k) or dataset is None or k.startswith(f"{dataset} ")}
+    kept = {name: [of_data(row) for row in rows if named(row["variant"])] for name, rows in studies.items()}
+    return chosen, [r for r in reports if dataset in (None, r.data.split(" (")[0]) and named(r.checkpoint)], {name: rows for name, rows in kept.items() if rows}
 
 # %% ../../nbs/workshop/published.ipynb #078
 _COURSE = {"LAVT": (TRUTH, "o"), "MagNet": ("#009E73", "D"), "SaG": ("#CC79A7", "s")}  # colours of Okabe and Ito; marks
@@ -119,14 +216,14 @@ def _show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
         ax.plot([row["scores"]["val"] for row in mine], [names.index(f"{row['dataset']} ({row['split_by']})") for row in mine],
                 mark, mfc="white", mec=colour, mew=2, ms=7, label=method)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) + 0.3, -0.5), xlim=(0, 100), xlabel=f"{metric}, %", title="Published, val")
-    ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, columnspacing=1, handletextpad=0.2)  # in the row that is left free for it
+    if ax.lines: ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=3, columnspacing=1, handletextpad=0.2)  # in the row that is left free for it
     return ax
 
 
 def results_figure(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> plt.Figure:
     """Published scores in the first two panels, by oIoU and by mIoU; then ours by oIoU: our reports, and each study by its first oIoU."""
     import matplotlib.pyplot as plt
-    reports = list(reports)
+    reports, studies = list(reports), {name: rows for name, rows in studies.items() if study_fields(rows)}
     count = 2 + bool(reports) + len(studies)
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 4.2), squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], ("oIoU", "mIoU")):
