@@ -38,7 +38,7 @@ from ris_nb.models.lavt import LAVT
 from ris_nb.models.magnet import MagNet
 from ris_nb.models.sag import SaG
 from ris_nb.recipes.expectation import expectation
-from ris_nb.recipes.published import benchmark_table, find_results, our_results, read_published, result_tables, results_figure, results_markdown, results_text
+from ris_nb.recipes.published import benchmark_table, find_results, our_results, read_published, result_tables, results_figure, results_text
 from ris_nb.recipes.recipe import check_pretrained, plan, read_recipe
 from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, find_recipe, list_recipes
 from ris_nb.recipes.released import released_model
