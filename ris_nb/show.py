@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # %% auto #0
-__all__ = ['TRUTH', 'PREDICTION', 'draw_mask', 'overlay', 'show_referral']
+__all__ = ['TRUTH', 'PREDICTION', 'draw_mask', 'overlay', 'in_words', 'show_referral']
 
 # %% ../nbs/workshop/show.ipynb #061a
 def _refuse_kind(kind: str) -> None:
@@ -88,25 +88,39 @@ def overlay(image, mask, kind: str = "prediction") -> np.ndarray:
     drawn[~mask & binary_dilation(mask, iterations=thick)] = 0
     return drawn
 
+# %% ../nbs/workshop/show.ipynb #063n
+def in_words(mask, truth=None) -> str:
+    """What a bool mask (H, W) answers, in a few words: how much of the picture it marks, or "there is none" without a pixel.
+
+    With the truth, (H, W) too: the IoU; where the truth is empty, whether that is right or wrong."""
+    mask = np.asarray(mask)
+    answer = f"marks {mask.mean():.1%}" if mask.any() else "there is none"
+    if truth is None:
+        return answer
+    if np.asarray(truth).any():
+        return f"{answer}, IoU {iou(mask, truth).item():.2f}"
+    return f"{answer}, wrong: there is none" if mask.any() else f"{answer}, right"
+
 # %% ../nbs/workshop/show.ipynb #065
 def show_referral(image, expression, truth=None, prediction=None, ax=None) -> Axes:
     """Draw an image (H, W, 3) under its expression, with the masks, both bool (H, W), as `draw_mask` draws them.
 
-    With both, the IoU stands in the title; with a prediction, a line below the picture says which is which.
+    With both, the IoU stands in the title (see `in_words`); a line below the picture says which is which, and which one is empty.
     Draws on `ax`, or on a new figure, and returns the axes.
     """
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.2, 3.4), layout="constrained")[1]
     ax.imshow(np.asarray(image))
     title = "\n".join(textwrap.wrap(textwrap.shorten(expression, 90, placeholder=" ..."), 34))
-    if truth is not None:
-        draw_mask(ax, truth, "truth")
-    if prediction is not None:
-        draw_mask(ax, prediction, "prediction")
-        said = "hatched: prediction" if np.any(prediction) else "prediction: no pixel"
-        ax.text(0.5, -0.03, said if truth is None else f"solid: truth; {said}", transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
+    said = []
+    for kind, mask, line in (("truth", truth, "solid"), ("prediction", prediction, "hatched")):
+        if mask is not None:
+            draw_mask(ax, mask, kind)
+            said.append(f"{line}: {kind}" if np.any(mask) else f"{kind}: there is none")
+    if said and said != ["solid: truth"]:
+        ax.text(0.5, -0.03, "; ".join(said), transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
     if truth is not None and prediction is not None:
-        title += f"\nIoU {iou(prediction, truth).item():.2f}"
+        title += "\n" + (f"IoU {iou(prediction, truth).item():.2f}" if np.any(truth) else "wrong" if np.any(prediction) else "right")
     ax.set_title(title, fontsize=9, parse_math=False)  # a dollar sign in an expression is a dollar sign
     ax.axis("off")
     return ax

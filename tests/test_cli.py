@@ -677,9 +677,9 @@ def test_an_empty_answer_is_said(run, tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "night.png")
     monkeypatch.setattr("ris_nb.models.lavt.LAVT.masks", lambda self, output, sizes: [torch.zeros(size, dtype=torch.bool) for size in sizes])
     code, out, err = ris("predict", tmp_path / "night.png", "the red circle", "--checkpoint", run, "--out", tmp_path)
-    assert code == 0 and err.startswith("warning: the mask is empty: ") and err.count("\n") == 1 and "0.0% of the photo" in out
+    assert code == 0 and err == "" and out.startswith("there is none: ") and "0.0% of the photo" in out
     code, out, err = ris("compare", tmp_path / "night.png", "the red circle", "--models", run, "--out", tmp_path)
-    assert code == 0 and err.startswith("warning: the mask is empty: ") and err.count("\n") == 1
+    assert code == 0 and err == "" and out.startswith("there is none: ") and out.count("\n") == 2
 
 
 # Fine-tuning, plans, and a run that fails

@@ -1,6 +1,7 @@
 """Sentences that name nothing or several things: drawn, written, read, trained on."""
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from ris_nb.contract import RISError
 from ris_nb.data.batches import ReferralDataset, collate
 from ris_nb.data.check import check_data
 from ris_nb.data.refer import ReferData
+from ris_nb.data.scenes import open_scenes
 from ris_nb.data.shapes import HELD_OUT, ROUND, SPLITS, is_minimal, make_scene
 from ris_nb.data.sources import open_data
 from ris_nb.data.speaker import KINDS, MANY_KINDS, denote_several, refer
 from ris_nb.data.writer import make_refshapes
-from ris_nb.evaluation.floors import Floor
+from ris_nb.evaluation.floors import FLOORS, Floor
+from ris_nb.evaluation.listening import judge, listen
+from ris_nb.evaluation.probes import Change, find_changes
 from ris_nb.evaluation.report import Record, Report, make_report
 from ris_nb.metrics import SegmentationMetrics
 from ris_nb.models.mask_grounding import TINY_PREDICTOR
@@ -203,3 +207,63 @@ def test_floors_and_the_report(root, tmp_path):
     assert again.no_target == nothing.no_target and again.markdown() == nothing.markdown()
     head = nothing.markdown().splitlines()
     assert "fit nothing" in head[0] and "| N-acc | 100.0 | 100.0 to 100.0 |" in head and "| cIoU | 0.0 | 0.0 to 0.0 |" in head
+
+
+# ---- the probe "absent" and N-acc
+
+def test_the_probe_of_absent_things_agrees_with_n_acc(root):
+    referral = next(r for r in ReferData(root, "refshapes_plural").referrals("train") if not r.absent)
+    thing = torch.from_numpy(referral.mask())
+    half = thing.clone()
+    half[:, :int(thing.nonzero()[:, 1].float().mean())] = False
+    change = Change("absent", referral, "the star", "the purple star", None)
+    for after, score in ((torch.zeros_like(thing), 1.0), (thing, 0.0), (half, 1 - half.sum().item() / thing.sum().item())):
+        trial, metrics = judge(change, 0, (thing, after), [thing]), SegmentationMetrics()
+        metrics.update(after, torch.zeros_like(thing), absent=True)
+        assert trial.score == pytest.approx(score) and (trial.score == 1) == (metrics.compute()["N-acc"] == 1)
+
+
+def test_listening_in_the_flavour_of_none_and_many(root):
+    """Only sentences about one thing are changed; a floor that marks nothing has no pixel after any change, and never follows the words."""
+    data = ReferData(root, "refshapes_plural")
+    changes = find_changes(data.referrals("train"), open_scenes(data, book=100))
+    assert {s.kind for c in changes for s in c.referral.sentences if s.text == c.before} <= set(KINDS) and any(c.probe == "absent" for c in changes)
+    report = listen(Floor("nothing"), changes, progress=False)
+    assert report.probes["absent"]["empty"] == 1 and report.listens == 0
+
+
+def test_the_results_that_ship():
+    """data/results/none_many.json: all floors and both models, and figures that a floor must have."""
+    found = json.loads((Path(__file__).parents[1] / "data/results/none_many.json").read_text())
+    assert set(found["rows"]) == {"lavt_tiny", "magnet_tiny", *(f"floor: {rule}" for rule in FLOORS)}
+    nothing, everything = found["rows"]["floor: nothing"], found["rows"]["floor: whole image"]
+    assert nothing["gIoU"] == pytest.approx(found["without target"] / found["expressions"]) and (nothing["N-acc"], nothing["T-acc"]) == (1, 0)
+    assert (everything["N-acc"], everything["T-acc"]) == (0, 1)
+    for row in found["rows"].values():
+        parts = row["by_number"]
+        assert sum(p["expressions"] for p in parts.values()) == found["expressions"] and parts["none"]["mIoU"] == pytest.approx(row["N-acc"])
+        assert sum(p["expressions"] * p["mIoU"] for p in parts.values()) == pytest.approx(row["gIoU"] * found["expressions"])
+
+
+# ---- "there is none", said and shown
+
+def test_there_is_none_is_said_in_pictures_and_panels():
+    from ris_nb.explore.ask import ask_panel
+    from ris_nb.explore.panel import scene_at
+    from ris_nb.show import in_words, show_referral
+    thing, none = np.eye(8, dtype=bool), np.zeros((8, 8), bool)
+    assert [in_words(none), in_words(none, none), in_words(thing, none)] == ["there is none", "there is none, right", "marks 12.5%, wrong: there is none"]
+    for truth, answer, title, below in ((none, none, "right", "truth: there is none; prediction: there is none"), (none, thing, "wrong", "truth: there is none; hatched: prediction"),
+                                        (thing, none, "IoU 0.00", "solid: truth; prediction: there is none")):
+        ax = show_referral(np.zeros((8, 8, 3)), "the star", truth, answer)
+        assert ax.get_title().splitlines()[-1] == title and [text.get_text() for text in ax.texts] == [below]
+    panel = ask_panel(("lavt_tiny",))
+    said = []
+    for number in range(6):
+        panel["number"].value = number
+        absent = [text for text, mask in scene_at("val", number)[2].items() if not mask.any()]
+        assert list(scene_at("val", number)[2])[-len(absent):] == absent or not absent   # offered last
+        for text in absent[:2]:
+            panel["expression"].value = text
+            said.append(panel["lavt_tiny caption"].value)
+    assert any("there is none, right" in caption for caption in said) and not any("IoU" in caption for caption in said)

@@ -669,9 +669,74 @@ def test_phrasecut(world, tmp_path):
     assert not check_data(world.root)[0]["problems"] and len(open_data(world.root, "phrasecut").referrals("val")) == 2
 
 
+def grefer_files(photos=4, splits=("train", "val", "testA", "testB")):
+    """A gRefCOCO in small: on each photo a sentence about one thing, one about two (a polygon and a run-length code), and one about none."""
+    box, runs = [4, 4, 24, 4, 24, 20, 4, 20], {"size": [48, 64], "counts": [48 * 40, 48 * 10, 48 * 14]}   # 20 x 16 pixels; columns 40 to 49
+    refs = [dict(ref_id=3 * n + k, image_id=n, split=splits[n], file_name=name_of(n), ann_id=ids, category_id=[1] * len(ids) if ids != [-1] else [-1],
+                 sentences=[dict(sent_id=3 * n + k, raw=text, sent=text, tokens=text.split())])
+            for n in range(photos) for k, (ids, text) in enumerate((([2 * n], "the left one"), ([2 * n, 2 * n + 1], "both things"), ([-1], "the dog")))]
+    instances = dict(images=[dict(id=n, file_name=name_of(n), height=48, width=64) for n in range(photos)],
+                     annotations=[dict(id=2 * n + k, image_id=n, category_id=1, iscrowd=k, bbox=[[4, 4, 20, 16], [40, 0, 10, 48]][k],
+                                       segmentation=[[box], runs][k]) for n in range(photos) for k in (0, 1)],
+                     categories=[dict(id=1, name="thing")])
+    return {"grefs(unc).json": json.dumps(refs).encode(), "instances.json": json.dumps(instances).encode()}
+
+
+def test_grefcoco_in_small(world):
+    world.mirrors["grefcoco"] = dict(files=["instances.json", "grefs(unc).json"], annotations=[], photos=[f"{world.server.url}/photos/{{name}}"], by_hand="its page")
+    with pytest.raises(RISError, match="no mirror is known for the annotations of grefcoco: put instances.json, grefs.unc..json into .*its page") as info:
+        world.prepare(dataset="grefcoco")
+    assert "\n" not in str(info.value)
+    folder = world.root / "grefcoco"
+    folder.mkdir(parents=True)
+    for name, body in grefer_files().items(): (folder / name).write_bytes(body)
+    done = world.prepare(dataset="grefcoco")
+    assert (done.fetched, done.source, done.differences) == (4, None, [])
+    assert (world.root / "images/mscoco/images/train2014" / name_of(3)).is_file()
+    data = open_data(world.root)
+    assert (data.dataset, data.split_by, data.splits) == ("grefcoco", "unc", ["train", "val", "testA", "testB"])
+    for split in data.splits:
+        one, two, none = data.referrals(split)
+        assert [r.mask().sum() for r in (one, two, none)] == [mask_of(one), mask_of(one) + 480, 0] and 0 < mask_of(one) < 480
+        assert not one.mask()[:, 40:].any() and two.mask()[:, 40:50].all() and (two.mask()[:, :40] == one.mask()[:, :40]).all()
+        assert [r.absent for r in (one, two, none)] == [False, False, True] and all(r.has_mask for r in (one, two, none))
+        assert [s.kind for r in (one, two, none) for s in r.sentences] == ["one", "many", "none"]
+        assert (one.bbox, two.bbox, none.bbox) == ((4, 4, 20, 16), (4, 0, 46, 48), None) and (two.category, none.category) == ("thing", "")
+        assert (two.area(), none.area()) == (two.mask().sum(), 0)
+    assert len(data.referrals("test")) == 6
+    rows = check_data(world.root)
+    assert [row["problems"] for row in rows] == [[]] * 4 and all(row["published"] is None for row in rows)
+
+
+def mask_of(referral): return int(referral.mask().sum())
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda refs: refs[1].update(ann_id=[]), "entry 1 is malformed"), (lambda refs: refs[2].update(ann_id=[0, -1]), "entry 2 is malformed"),
+    (lambda refs: refs[0].update(ann_id=[99]), "entry 0 is malformed"), (lambda refs: refs[0].pop("ann_id"), "not as the REFER toolbox has it"),
+    (lambda refs: refs.clear() or refs.append(5), "not as the REFER toolbox has it"), (lambda refs: refs[0].update(sentences=[{"raw": 3}]), "no string"), (None, "no readable JSON")])
+def test_a_broken_grefcoco_is_told_in_one_line(tmp_path, change, said):
+    folder = tmp_path / "grefcoco"
+    (tmp_path / "images/train2014").mkdir(parents=True)
+    folder.mkdir()
+    for name, body in grefer_files().items(): (folder / name).write_bytes(body)
+    refs = json.loads(grefer_files()["grefs(unc).json"])
+    (folder / "grefs(unc).json").write_text("{" if change is None else (change(refs), json.dumps(refs))[1])
+    with pytest.raises(RISError) as info: open_data(tmp_path, "grefcoco")
+    assert "\n" not in str(info.value) and said in str(info.value) and "grefs(unc).json" in str(info.value)
+
+
+def test_a_pickle_is_not_read_as_grefcoco(tmp_path):
+    folder = tmp_path / "grefcoco"
+    (tmp_path / "images/train2014").mkdir(parents=True)
+    folder.mkdir()
+    (folder / "grefs(unc).p").write_bytes(pickle.dumps([]))
+    with pytest.raises(RISError, match="no grefcoco in .*grefs.*json.*data prepare grefcoco"): open_data(tmp_path, "grefcoco")
+
+
 def test_the_list_that_ships():
     mirrors = read_mirrors()
-    assert set(mirrors) == {"refcoco", "refcoco+", "refcocog", "phrasecut"}
+    assert set(mirrors) == {"refcoco", "refcoco+", "refcocog", "grefcoco", "phrasecut"}
     for name, entry in mirrors.items():
         assert {by for dataset, by in preparing.PUBLISHED if dataset == name} == {f[5:-2 - 1] for f in entry["files"] if f.startswith("refs")} or name == "phrasecut"
         for archive in entry["annotations"]: assert archive["url"].endswith(f"/{name}.zip") and archive["sha256"] is None or len(archive["sha256"]) == 64

@@ -220,7 +220,7 @@ class Prepare:
       ris-nb data prepare refcoco+ --root data --coco /datasets/coco
       ris-nb data prepare phrasecut --root data --parallel 4
     """
-    dataset: Positional[Literal["refcoco", "refcoco+", "refcocog", "phrasecut"]]
+    dataset: Positional[Literal["refcoco", "refcoco+", "refcocog", "grefcoco", "phrasecut"]]
     """The data set to fetch."""
     root: Annotated[Path, arg(metavar="FOLDER")]
     """Data root, the folder to write to; one root takes all of them."""

@@ -24,7 +24,7 @@ class Predict(Answering):
     """Find what an expression speaks of in a photo.
 
     Writes PHOTO_overlay.png (the photo with the answer marked) and PHOTO_mask.png (white on black, at the photo's size).
-    Warns of words that the model doesn't know, and of an empty answer. Where neither --checkpoint nor --released is given,
+    Says "there is none" where no pixel is marked, and warns of words that the model doesn't know. Where neither --checkpoint nor --released is given,
     magnet_tiny answers, which comes with the library and knows RefShapes and nothing else.
 
     examples:
@@ -51,11 +51,11 @@ def say_unread(tokenizer, expression: str) -> None:
 
 
 def ask(name: str, model, photo, expression: str):
-    """The model's mask of the photo, bool (H, W); warnings on stderr for words it doesn't read and for an empty mask."""
+    """The model's mask of the photo, bool (H, W); a line that says "there is none" where it is empty, and warnings on stderr for words it doesn't read."""
     mask = model.predict([photo], [expression])[0]
     say_unread(model.tokenizer, expression)
     if not mask.any():
-        print(f"warning: the mask is empty: {name} finds nothing that {expression[:60]!r} fits; ask for something else in the photo", file=sys.stderr)
+        print(f"there is none: {name} finds nothing in the photo that {expression[:60]!r} fits")
     return mask
 
 # %% ../../nbs/workshop/cli_predict.ipynb #119

@@ -47,8 +47,9 @@ def photo_problem(path: Path, annotated: tuple[int, int], masked: bool = True) -
 
 def _reach(referral: Referral) -> float:
     """How far polygons reach out of the frame, in pixels."""
-    if not isinstance(referral.segmentation, list) or isinstance(referral.segmentation[0], dict): return 0.0
-    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in referral.segmentation])
+    polygons = [part for part in referral.segmentation if not isinstance(part, dict)] if isinstance(referral.segmentation, list) else []
+    if not polygons: return 0.0
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     return float(max(-points.min(), *(points.max(0) - referral.size[::-1])))
 
 # %% ../../nbs/workshop/check.ipynb #102

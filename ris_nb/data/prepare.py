@@ -34,14 +34,14 @@ __all__ = ['prepare']
 
 # %% ../../nbs/workshop/prepare.ipynb #043
 def _open_all(root: Path, dataset: str, published: dict = PUBLISHED) -> list[Referrals]:
-    """Open a data set in every published way of splitting it."""
-    return [open_data(root, dataset, by) for name, by in published if name == dataset]
+    """Open a data set in every published way of splitting it; where no counts are known (gRefCOCO), in the one that there is."""
+    return [open_data(root, dataset, by) for name, by in published if name == dataset] or [open_data(root, dataset)]
 
 def count_differences(sources: list[Referrals], published: dict = PUBLISHED) -> list[str]:
     """One line for each split whose counts are not the published ones."""
     found, names = [], ("images", "refs", "sentences")
     for data in sources:
-        for split, expected in published[data.dataset, data.split_by].items():
+        for split, expected in published.get((data.dataset, data.split_by), {}).items():
             counts = tuple(count_split(data, split).values()) if split in data.splits else (0, 0, 0)
             wrong = [f"{there:,} {what} instead of {ought:,}" for there, ought, what in zip(counts, expected, names) if there != ought]
             if wrong: found.append(f"{data.split_by} {split} has {', '.join(wrong)}")
@@ -278,7 +278,7 @@ def _open_client(parallel: int, patience: Patience) -> httpx.Client:
 # %% ../../nbs/workshop/prepare.ipynb #068
 def prepare(dataset: str, root: str | Path, coco: str | Path | None = None, mirrors: str | Path | None = None, parallel: int = 8,
             progress: bool = True, patience: Patience = Patience(), published: dict = PUBLISHED) -> Prepared:
-    """Fetch RefCOCO, RefCOCO+, RefCOCOg or PhraseCut to `root`, complete and checked; what is there already stays.
+    """Fetch RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO or PhraseCut to `root`, complete and checked; what is there already stays.
 
     Annotations come from the first mirror (`read_mirrors(mirrors)`) whose archive has the SHA-256 that the list names, or the counts
     that were `published`. Photos are those that references name: links into the folder `coco` where it has them, fetched otherwise,
@@ -287,7 +287,7 @@ def prepare(dataset: str, root: str | Path, coco: str | Path | None = None, mirr
     root, listed = Path(root), read_mirrors(mirrors)
     if dataset not in listed: raise RISError(f"no mirrors for {dataset!r}; there are {', '.join(listed)}")
     if not 1 <= parallel <= 64: raise RISError(f"parallel must be from 1 to 64, not {parallel}: so many photos are fetched at a time")
-    if coco is not None and not dataset.startswith("refcoco"): raise RISError(f"the photos of {dataset} are not COCO's")
+    if coco is not None and "images/train2014" not in photo_folders(dataset): raise RISError(f"the photos of {dataset} are not COCO's")
     if coco is not None and not Path(coco).is_dir(): raise RISError(f"no folder {coco}")
     try:
         with _locked_folder(root), _open_client(parallel, patience) as client:

@@ -209,7 +209,7 @@ def _how_to_get(root: Path, dataset: str) -> str:
     flag = "" if dataset == "refshapes" else f" --flavour {dataset}"
     if dataset.startswith("refshapes"): return f"`ris-nb data shapes {root}{flag}` makes it"
     if dataset.startswith("reftoys"): return f"`ris-nb data toys {root} --flavour {dataset}` makes it"
-    if dataset in {name for name, _ in PUBLISHED}: return f"`ris-nb data prepare {dataset} --root {root}` fetches what is missing"
+    if dataset == "grefcoco" or dataset in {name for name, _ in PUBLISHED}: return f"`ris-nb data prepare {dataset} --root {root}` fetches what is missing"
     return f"annotations belong in {root / dataset}, photos in {root / 'images' / dataset}"
 
 def _choose_split_by(root: Path, dataset: str, split_by: str | None) -> str:

@@ -20,7 +20,7 @@ from ..data.images import read_image
 from .evaluate import device_of
 from .report import Record, Report
 from ..models.base import RISModel, evaluating
-from ..show import overlay, show_referral
+from ..show import in_words, overlay, show_referral
 
 if TYPE_CHECKING:
     import matplotlib.pyplot as plt
@@ -97,6 +97,7 @@ def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.
                 ax.set_frame_on(False)
             else:
                 ax.imshow(picture, cmap="tab20" if picture is winner else "cividis", interpolation="nearest", aspect="auto")
+        line[3].set_xlabel(in_words(mask), fontsize=8)
         line[0].set_ylabel(textwrap.shorten(name, 40, placeholder=" ..."), parse_math=False)
     for ax, title in zip(axes[0], ("photo", "winning slots", "score", "mask")):
         ax.set_title(title)

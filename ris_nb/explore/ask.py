@@ -20,9 +20,8 @@ from ..data.images import read_image
 from ..data.tokenizer import SPECIAL
 from .answers import Answer, Remembered, Viewer, answer, viewers_of
 from .panel import Panel, coloured, heat, offer, offer_examples, picture_part, png, scene_parts, shown, unread
-from ..metrics import iou
 from ..models.base import RISModel
-from ..show import overlay
+from ..show import in_words, overlay
 
 # %% auto #0
 __all__ = []
@@ -71,8 +70,7 @@ def draw_answer(picture: np.ndarray, model: RISModel, found: Answer, word: int =
                 truth: np.ndarray | None = None) -> tuple[np.ndarray, str]:
     """A picture (H, W, 3) with the answer's mask, or with the map of one word, and what to write below (HTML)."""
     mask = model.masks(found.output, [picture.shape[:2]], threshold)[0].numpy()
-    caption = f" marks {mask.mean():.1%}" + ("" if truth is None else f", IoU {iou(mask, truth).item():.2f}")
-    caption += coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
+    caption = (" " if mask.any() else ": ") + in_words(mask, truth) + coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
     return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..contract import RISError
-from ..data.shapes import FLAVOURS, Scene, make_scene
-from ..data.speaker import refer
+from ..data.shapes import Scene, make_scene
+from ..data.speaker import SHAPE_FLAVOURS, refer
 from ..data.tokenizer import Tokenizer
 from ..data.toy_speaker import refer_toys
 from ..data.toys import ToyScene, make_toys
@@ -120,7 +120,8 @@ def picture_part(name: str) -> dict[str, widgets.Widget]:
 
 @lru_cache(maxsize=64)
 def scene_at(split: str, number: int, world: str = "refshapes") -> tuple[Scene | ToyScene, Image.Image, dict[str, np.ndarray]]:
-    """Scene `number` of a split, which no shipped model has seen; its picture; and expressions with their masks (H, W).
+    """Scene `number` of a split, which no shipped model has seen; its picture; and expressions with their masks (H, W), last those
+    that fit nothing.
 
     world: "refshapes" or "toys".
     """
@@ -129,8 +130,9 @@ def scene_at(split: str, number: int, world: str = "refshapes") -> tuple[Scene |
         known = {one.text: scene.masks[list(one.referents)].any(0) for one in refer_toys(scene)}
     else:
         scene = make_scene(0, split=split, index=number)
-        known = {one.text: scene.masks[one.referent] for flavour in FLAVOURS for one in refer(scene, flavour)}
-    return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: len(pair[0])))
+        said = [one for flavour in SHAPE_FLAVOURS for one in refer(scene, flavour) if one.kind not in ("plural", "pair")]  # few models know "stars"
+        known = {one.text: scene.masks[list(one.referents)].any(0) for one in said}
+    return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: (not pair[1].any(), len(pair[0]))))
 
 # %% ../../nbs/workshop/explore_panel.ipynb #035s0
 def scene_parts(world: str = "refshapes") -> dict[str, widgets.Widget]:

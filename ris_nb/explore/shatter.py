@@ -23,11 +23,10 @@ from .answers import Remembered, Viewer, shipped
 from .ask import row_of_pictures
 from .fill import Pointable
 from .panel import PALETTE, Panel, bars, heat, offer_examples, picture_part, png, scene_parts, unread
-from ..metrics import iou
 from ..models.base import RISModel
 from ..models.entity_slots import EntityDiscovery, EntitySlots, QuerySlots, RandomSlots
 from ..models.modality_fusion import relevance_map
-from ..show import overlay
+from ..show import in_words, overlay
 
 # %% auto #0
 __all__ = ['draw_slots']
@@ -125,8 +124,7 @@ def draw_gathered(picture: np.ndarray, model: RISModel, maps: Tensor, reads: Ten
     order, top = reads.argsort(descending=True).tolist()[:3], float(maps.max())
     M = relevance_map(reads[None], maps.flatten(1)[None], model.scheme).view(maps.shape[1:])
     mask = model.masks(Output(M[None]), [picture.shape[:2]])[0].numpy()
-    known = "" if truth is None else f", IoU {iou(mask, truth).item():.2f}"
-    return {f"mask: {mask.mean():.1%}{known}": overlay(picture, mask), f"relevance, up to {M.max():.2f}": heat(picture, M, float(M.max())),
+    return {f"mask: {in_words(mask, truth).removeprefix('marks ')}": overlay(picture, mask), f"relevance, up to {M.max():.2f}": heat(picture, M, float(M.max())),
             **{f"slot {names[k]}, read {reads[k]:.0%}": heat(picture, maps[k], top) for k in order}}
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #076

@@ -173,7 +173,7 @@ class RISModel(_Freezing):
 
     @torch.no_grad()
     def predict(self, images: Sequence, expressions: Sequence[str]) -> list[np.ndarray]:
-        """Bool masks, each at its image's own size: expressions[i] speaks of images[i].
+        """Bool masks, each at its image's own size: expressions[i] speaks of images[i]. One without a pixel says: there is none.
 
         Images are paths, PIL images or uint8 arrays, read as they are stored (see `read_image` for phone photos). All
         questions are answered in one batch; an image given several times is encoded once.
