@@ -59,13 +59,15 @@ def released_state(case: Case) -> dict[str, torch.Tensor]:
     """A state dict with the released network's names, filled by the rule. Integer buffers are left at zero."""
     whole = ("relative_position_index", "num_batches_tracked")
     return {key: torch.zeros(shape, dtype=torch.int64) if key.endswith(whole)
+            else torch.zeros(shape) if not shape  # a scalar stays as built: ReLA's lang_weight, which is 0 then
             else make_weight(case.spec["weight_seed"], key, shape) for key, shape in case.spec["keys"].items()}
 
 
 def make_inputs(case: Case, vocab_size: int = 30522, words: int = 20):
-    """The input rule of LAVT and MagNet: image (B, 3, S, S) float32, ids (B, L) int64, words (B, L) bool."""
-    batch, size, lens = case.spec["batch"], case.spec["config"]["img"], case.spec["lens"]
-    vocab_size = case.spec["config"]["bert"].get("vocab_size", vocab_size)
+    """The input rule of LAVT, MagNet and ReLA: image (B, 3, S, S) float32, ids (B, L) int64, words (B, L) bool."""
+    config = case.spec.get("config", case.spec)
+    batch, size, lens = case.spec["batch"], config["img"], case.spec["lens"]
+    vocab_size = config.get("vocab") or config["bert"].get("vocab_size", vocab_size)
     r = np.random.RandomState(case.spec["input_seed"])
     image = r.standard_normal((batch, 3, size, size)).astype(np.float32)
     ids = r.randint(5, vocab_size, (batch, words))

@@ -147,15 +147,16 @@ class PixelDecoder(nn.Module):
 
     `widths`: channels of the maps, finest first. Unlike Mask2Former the finest map takes part too, so that no feature
     pyramid is needed after it, and the defaults are MagNet's (CVPR 2024): `layers` is 4. Raises `RISError` for fewer than
-    two maps or a width that 8 doesn't divide.
+    two maps or a width that 8 doesn't divide. `groups`: of the group norms, by default one for 8 channels.
     """
 
-    def __init__(self, widths: Sequence[int], width: int = 256, layers: int = 4, heads: int = 8, points: int = 4, ffn: int = 1024):
+    def __init__(self, widths: Sequence[int], width: int = 256, layers: int = 4, heads: int = 8, points: int = 4, ffn: int = 1024,
+                 groups: int | None = None):
         super().__init__()
         if len(widths) < 2 or width % 8:
             raise RISError(f"a pixel decoder needs two maps or more and a width that 8 divides, not {len(widths)} and {width}")
         self.projections = nn.ModuleList(  # coarse to fine, as everything from here on
-            nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(width // 8, width)) for c in reversed(widths))
+            nn.Sequential(nn.Conv2d(c, width, 1), nn.GroupNorm(groups or width // 8, width)) for c in reversed(widths))
         self.level_embed = nn.Parameter(torch.randn(len(widths), width))
         self.layers = nn.ModuleList(DeformableLayer(width, heads, len(widths), points, ffn) for _ in range(layers))
         self.mask_features = nn.Conv2d(width, width, 1)
@@ -170,9 +171,8 @@ class PixelDecoder(nn.Module):
         """Keep less for the backward pass of each layer and compute it again there, as in timm."""
         self.checkpointing = enable
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Maps (B, H_k, W_k, widths[k]), finest first -> mask features (B, width, H_0, W_0) and all but the finest map
-        (B, h, w, width), coarsest first."""
+    def mix(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps (B, H_k, W_k, widths[k]), finest first -> what the layers make of them, (B, H_k, W_k, width), coarsest first."""
         shapes = tuple(tuple(m.shape[1:3]) for m in reversed(maps))
         x = torch.cat([project(m.permute(0, 3, 1, 2)).flatten(2).mT for project, m in zip(self.projections, reversed(maps))], 1)
         positions = torch.cat([sine_positions(h, w, x.shape[-1], x.device).flatten(0, 1) + level
@@ -182,7 +182,12 @@ class PixelDecoder(nn.Module):
                 x = checkpoint(layer, x, positions, shapes, use_reentrant=False)
             else:
                 x = layer(x, positions, shapes)
-        *coarse, fine = (part.unflatten(1, shape) for part, shape in zip(x.split([h * w for h, w in shapes], 1), shapes))
+        return [part.unflatten(1, shape) for part, shape in zip(x.split([h * w for h, w in shapes], 1), shapes)]
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Maps (B, H_k, W_k, widths[k]), finest first -> mask features (B, width, H_0, W_0) and all but the finest map
+        (B, h, w, width), coarsest first."""
+        *coarse, fine = self.mix(maps)
         return self.mask_features(fine.permute(0, 3, 1, 2)), coarse
 
 # %% ../../nbs/12_mask_decoder.ipynb #065
