@@ -19,7 +19,7 @@ from ..encoders.language import TextEncoder
 from ..encoders.vision import Swin
 from .base import RISModel
 from .lavt import LAVT, NORMS, LanguageSwin
-from .layers import base_preset, preset, read_attention, text_encoder, tiny_preset
+from .layers import base_preset, dice_loss, preset, read_attention, text_encoder, tiny_preset
 from .mask_decoder import PixelDecoder, sine_positions
 from .released import load_released
 from .released_rela import released_rela, released_rela_key, released_rela_sizes
@@ -157,7 +157,7 @@ class ReLA(RISModel):
     | vision | of `Swin` |
     | text | of `TextEncoder`; vocab_size, the rows of its word table: by default one for each piece of the vocabulary |
     | decoder | width; groups of all group norms; pixel_layers, pixel_heads, points, pixel_ffn: of `PixelDecoder`; grid: so many regions a side; layers, heads, ffn: of the regions |
-    | loss | minimap and no_target: weights beside that of the mask, 1; soft_minimap: a region's target is its majority, not the truncated value |
+    | loss | minimap, no_target, dice: weights beside that of the mask, 1; the released code has no Dice. soft_minimap: see `minimap_target` |
 
     norm: of `PWAM`, "instance" as released, or "layer". The rest: of `RISModel`. The defaults are the released network's.
     """
@@ -168,11 +168,11 @@ class ReLA(RISModel):
                  std=IMAGENET_STD, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
                  decoder: Mapping = dict(width=256, groups=32, pixel_layers=6, pixel_heads=8, points=4, pixel_ffn=1024,
                                          grid=10, layers=9, heads=8, ffn=2048),
-                 loss: Mapping = dict(minimap=0.1, no_target=0.1, soft_minimap=False), norm: str = "instance",
+                 loss: Mapping = dict(minimap=0.1, no_target=0.1, dice=0.0, soft_minimap=False), norm: str = "instance",
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
-        if norm not in NORMS or not loss["minimap"] >= 0 or not loss["no_target"] >= 0:
-            raise RISError(f"norm must be one of {', '.join(NORMS)} and no loss weight below 0, not {norm!r}, {loss['minimap']} and {loss['no_target']}")
+        if norm not in NORMS or not all(loss[term] >= 0 for term in ("minimap", "no_target", "dice")):
+            raise RISError(f"norm must be one of {', '.join(NORMS)} and no weight of the loss below 0, not {norm!r} and {dict(loss)}")
         d, self.loss, self.grid = decoder, loss, decoder["grid"]
         self.text = text_encoder(text, self.vocabulary)
         self.encoder = LanguageSwin(Swin(**vision), text["width"], NORMS[norm])
@@ -193,18 +193,21 @@ class ReLA(RISModel):
         return Output(logits[:, 1] - logits[:, 0], l, features, {**extra, "logits": logits, "input_size": tuple(batch.image.shape[-2:])})
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """{"mask", "minimap", "no_target"}: two-class cross-entropies, background (0.9) against the rest (1.1), weighted; needs `batch.mask`.
+        """{"mask", "minimap", "no_target"}: two-class cross-entropies with class weights 0.9 and 1.1, weighted; and "dice", if asked for.
 
-        Each is averaged over the whole batch by weight, as released. An empty mask means that there is no target.
+        Each is averaged over the whole batch, as released. An empty mask means that there is no target. Needs `batch.mask`.
         """
         if batch.mask is None:
             raise RISError("ReLA learns from masks and this batch has none: read the data with masks=True")
         logits = output.extra["logits"].float()
         weight, whole = logits.new_tensor((0.9, 1.1)), F.interpolate(logits, batch.mask.shape[-2:], mode="bilinear", align_corners=False)
         cells, empty = minimap_target(batch.mask, self.grid, self.loss["soft_minimap"]), ~batch.mask.flatten(1).any(1)
-        return {"mask": F.cross_entropy(whole, batch.mask.long(), weight),
-                "minimap": self.loss["minimap"] * F.cross_entropy(output.extra["minimap"].float().mT, cells, weight),
-                "no_target": self.loss["no_target"] * F.cross_entropy(output.extra["no_target"].float(), empty.long(), weight)}
+        losses = {"mask": F.cross_entropy(whole, batch.mask.long(), weight),
+                  "minimap": self.loss["minimap"] * F.cross_entropy(output.extra["minimap"].float().mT, cells, weight),
+                  "no_target": self.loss["no_target"] * F.cross_entropy(output.extra["no_target"].float(), empty.long(), weight)}
+        if self.loss["dice"]:
+            losses["dice"] = self.loss["dice"] * dice_loss(whole[:, 1] - whole[:, 0], batch.mask)
+        return losses
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
         """Bool masks (H, W) of the asked sizes, where foreground beats background; empty where the no-target logits say that there is nothing.
@@ -256,7 +259,7 @@ def rela_tiny(pretrained: bool = False, **overrides) -> ReLA:
     `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
     """
     decoder = dict(width=32, groups=4, pixel_layers=1, pixel_heads=4, points=2, pixel_ffn=64, grid=10, layers=3, heads=4, ffn=64)
-    return tiny_preset(ReLA, "rela_tiny", "refshapes", dict(decoder=decoder, norm="layer"), pretrained, overrides)
+    return tiny_preset(ReLA, "rela_tiny", "refshapes", dict(decoder=decoder, norm="layer", loss=dict(dice=3.0)), pretrained, overrides)
 
 
 @register_model
