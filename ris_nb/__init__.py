@@ -37,6 +37,7 @@ _ROOMS = {  # module -> what of it is public
     "models.alignment": "ImageAlignment LanguageAlignment alignment_loss",
     "models.mask_decoder": "DeformableAttention MaskDecoder PixelDecoder deformable_sample",
     "models.magnet": "LockStep MagNet",
+    "models.rela": "ReLA",
     "models.entity_slots": "EntityDiscovery EntitySlots QuerySlots RandomSlots reconstruction_loss",
     "models.repainting": "SlotDecoder",
     "models.modality_fusion": "ModalityFusion relevance_map",

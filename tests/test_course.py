@@ -44,6 +44,8 @@ LONG = {
     "Run": "its fields with what they mean",
     "EntityDiscovery": "the constructor names the parts that one loop chains",
     "ModalityFusion": "the constructor and the two halves of attention",
+    "RegionDecoder": "the constructor names the parts that one loop chains",
+    "ReLA": "the whole contract of a model",
 }
 
 

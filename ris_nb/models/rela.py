@@ -16,14 +16,15 @@ from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import BERT_UNCASED, SPECIAL
 from ..encoders.language import TextEncoder
+from ..encoders.pretraining import find_world
 from ..encoders.vision import Swin
 from .base import RISModel
 from .lavt import LAVT, NORMS, LanguageSwin
-from .layers import base_preset, dice_loss, preset, read_attention, text_encoder, tiny_preset
+from .layers import TINY, base_preset, dice_loss, keep_sizes, preset, read_attention, text_encoder, tiny_preset
 from .mask_decoder import PixelDecoder, sine_positions
 from .released import load_released
 from .released_rela import released_rela, released_rela_key, released_rela_sizes
-from ..registry import register_model
+from ..registry import load_model, register_model
 from ..settings import BERT_BASE, SWIN_B, TEXT
 
 # %% auto #0
@@ -251,17 +252,37 @@ class ReLA(RISModel):
         load_released(model, state, released_rela_key)
         return model.eval()
 
+# %% ../../nbs/20_rela.ipynb #x6s
+@torch.no_grad()
+def start_from_lavt(model: ReLA) -> None:
+    """Give `rela_tiny` the encoders of the trained `lavt_tiny`; pieces that its vocabulary doesn't have keep their new vectors."""
+    lavt, table = load_model("lavt_tiny"), model.text.bert.embeddings.word_embeddings.weight
+    lavt.encoder.gates = lavt.encoder.gates[:-1]
+    model.encoder.load_state_dict(lavt.encoder.state_dict())
+    text, known = lavt.text.state_dict(), {piece: row for row, piece in enumerate(lavt.vocabulary)}
+    old, new = text["bert.embeddings.word_embeddings.weight"], table.clone()
+    for row, piece in enumerate(model.vocabulary):
+        new[row] = old[known[piece]] if piece in known else new[row]
+    model.text.load_state_dict({**text, "bert.embeddings.word_embeddings.weight": new})
+
 # %% ../../nbs/20_rela.ipynb #x6
 @register_model
 def rela_tiny(pretrained: bool = False, **overrides) -> ReLA:
     """A ReLA for 64-pixel RefShapes that trains in minutes on a CPU. Give it a `vocabulary` to ask it in words.
 
-    `pretrained`: its Swin starts as that of `pretrained_namer`, and learns at a fifth of the rate.
+    `pretrained`: its Swin and its text encoder start as those of the trained `lavt_tiny`, and learn at a fifth of the rate.
     """
     decoder = dict(width=32, groups=4, pixel_layers=1, pixel_heads=4, points=2, pixel_ffn=64, grid=10, layers=3, heads=4, ffn=64)
-    return tiny_preset(ReLA, "rela_tiny", "refshapes", dict(decoder=decoder, norm="layer", loss=dict(dice=3.0)), pretrained, overrides)
+    sizes = dict(decoder=decoder, norm="layer", loss=dict(dice=3.0), lr_factors={"encoder": 0.2, "text": 0.2} if pretrained else {})
+    if pretrained:
+        own = dict(norm="layer", vision=find_world("refshapes").swin, text=TINY["text"])
+        keep_sizes("rela_tiny", "encoder", own, ReLA.settings(overrides))
+    model = tiny_preset(ReLA, "rela_tiny", "refshapes", sizes, False, overrides)
+    if pretrained:
+        start_from_lavt(model)
+    return model
 
-
+# %% ../../nbs/20_rela.ipynb #x7
 @register_model
 def rela_swin_base(pretrained: bool = False, **overrides) -> ReLA:
     """The paper's larger ReLA: Swin-B with window 12 at 480 pixels, BERT-base; `pretrained` fetches both encoders."""
