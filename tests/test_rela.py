@@ -6,11 +6,12 @@ import pytest
 import torch
 from accelerate.utils import convert_to_fp32
 from parity import find_case, load_case, make_inputs, released_state
+from safetensors.torch import save_file
 
 from ris_nb.contract import Batch, RISError
 from ris_nb.data.tokenizer import SPECIAL
-from ris_nb.encoders.pretraining import pretrained_namer
 from ris_nb.models.rela import ReLA, minimap_target
+from ris_nb.models.released_rela import released_rela_key
 from ris_nb.registry import create_model, list_models, load_model
 from ris_nb.settings import nested
 
@@ -74,7 +75,6 @@ def assert_parity(case, model, full=False):
 
 
 def gradient_norms(model, keys):
-    from ris_nb.models.released_rela import released_rela_key
     own = dict(model.named_parameters())
     return {key: own[name].grad.norm().item() for key in keys if (name := released_rela_key(key)) in own}
 
@@ -93,3 +93,151 @@ def test_full_parity():
     model = ReLA.from_released(released_state(case))
     assert sum(p.numel() for p in model.parameters()) == case.spec["parameters"] == 225_521_469
     assert_parity(case, model, full=True)
+
+
+def small(**overrides):
+    """A ReLA that runs in milliseconds."""
+    torch.manual_seed(0)
+    sizes = dict(vocabulary=VOCABULARY, vision=dict(width=16, depths=(1, 2, 1), heads=(1, 2, 4)), text=dict(width=32, heads=2, ffn=32),
+                 decoder=dict(width=32, heads=2, points=2, pixel_ffn=32, grid=4, layers=2, ffn=32))
+    return create_model("rela_tiny", **nested(sizes, overrides)).eval()
+
+
+def some_batch(lens=(4, 9, 20), images=None, size=64):
+    torch.manual_seed(1)
+    words = torch.arange(20) < torch.tensor(lens)[:, None]
+    mask = torch.rand(len(lens), size, size) > 0.8
+    mask[-1] = False  # the last sentence fits nothing
+    return Batch(torch.randn(images or len(lens), 3, size, size), torch.randint(5, 9, words.shape) * words, words, mask=mask)
+
+
+def total(model, batch):
+    return sum(model.losses(model(batch), batch).values())
+
+
+@pytest.mark.parametrize("layout", ["trainer", "wrapped", "safetensors"])
+def test_from_released_reads_files(state, tmp_path, layout):
+    path = tmp_path / ("w.safetensors" if layout == "safetensors" else "w.pth")
+    if layout == "trainer":
+        more = {"text_encoder.pooler.dense.bias": torch.zeros(768), "criterion.empty_weight": torch.ones(2), "pixel_mean": torch.zeros(3, 1, 1)}
+        torch.save({"model": state | more, "iteration": 7, "optimizer": {"state": {}}}, path)
+    elif layout == "wrapped":
+        torch.save({f"module.{key}": value for key, value in state.items()}, path)
+    else:
+        save_file(state, path)
+    model, direct = ReLA.from_released(str(path), decoder_heads=4), ReLA.from_released(state, decoder_heads=4)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values(), strict=True))
+
+
+def test_from_released_names_what_does_not_fit(state):
+    key = "sem_seg_head.predictor.lang_weight"
+    with pytest.raises(RISError, match="1 unknown: sem_seg_head.predictor.class_embed.weight"):
+        ReLA.from_released(state | {"sem_seg_head.predictor.class_embed.weight": torch.zeros(1)}, decoder_heads=4)
+    with pytest.raises(RISError, match="1 missing: regions.language.weight"):
+        ReLA.from_released({k: v for k, v in state.items() if k != key}, decoder_heads=4)
+    with pytest.raises(RISError, match="1 misshapen: .*lang_proj.weight"):
+        ReLA.from_released(state | {"sem_seg_head.predictor.lang_proj.weight": torch.zeros(64, 767)}, decoder_heads=4)
+    with pytest.raises(RISError, match="not a released ReLA: it has no entry"):
+        ReLA.from_released(released_state(load_case("lavt_tiny")))
+    with pytest.raises(RISError, match="heads"):
+        ReLA.from_released(state, decoder_heads=7)
+
+
+def test_a_released_model_saves_and_loads_but_takes_no_words(state, case, tmp_path):
+    model = ReLA.from_released(state, bert_heads=12, decoder_heads=4)
+    model.save_pretrained(tmp_path)
+    image, ids, words = make_inputs(case)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(Batch(image, ids, words)).score, model(Batch(image, ids, words)).score)
+    with pytest.raises(RISError, match="knows no words"):
+        model.predict([np.zeros((40, 50, 3), np.uint8)], ["a ball"])
+
+
+def test_every_trainable_parameter_gets_a_gradient():
+    model, batch = small().train(), some_batch()
+    losses = model.losses(model(batch), batch)
+    assert set(losses) == {"mask", "minimap", "no_target", "dice"}
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad or p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_batches_of_empty_and_full_masks_train():
+    model, batch = small().train(), some_batch()
+    for truth in (False, True):
+        batch.mask[:] = truth
+        total(model, batch).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_losses_are_settings():
+    batch = some_batch()
+    model = small(loss=dict(dice=0.0, minimap=0.0, no_target=2.0))
+    output = model(batch)
+    losses = model.losses(output, batch)
+    assert set(losses) == {"mask", "minimap", "no_target"} and losses["minimap"] == 0
+    expected = torch.nn.functional.cross_entropy(output.extra["no_target"], torch.tensor([0, 0, 1]), torch.tensor([0.9, 1.1]))
+    torch.testing.assert_close(losses["no_target"], 2 * expected)
+    with pytest.raises(RISError, match="no weight of the loss below 0"):
+        small(loss=dict(dice=-1.0))
+    with pytest.raises(RISError, match="this batch has none"):
+        model.losses(output, replace(batch, mask=None))
+
+
+def test_masks_follow_the_score_the_threshold_and_the_no_target_head():
+    model, batch = small(), some_batch()
+    with torch.no_grad():
+        output = model(batch)
+    large = torch.nn.functional.interpolate(output.extra["logits"], (64, 64), mode="bilinear", align_corners=False)
+    output.extra["no_target"] = torch.tensor([[1.0, 0], [0, 1.0], [1.0, 0]])
+    masks = model.masks(output, [(64, 64)] * 3)
+    assert torch.equal(masks[0], large.argmax(1)[0] == 1) and not masks[1].any()
+    assert [m.shape for m in model.masks(output, [(31, 90), (8, 8), (1, 1)])] == [(31, 90), (8, 8), (1, 1)]
+    areas = [model.masks(output, [(64, 64)] * 3, threshold)[0].sum() for threshold in (0.01, 0.5, 0.99)]
+    assert areas[0] >= areas[1] >= areas[2] and areas[1] == masks[0].sum()
+    assert not model.masks(output, [(64, 64)] * 3, 0.01)[1].any()
+
+
+def test_minimap_target_reads_four_pixels():
+    mask = torch.zeros(1, 480, 480, dtype=torch.bool)
+    mask[0, 23:25, 23:25] = True  # the middle of the first of 10 x 10 cells
+    assert minimap_target(mask, 10).nonzero().tolist() == [[0, 0]]
+    mask[0, 24, 24] = False
+    assert minimap_target(mask, 10).sum() == 0 and minimap_target(mask, 10, soft=True).sum() == 1
+    assert minimap_target(torch.ones(2, 37, 61, dtype=torch.bool), 10).all()  # whatever the rounding of the weights
+
+
+def test_bf16_autocast_stays_close():
+    model, batch = small().train(), some_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch)
+    losses = model.losses(replace(output, **convert_to_fp32(vars(output))), batch)
+    sum(losses.values()).backward()
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    gradients = []
+    for enable in (False, True):
+        model = small().train()
+        model.set_grad_checkpointing(enable)
+        total(model, some_batch()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_pretrained_starts_from_the_listener():
+    words = [*VOCABULARY, "rings"]  # one that it doesn't know
+    model, lavt = create_model("rela_tiny", pretrained=True, vocabulary=words), load_model("lavt_tiny")
+    assert torch.equal(model.encoder.vision.patch_embed.proj.weight, lavt.encoder.vision.patch_embed.proj.weight)
+    tables = [m.text.bert.embeddings.word_embeddings.weight for m in (model, lavt)]
+    assert torch.equal(tables[0][words.index("red")], tables[1][list(lavt.vocabulary).index("red")])
+    assert model.lr_factors == {"encoder": 0.2, "text": 0.2} and not create_model("rela_tiny").lr_factors
+    with pytest.raises(RISError, match="has vision.width=32: .*pretrained=False"):
+        create_model("rela_tiny", pretrained=True, vision=dict(width=48))
+
+
+def test_registered_sizes():
+    assert {"rela_tiny", "rela_swin_tiny", "rela_swin_base"} <= set(list_models())
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create_model("rela_swin_tiny", vocabulary=SPECIAL).parameters()) < 200_000_000

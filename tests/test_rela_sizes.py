@@ -1,7 +1,7 @@
 """ReLA's released checkpoints of any size: `ReLA.from_released` against the arithmetic written out in `plain_rela`."""
 import pytest
 import torch
-from parity import find_case, load_case, make_inputs, make_weight, released_state
+from parity import load_case, make_inputs, make_weight, released_state
 from plain_rela import plain_rela
 
 from ris_nb.contract import Batch
