@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .check import exercise, expect, expect_close, variant
-from ..models.mask_grounding import IGNORE, CentreEncoder, GridEncoder, mask_grounding_loss, mask_words
+from ..models.mask_grounding import IGNORE, CentreEncoder, GridEncoder, mask_grounding_loss
 
 # %% auto #0
 __all__ = []
