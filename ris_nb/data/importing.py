@@ -92,8 +92,10 @@ class _Photos:
         try:
             with Image.open(io.BytesIO(content)) as image:
                 kind, mode, turned, (width, height) = image.format, image.mode, orientation(image), image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except Image.UnidentifiedImageError:
             raise ValueError(f"{_shown(source)} is no readable image") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise ValueError(f"{_shown(source)} is broken off or corrupt") from None
         if mode.startswith(("I", "F")): raise ValueError(f"{_shown(source)} has more than 8 bits a channel (mode {mode})")
         path = self.folder / self._name(name, kind)
         path.write_bytes(content)
