@@ -46,6 +46,11 @@ LONG = {
     "ModalityFusion": "the constructor and the two halves of attention",
     "RegionDecoder": "the constructor names the parts that one loop chains",
     "ReLA": "the whole contract of a model",
+    "PairModel": "the constructor and three short methods that the rivals share",
+    "MaskCLIP": "the whole contract of a model",
+    "GroupingBlock": "the constructor names the parts that short methods chain",
+    "GroupViT": "the whole contract of a model",
+    "TSEG": "the whole contract of a model",
 }
 
 

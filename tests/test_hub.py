@@ -17,7 +17,9 @@ import timm
 import torch
 from huggingface_hub import constants
 from parity import load_case, released_state
+from PIL import Image
 from safetensors.torch import save_file
+from test_rivals import SMALL, small_network
 from timm.models import _registry
 from transformers import BertConfig, BertModel
 
@@ -233,6 +235,28 @@ def test_released_weights(hub, tmp_path):
     assert "a.pth, b.pth" in one_line(lambda: fetch_released("yxchng/two"))
     assert "no such file" in one_line(lambda: fetch_released("yxchng/one/other.pth"))
     assert "no such repository" in one_line(lambda: fetch_released("yxchng/three"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_models_that_others_trained(name, hub, tmp_path, monkeypatch):
+    """Weights and tokenizer by the name of their repository, through the command line too."""
+    from ris_nb.cli.main import main
+    from ris_nb.models.pretrained import READY, ready_model
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    network = small_network(name, tmp_path / "there")
+    hub.put(READY[name], tmp_path / "there")
+    model = create_model(name, pretrained=True)
+    same(model.network, network)
+    assert not model.training and "ring</w>" in model.vocabulary
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save("photo.png")
+    assert main(["predict", "photo.png", "the red ring", "--model", name]) == 0
+    mask, = ready_model(name).predict(["photo.png"], ["the red ring"])
+    assert (np.asarray(Image.open("photo_mask.png")) == 255 * mask).all()
+    if name == "groupvit":
+        assert "of 32 pixels and no others" in one_line(lambda: create_model(name, pretrained=True, image_size=64))
+    hub.files.clear()
+    assert "no such repository" in one_line(lambda: type(model).from_hub("nobody/nothing"))
 
 
 @pytest.mark.parametrize("call", [

@@ -57,9 +57,10 @@ def write_report(out: Path, report, model, dataset) -> None:
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #098a
 def named_model(flags: Answering):
-    """The model of --checkpoint or --released, one of which must be given."""
-    if (flags.checkpoint is None) == (flags.released is None):
-        raise UsageError("give either --checkpoint, a run's folder or a model's name, or --released, weights that a paper's authors released")
+    """The model of --checkpoint, --released or --model, one of which must be given."""
+    if sum(name is not None for name in (flags.checkpoint, flags.released, flags.model)) != 1:
+        raise UsageError("give either --checkpoint, a run's folder or a model's name, or --released, weights that a paper's authors released, "
+                         "or --model, a network that others trained")
     return answering_model(flags)
 
 
@@ -67,6 +68,8 @@ def home_of(flags: Answering) -> Path:
     """The folder in which reports about a model are kept: the run's own, or one under runs/ for a model from elsewhere."""
     if flags.released is not None:
         return Path("runs/released") / Path(flags.released).stem
+    if flags.model is not None:
+        return Path("runs/scored") / flags.model
     return Path(flags.checkpoint) if Path(flags.checkpoint).is_dir() else Path("runs/scored") / Path(flags.checkpoint).name
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #098
@@ -82,7 +85,7 @@ def run_evaluate(flags: Evaluate) -> int:
     data = open_data(flags.root, flags.dataset, flags.split_by)
     dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True)
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",
-                      split=flags.split, checkpoint=flags.checkpoint or f"released {flags.released}")
+                      split=flags.split, checkpoint=flags.checkpoint or flags.model or f"released {flags.released}")
     if accelerator.is_main_process:
         out = flags.out or home / (flags.split if flags.shuffle_seed is None else f"{flags.split}_shuffled")
         write_report(out, report, model, dataset)

@@ -45,10 +45,17 @@ class Answering(Own):
     """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
     vocabulary: Annotated[str, arg(metavar="FILE")] = "bert-base-uncased"
     """With --released: the words, a Hub id or the path of a vocab.txt."""
+    model: Annotated[str | None, arg(metavar="NAME")] = None
+    """Or a network that others trained, fetched once from the Hugging Face Hub: clipseg, maskclip (CLIP, read as MaskCLIP does), groupvit."""
 
 
 def answering_model(flags: Answering):
-    """The model of --checkpoint or --released, in evaluation mode. The authors' weights are fetched once, with a progress bar."""
+    """The model of --checkpoint, --released or --model, in evaluation mode. Weights of others are fetched once, with a progress bar."""
+    if flags.model is not None:
+        if flags.checkpoint is not None or flags.released is not None:
+            raise UsageError("--model names one model and --checkpoint or --released another; choose one")
+        from ris_nb.models.pretrained import ready_model
+        return ready_model(flags.model)
     if flags.released is not None:
         from ris_nb.recipes.released import released_model
         return released_model(flags.released, vocabulary=flags.vocabulary)

@@ -63,7 +63,7 @@ def run_listen(flags: Listen) -> int:
     referrals = data.referrals(flags.split)
     chosen = {*list(dict.fromkeys(r.image_path for r in referrals))[:flags.images]}
     changes = find_changes([r for r in referrals if r.image_path in chosen], open_scenes(data), flags.seed)
-    name = flags.checkpoint or f"released {flags.released}"
+    name = flags.checkpoint or flags.model or f"released {flags.released}"
     report = listen(model, changes, flags.batch_size, flags.workers, data=f"{data.dataset} ({data.split_by})", split=flags.split, checkpoint=name)
     if accelerator.is_main_process:
         out = flags.out or home_of(flags) / f"{flags.split}_listening"

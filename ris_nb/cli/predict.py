@@ -24,13 +24,14 @@ class Predict(Answering):
     """Find what an expression speaks of in a photo.
 
     Writes PHOTO_overlay.png (the photo with the answer marked) and PHOTO_mask.png (white on black, at the photo's size).
-    Says "there is none" where no pixel is marked, and warns of words that the model doesn't know. Where neither --checkpoint nor --released is given,
-    magnet_tiny answers, which comes with the library and knows RefShapes and nothing else.
+    Says "there is none" where no pixel is marked, and warns of words that the model doesn't know. Where no model is named, magnet_tiny
+    answers, which comes with the library and knows RefShapes and nothing else.
 
     examples:
       ris-nb predict data/images/refshapes/val_000000.png "the red triangle"
       ris-nb predict photo.jpg "the dog on the left" --checkpoint runs/first
       ris-nb predict photo.jpg "the man on the left" --released magnet_refcoco
+      ris-nb predict photo.jpg "the dog" --model clipseg
     """
     photo: Annotated[Positional[Path], arg(metavar="PHOTO")]
     """The photo, turned upright as its camera says."""
@@ -63,7 +64,7 @@ def run_predict(flags: Predict) -> int:
     """Write the overlay and the mask."""
     if flags.checkpoint is not None and flags.released is not None:
         raise UsageError("--checkpoint and --released name two models; choose one, or ask both with `ris-nb compare`")
-    if flags.checkpoint is None and flags.released is None:
+    if flags.checkpoint is None and flags.released is None and flags.model is None:
         flags.checkpoint = "magnet_tiny"
     import numpy as np
     from PIL import Image
@@ -72,7 +73,7 @@ def run_predict(flags: Predict) -> int:
     from ris_nb.show import overlay
     photo = read_image(flags.photo, upright=True)
     model = answering_model(flags).to(machine().device)
-    mask = ask(flags.checkpoint or flags.released, model, photo, flags.expression)
+    mask = ask(flags.checkpoint or flags.released or flags.model, model, photo, flags.expression)
     pictures = {"overlay": overlay(np.asarray(photo), mask), "mask": mask.astype(np.uint8) * 255}
     paths = [flags.out / f"{flags.photo.stem}_{name}.png" for name in pictures]
     for path, picture in zip(paths, pictures.values()):

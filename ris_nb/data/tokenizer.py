@@ -186,4 +186,5 @@ class Tokenizer:
     def unknown(self, expression: str) -> list[str]:
         """The words as written that the vocabulary can't spell, each of them unknown to a model."""
         encoding = self._encode(expression)
-        return [expression[a:b] for piece, (a, b) in zip(encoding.tokens, encoding.offsets) if piece == self._unknown]
+        added = encoding.special_tokens_mask  # CLIP's end of a text is the piece that stands for the unknown, too
+        return [expression[a:b] for piece, (a, b), special in zip(encoding.tokens, encoding.offsets, added) if piece == self._unknown and not special]

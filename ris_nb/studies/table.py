@@ -14,6 +14,7 @@ from ..data.writer import make_refshapes
 from .gathering import gathering_study
 from .law import law_study
 from .magnet import magnet_study, parts_study
+from .rivals import rivals_study
 from .runner import run_study, study_table
 from .sag import sag_study
 
@@ -32,6 +33,7 @@ class StudyPlan:
 
 STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refshapes oIoU", "refshapes mIoU", "refshapesg mIoU")),
            "sag": StudyPlan(sag_study, ("refshapes",), ("refshapes oIoU", "refshapes mIoU")),
+           "rivals": StudyPlan(rivals_study, ("refshapes", "refshapes+"), ("refshapes oIoU", "refshapes mIoU", "refshapes+ mIoU")),
            "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU", "kind mIoU", "kind+more mIoU")),  # it makes its own data
            "parts": StudyPlan(parts_study, (), ("mIoU", "found", "rival marked")),  # so does this
            "gathering": StudyPlan(gathering_study, (), ("mIoU", "oIoU", "on the referent", "by chance"))}  # and this needs none
