@@ -324,7 +324,7 @@ def test_the_sources_own_splits(tmp_path):
     ("cvat", "x.xml", '<annotations><image name="a.png" width="4"/></annotations>', "malformed"),
     ("cvat", "x.xml", '<annotations><image name="a.png" width="64" height="48"><mask rle="1, 1" left="0" top="0" width="9" height="9"/></image></annotations>', "its runs cover 2 pixels of 9 x 9"),
     ("cvat", "x.xml", '<annotations><image name="a.png" width="64" height="48"><polygon points="1;2"/></image></annotations>', "no expression"),
-    ("csv", "x.csv", "", "which column is the photo"), ("csv", "x.csv", "image,a\nb,c\n", "--columns expression NAME"), ("csv", "x.csv", "image,expression\n", "it has no annotation"),
+    ("cvat", "x.zip", "PK", "is an archive: unpack it"), ("csv", "x.csv", "", "which column is the photo"), ("csv", "x.csv", "image,a\nb,c\n", "--columns expression NAME"), ("csv", "x.csv", "image,expression\n", "it has no annotation"),
     ("csv", "x.csv", "image,expression,box\na.png,x,1 2 3\n", "4 numbers, not 3"), ("csv", "x.csv", "image,expression,mask\na.png,x,gone.png\n", "no file 'gone.png'"),
     ("csv", "x.csv", "image,expression,mask\na.png,x,{\n", "malformed"), ("csv", "x.csv", "image,expression,split\na.png,x,holdout\n", "none of train"),
     ("csv", "x.csv", b"image,expression\na.png,caf\xe9\n", "CSV UTF-8"), ("csv", "x.csv", "image,expression,mask\na.png\n", "another number of cells")])

@@ -253,6 +253,7 @@ def import_data(source: str | Path, root: str | Path, format: str, photos: str |
     path, root = Path(source), Path(root)
     shares, columns = _checked_options(format, splits, columns, box)
     if format != "huggingface" and not path.exists(): raise RISError(f"{path} is missing: name the file or folder that the annotation tool exported")
+    if path.suffix.lower() in (".zip", ".gz", ".tar", ".7z", ".rar"): raise RISError(f"{path} is an archive: unpack it, and name the file or folder inside")
     home = path if path.is_dir() else path.parent if path.exists() else None   # None: the source is on the Hub
     folder = Path(photos) if photos else home
     if folder and not folder.is_dir(): raise RISError(f"no folder {folder}: --photos takes the folder that the photos are in")
