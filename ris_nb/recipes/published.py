@@ -61,6 +61,18 @@ def our_results(places: Iterable[str | Path]) -> tuple[dict[Path, Report], dict[
     return {path: report for path, report in reports.items() if report.shuffled is None}, studies
 
 # %% ../../nbs/workshop/published.ipynb #073
+def _percent(value: float, interval: Sequence[float]) -> str:
+    return f"{100 * value:.2f} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+
+def _measured(report: Report, metric: str) -> tuple[float, Sequence[float]] | None:
+    """A metric of a report and its interval, as fractions, or None. Where expressions fit nothing, the overall and the mean IoU are cIoU and gIoU."""
+    field = {"cIoU": "oIoU", "gIoU": "mIoU"}.get(metric, metric) if report.no_target else metric
+    if field not in report.interval or report.no_target and metric in ("oIoU", "mIoU"):
+        return None
+    return report.no_target[metric] if metric in report.no_target else getattr(report, field), report.interval[field]
+
+
 def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
     """A Markdown table of one benchmark in percent: published scores and ours in columns of their own.
 
@@ -71,9 +83,8 @@ def benchmark_table(rows: Sequence[dict], reports: Sequence[Report]) -> str:
     metric, splits = rows[0]["metric"], list(dict.fromkeys(split for row in rows for split in row["scores"]))
     ours = {}
     for report in reports:
-        if metric not in report.interval: continue  # cIoU and gIoU of gRefCOCO are not measured here
-        low, high = report.interval[metric]
-        ours.setdefault(report.checkpoint, {})[report.split] = f"{100 * getattr(report, metric):.2f} ({100 * low:.1f} to {100 * high:.1f})"
+        if found := _measured(report, metric):
+            ours.setdefault(report.checkpoint, {})[report.split] = _percent(*found)
     asked = splits if ours else []
     lines = [[row["method"], row["learns from"], row["trained on"],
               *(f"{row['scores'][split]:.2f}" if split in row["scores"] else "" for split in splits), *[""] * len(asked), row["source"]] for row in rows]
@@ -117,11 +128,13 @@ def _published_tables(rows: Iterable[dict]) -> list[ResultTable]:
 
 
 def _measured_tables(reports: Sequence[Report], metric: str | None) -> list[ResultTable]:
-    metrics, tables = [name for name in ("oIoU", "mIoU") if metric in (None, name)], []
-    for data in dict.fromkeys(report.data for report in reports) if metrics else []:
-        lines = [[r.checkpoint, r.split, f"{r.expressions:,}", *(f"{100 * getattr(r, m):.2f} ({100 * r.interval[m][0]:.1f} to {100 * r.interval[m][1]:.1f})" for m in metrics)]
-                 for r in reports if r.data == data]
-        tables.append(ResultTable(f"Measured here: {data}", "In percent, with the 95 % interval over images.", ["", "split", "expressions", *metrics], lines))
+    tables = []
+    for data in dict.fromkeys(report.data for report in reports):
+        mine = [report for report in reports if report.data == data]
+        metrics = [m for m in ("oIoU", "mIoU", "cIoU", "gIoU", "N-acc", "T-acc") if metric in (None, m) and any(_measured(r, m) for r in mine)]
+        lines = [[r.checkpoint, r.split, f"{r.expressions:,}", *(_percent(*found) if (found := _measured(r, m)) else "" for m in metrics)] for r in mine]
+        if metrics:
+            tables.append(ResultTable(f"Measured here: {data}", "In percent, with the 95 % interval over images.", ["", "split", "expressions", *metrics], lines))
     return tables
 
 # %% ../../nbs/workshop/published.ipynb #65615652
@@ -223,7 +236,8 @@ def _show_published(published: Mapping, metric: str, ax: plt.Axes) -> plt.Axes:
 def results_figure(published: Mapping, reports: Iterable[Report], studies: Mapping[str, Sequence[dict]]) -> plt.Figure:
     """Published scores in the first two panels, by oIoU and by mIoU; then ours by oIoU: our reports, and each study by its first oIoU."""
     import matplotlib.pyplot as plt
-    reports, studies = list(reports), {name: rows for name, rows in studies.items() if study_fields(rows)}
+    reports = [report for report in reports if not report.no_target]  # their overall IoU is a cIoU
+    studies = {name: rows for name, rows in studies.items() if study_fields(rows)}
     count = 2 + bool(reports) + len(studies)
     figure, axes = plt.subplots(1, count, figsize=(4.2 * count, 4.2), squeeze=False, layout="constrained")
     for ax, metric in zip(axes[0], ("oIoU", "mIoU")):
