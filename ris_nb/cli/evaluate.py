@@ -23,7 +23,8 @@ class Evaluate(Answering, Data):
     """Score a model on every expression of a split.
 
     Prints the table and writes into --out: report.json (all figures), table.md (the same to read), records.jsonl
-    (one line for each expression) and cases.png (its worst, middling and best answers). Several GPUs share the images:
+    (one line for each expression) and cases.png (its worst, middling and best answers). Where some expressions fit nothing
+    (gRefCOCO, refshapes_plural), the scores are cIoU, gIoU, N-acc, T-acc and Prec@X, with a table by number of things. Several GPUs share the images:
     accelerate launch -m ris_nb.cli evaluate ...
 
     examples:
