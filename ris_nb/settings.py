@@ -37,6 +37,7 @@ def flat(settings: Mapping) -> dict:
             for path, value in ({f"{name}.{key}": value for key, value in group.items()} if name in groups else {name: group}).items()}
 
 # %% ../nbs/workshop/settings.ipynb #s11
+SWIN_T = dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, patch=4, drop_path=0.3)
 SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3)
 BERT_BASE = dict(vocab_size=30522, width=768, layers=12, heads=12, ffn=3072, max_positions=512, dropout=0.1)
 TEXT = {**BERT_BASE, "vocab_size": None}  # as many rows as the vocabulary has pieces

@@ -25,7 +25,7 @@ from .mask_decoder import PixelDecoder, sine_positions
 from .released import load_released
 from .released_rela import released_rela, released_rela_key, released_rela_sizes
 from ..registry import load_model, register_model
-from ..settings import BERT_BASE, SWIN_B, TEXT
+from ..settings import BERT_BASE, SWIN_B, SWIN_T, TEXT
 
 # %% auto #0
 __all__ = ['ReLA']
@@ -289,14 +289,11 @@ def rela_swin_base(pretrained: bool = False, **overrides) -> ReLA:
     return base_preset(ReLA, "rela_swin_base", "text", pretrained, overrides)
 
 
-_SWIN_T = dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, patch=4, drop_path=0.3)
-
-
 @register_model
 def rela_swin_tiny(pretrained: bool = False, **overrides) -> ReLA:
     """The paper's smaller ReLA: Swin-T with window 7 at 480 pixels, BERT-base; `pretrained` fetches both encoders."""
-    sizes = {"vision": _SWIN_T, "text": BERT_BASE, "vocabulary": BERT_UNCASED}
+    sizes = {"vision": SWIN_T, "text": BERT_BASE, "vocabulary": BERT_UNCASED}
     return preset(ReLA, "rela_swin_tiny", sizes, overrides, {
-        "encoder.vision": ("Swin", {"vision": _SWIN_T}, lambda settings: Swin.from_pretrained("swin_tiny_patch4_window7_224.ms_in22k")),
+        "encoder.vision": ("Swin", {"vision": SWIN_T}, lambda settings: Swin.from_pretrained("swin_tiny_patch4_window7_224.ms_in22k")),
         "text": ("BERT", {"text": BERT_BASE, "vocabulary": BERT_UNCASED}, lambda settings: TextEncoder.from_pretrained(BERT_UNCASED)),
     } if pretrained else {})

@@ -13,7 +13,7 @@ from ..contract import RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.refer import PUBLISHED
 from .recipe import RECIPE_FILES, Recipe, Setting, read_recipe, schedule, sourced
-from ..settings import BERT_BASE, SWIN_B
+from ..settings import BERT_BASE, SWIN_B, SWIN_T
 from ..training.config import TINY_RECIPE
 
 # %% auto #0
@@ -157,18 +157,52 @@ def _sag_recipe(dataset: str, split_by: Setting) -> Recipe:
 
 RECIPES |= {f"sag_{dataset}": _sag_recipe(dataset, split_by) for dataset, split_by in _SAG_SETS.items()}
 
+# %% ../../nbs/workshop/paper_recipes.ipynb #r11
+_RELA_CODE = "ReLA's released code"
+_RELA_SETTINGS = {
+    **sourced("the data of ReLA (GRES, CVPR 2023)", dataset="grefcoco"),
+    **sourced("the only division that was published", split_by="unc"),
+    **sourced(f"encoders that have learned before: {_RELA_CODE}; which Swin-T is not in our sources", pretrained=True),
+    **sourced("our choice: an item is a sentence", each="sentence"),
+    **sourced(f"8 GPUs with 6 pairs each: {_RELA_CODE}", batch_size=48),
+    **sourced(f"the norm of the whole gradient: {_RELA_CODE}", clip=0.01),
+    **sourced(_RELA_CODE, image_size=480, split="train", steps=150_000, lr=1e-5, weight_decay=0.05, precision="fp16"),
+    **sourced(f"our choice: {_RELA_CODE} multiplies the rate by 0.1 at steps 110,000 and 140,000, which our loop doesn't offer", schedule="cosine"),
+    **sourced("our choice", warmup=0, val="val", best="oIoU", validate_every=5000, workers=8),
+    "seed": _LAVT_SETTINGS["seed"], "save_every": _LAVT_SETTINGS["save_every"],
+}
+
+# %% ../../nbs/workshop/paper_recipes.ipynb #r12
+_RELA_NETWORK = {
+    **sourced(_RELA_CODE, max_words=20, mean=IMAGENET_MEAN, std=IMAGENET_STD, resolution="model", norm="instance"),
+    **sourced(f"bert-base-uncased: {_RELA_CODE}", "text", **BERT_BASE),
+    **sourced(_RELA_CODE, "decoder", width=256, groups=32, pixel_layers=6, pixel_heads=8, points=4, pixel_ffn=1024, grid=10, layers=9, heads=8, ffn=2048),
+    **sourced(_RELA_CODE, "loss", minimap=0.1, no_target=0.1),
+    **sourced(f"off: an addition of this course, see chapter 20; {_RELA_CODE} has no Dice and truncates the minimap", "loss", dice=0.0, soft_minimap=False),
+}
+
+
+def _rela_recipe(model: str, swin: str, vision: Mapping) -> Recipe:
+    settings = {**sourced(f"the {swin} row of ReLA's README", model=model), **_RELA_SETTINGS}
+    network = {**_RELA_NETWORK, **sourced(f"{swin}: {_RELA_CODE}", "vision", **vision)}
+    return Recipe(f"ReLA with {swin} on grefcoco", settings, network, Setting(6, _RELA_SETTINGS["batch_size"].source), ("text", "encoder.vision"))
+
+
+RECIPES |= {"rela_grefcoco": _rela_recipe("rela_swin_base", "Swin-B", SWIN_B), "rela_grefcoco_small": _rela_recipe("rela_swin_tiny", "Swin-T", SWIN_T)}
+
 # %% ../../nbs/workshop/paper_recipes.ipynb #026
 def _tiny(model: str, chapter: int, part: str, settings: Mapping, **more) -> Recipe:
     """How a tiny model of the library was trained."""
     source = f"our choice, for minutes on two CPU cores: chapter {chapter}"
-    values = dict(dataset="refshapes", model=model, pretrained=True, **{**settings, **more})
-    return Recipe(f"{model} on refshapes", sourced(source, **values), {}, Setting(values["batch_size"], source), (part,))
+    values = {"dataset": "refshapes", "model": model, "pretrained": True, **settings, **more}
+    return Recipe(f"{model} on {values['dataset']}", sourced(source, **values), {}, Setting(values["batch_size"], source), (part,))
 
 
 RECIPES |= {
     "lavt_tiny": _tiny("lavt_tiny", 8, "encoder.vision", TINY_RECIPE),
     "magnet_tiny": _tiny("magnet_tiny", 13, "encoder.vision", TINY_RECIPE, steps=4000, validate_every=1000),
     "sag_tiny": _tiny("sag_tiny", 17, "vision", TINY_RECIPE, steps=1000, lr=5e-4),
+    "rela_tiny": _tiny("rela_tiny", 20, "encoder", TINY_RECIPE, dataset="refshapes_plural", steps=400, warmup=50, val="none"),
 }
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #026b
