@@ -88,7 +88,8 @@ def _(Folded):
 def _(multiplications, training, one_photo):
     def product(*shape: int) -> int:
         return shape[0] * shape[1] * shape[2]
-    N, b, K, heads, width, D = (variant("15.6").randrange(2, 9) for _ in range(6))
+    draw = variant("15.6")
+    N, b, K, heads, width, D = (draw.randrange(2, 9) for _ in range(6))
     plain = sum(product(b, K, width) for _ in range(N) for _ in range(heads)) + N * product(b, heads * width, D)
     folded = sum(product(K, width, D) + product(b, K, D) for _ in range(N) for _ in range(heads))
     expect_close(f"multiplications({N}, {b}, {K}, {D}, {heads}, {heads * width})", list(multiplications(N, b, K, D, heads, heads * width)), [plain, folded])
