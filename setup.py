@@ -33,7 +33,7 @@ setup(
     license_expression=cfg["license_name"],
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["ris_nb", "ris_nb.*"]),
-    package_data={"ris_nb": ["checkpoints/*/*"], "ris_nb.data": ["bert-base-uncased-vocab.txt", "mirrors.json"], "ris_nb.encoders": ["*.safetensors"],
+    package_data={"ris_nb": ["checkpoints/*/*"], "ris_nb.data": ["bert-base-uncased-vocab.txt", "clip-bpe-vocab.txt.gz", "mirrors.json"], "ris_nb.encoders": ["*.safetensors"],
                   "ris_nb.recipes": ["published.json"], "ris_nb.explore": ["explore.ipynb", "word_game/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),

@@ -44,6 +44,7 @@ _ROOMS = {  # module -> what of it is public
     "models.c3_loss": "c3_loss c3_similarity",
     "models.sag": "SaG relevance_masks",
     "models.rivals": "GroupViT MaskCLIP TSEG",
+    "models.cris": "CRIS",
     "training.config": "TINY_RECIPE TrainConfig",
     "training.optim": "param_groups schedule_factor",
     "training.state": "read_log",

@@ -42,6 +42,11 @@ SWIN_B = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, 
 BERT_BASE = dict(vocab_size=30522, width=768, layers=12, heads=12, ffn=3072, max_positions=512, dropout=0.1)
 TEXT = {**BERT_BASE, "vocab_size": None}  # as many rows as the vocabulary has pieces
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_R50 = dict(layers=(3, 4, 6, 3), width=64, embed=1024, heads=None, size=7)
+CLIP_R101 = {**CLIP_R50, "layers": (3, 4, 23, 3), "embed": 512}
+CLIP_TEXT = dict(vocab_size=None, width=512, layers=12, heads=8, max_positions=77)
+
 
 def defaults(kind: type) -> dict:
     """The arguments of a class that have a default, as a group."""

@@ -52,7 +52,7 @@ def make_weight(seed: int, key: str, shape) -> torch.Tensor:
         x = 1 + 0.1 * x
     else:
         x = 0.1 * x
-    return torch.from_numpy(x.astype(np.float32))
+    return torch.from_numpy(np.asarray(x, np.float32))
 
 
 def released_state(case: Case) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""What every model promises: LAVT, MagNet and SaG alike, each at a size that runs in milliseconds."""
+"""What every model promises: LAVT, MagNet, SaG and CRIS alike, each at a size that runs in milliseconds."""
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import test_cris
 import test_lavt
 import test_magnet
 import test_sag
@@ -13,13 +14,13 @@ from ris_nb.registry import load_model
 from ris_nb.testing import check_model
 from ris_nb.training.optim import param_groups
 
-MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small}
-SUPERVISED = [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder=dict(kind="simple")))]
+MODELS = {"lavt": test_lavt.small, "magnet": lambda **sizes: test_magnet.open_gates(test_magnet.small(**sizes)), "sag": test_sag.small, "cris": test_cris.small}
+SUPERVISED = [("lavt", {}), ("cris", {}), ("magnet", {}), ("magnet", dict(decoder=dict(kind="simple")))]
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def some_batch(model, lens=(4, 9, 15), images=None):
-    """Sentences of these lengths about as many images as there are sentences, or fewer; every id is a word that all three know."""
+    """Sentences of these lengths about as many images as there are sentences, or fewer; every id is a word that all of them know."""
     torch.manual_seed(1)
     words = torch.arange(20) < torch.tensor(lens)[:, None]
     side = model.image_size
@@ -27,7 +28,8 @@ def some_batch(model, lens=(4, 9, 15), images=None):
                  mask=torch.rand(len(lens), side, side) > 0.8, image_id=list(range(images or len(lens))))
 
 
-@pytest.mark.parametrize("name, sizes", [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder=dict(kind="simple"))), ("sag", {}), ("sag", dict(slots=dict(kind="query")))])
+@pytest.mark.parametrize("name, sizes", [("lavt", {}), ("magnet", {}), ("magnet", dict(decoder=dict(kind="simple"))), ("sag", {}), ("sag", dict(slots=dict(kind="query"))),
+                                         ("cris", {}), ("cris", dict(drop_zero=False, dice=1.0, vision=dict(layers=(2, 1, 1, 1))))])
 def test_every_promise_is_kept(name, sizes):
     model = MODELS[name](**sizes)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -44,7 +46,8 @@ def total(model, batch):
     ("lavt", {}), ("lavt", dict(image_size=48, vision=dict(window=7, patch=2, depths=(1, 2, 1, 1)), decoder=dict(width=8))),
     ("lavt", dict(text=dict(heads=4, layers=1), max_words=9)), ("magnet", {}), ("magnet", dict(image_size=48, vision=dict(window=7, patch=2), decoder=dict(points=3))),
     ("magnet", dict(decoder=dict(kind="simple", width=16), max_words=9)),
-    ("magnet", dict(vision=dict(depths=(1, 1, 1, 1), heads=(1, 2, 4, 8)), text=dict(layers=4), released=True)), ("sag", {}), ("sag", dict(slots=dict(kind="query"), image_size=48))])
+    ("magnet", dict(vision=dict(depths=(1, 1, 1, 1), heads=(1, 2, 4, 8)), text=dict(layers=4), released=True)), ("sag", {}), ("sag", dict(slots=dict(kind="query"), image_size=48)),
+    ("cris", {}), ("cris", dict(image_size=96, max_words=9, threshold=0.5, neck=dict(widths=(16, 16, 8)), decoder=dict(layers=1)))])
 def test_save_and_load(name, sizes, tmp_path):
     model = MODELS[name](**sizes)
     model.save_pretrained(tmp_path)
@@ -107,10 +110,10 @@ def test_loss_does_not_depend_on_the_split(name, sizes):
 
 
 @pytest.mark.parametrize("name, part, inner", [("lavt", "encoder.vision", "encoder.vision.merges"), ("magnet", "encoder.text", "encoder.text.bert.encoder"),
-                                               ("sag", "vision", "vision.blocks")])
+                                               ("sag", "vision", "vision.blocks"), ("cris", "encoder", "encoder.pool")])
 def test_settings_travel(name, part, inner, tmp_path):
     """What is frozen and what learns slowly comes back with a checkpoint and a copy, and is found through a wrapper."""
-    model = MODELS[name](freeze=[part], lr_factors={part: 0.5, "sentence" if name != "lavt" else "decoder": 0.1})
+    model = MODELS[name](freeze=[part], lr_factors={part: 0.5, "sentence" if name in ("magnet", "sag") else "decoder": 0.1})
 
     def rates(model):
         return sorted((group["lr_factor"], len(group["params"])) for group in param_groups(model, 0.1))

@@ -34,6 +34,7 @@ from ris_nb.encoders.language import TextEncoder
 from ris_nb.evaluation.report import Record, make_report
 from ris_nb.models import layers
 from ris_nb.models.alignment import alignment_loss
+from ris_nb.models.cris import CRIS
 from ris_nb.models.lavt import LAVT
 from ris_nb.models.magnet import MagNet
 from ris_nb.models.rela import ReLA
@@ -112,7 +113,7 @@ def test_recipes_hold_the_papers_settings():
     assert config("lavt_tiny") == TrainConfig(**TINY_RECIPE) and config("sag_tiny") == TrainConfig(**SAG_RECIPE)
 
 
-CLASSES = {"lavt": LAVT, "magnet": MagNet, "sag": SaG, "rela": ReLA}
+CLASSES = {"lavt": LAVT, "magnet": MagNet, "sag": SaG, "rela": ReLA, "cris": CRIS}
 ELSEWHERE = {"self", "vocabulary", "image_size", "freeze", "lr_factors"}  # from the data, from flags, from the preset
 
 
@@ -172,7 +173,7 @@ def test_what_to_expect_says_its_assumptions_and_is_silent_where_nobody_measured
     assert "2.9 hours of steps alone on 8 devices, one for each process and their exchange not counted" in expectation("magnet_swin_base", config, 8, "A", tmp_path)
 
 
-@pytest.mark.parametrize("notebook, model", [("13_magnet", "magnet_tiny"), ("17_sag", "sag_tiny"), ("20_rela", "rela_tiny")])
+@pytest.mark.parametrize("notebook, model", [("13_magnet", "magnet_tiny"), ("17_sag", "sag_tiny"), ("19_cris", "cris_tiny"), ("20_rela", "rela_tiny")])
 def test_tiny_recipes_are_the_commands_that_made_the_shipped_weights(notebook, model):
     line = re.search(rf"ris-nb train [^\n\"\\]*--model {model}[^\n\"\\]*", (ROOT / f"nbs/{notebook}.ipynb").read_text())[0]
     words = shlex.split(line)[2:]

@@ -5,6 +5,7 @@
 # %% ../../nbs/workshop/tokenizer.ipynb #imp-e
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from tokenizers import Tokenizer as FastTokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer as FastTokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 import ris_nb
@@ -70,6 +71,33 @@ def _read_json(path: Path) -> TokenizerPieces:
     except Exception as error:  # tokenizers raises plain Exception
         raise RISError(f"tokenizer {path}: is no tokenizer.json of the tokenizers library ({str(error)[:80]})") from error
 
+# %% ../../nbs/workshop/tokenizer.ipynb #b2a061fb
+CLIP_BPE = "clip-bpe"
+
+
+def _byte_letters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level encoding, in the order of CLIP's vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+@cache
+def _clip_pieces() -> TokenizerPieces:
+    """CLIP's tokenizer from OpenAI's list of merges (MIT, see NOTICE), which comes with the library."""
+    text = gzip.decompress((Path(ris_nb.__path__[0]) / "data" / f"{CLIP_BPE}-vocab.txt.gz").read_bytes()).decode("utf-8")
+    merges = [tuple(line.split()) for line in text.split("\n")[1:48_895]]  # after a line that names the version; CLIP uses no more
+    letters, special = _byte_letters(), ("<|startoftext|>", "<|endoftext|>")
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), *special]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    core = FastTokenizer(models.BPE(ids, merges, continuing_subword_prefix="", end_of_word_suffix="</w>"))
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    split = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "removed", invert=True),
+                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.post_processor = processors.RobertaProcessing((special[1], ids[special[1]]), (special[0], ids[special[0]]), trim_offsets=False, add_prefix_space=False)
+    return TokenizerPieces(core)
+
 # %% ../../nbs/workshop/tokenizer.ipynb #033
 BERT_UNCASED = "bert-base-uncased"
 
@@ -115,11 +143,11 @@ def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:
     """The pieces of a vocabulary, in the order of their ids.
 
     source: a list of WordPiece pieces; the path of a `vocab.txt` or of a `tokenizer.json`; a folder or a repository on the
-    Hugging Face Hub with a tokenizer. That of "bert-base-uncased" is here already. What isn't WordPiece comes as
+    Hugging Face Hub with a tokenizer. Those of "bert-base-uncased" and "clip-bpe" are here already. What isn't WordPiece comes as
     `TokenizerPieces`. Raises `RISError` where it can't be had, lacks one of `SPECIAL`, or holds a piece twice.
     """
-    if isinstance(source, TokenizerPieces) or str(source) == BERT_UNCASED:
-        return source if isinstance(source, TokenizerPieces) else list(_bert_pieces())
+    if isinstance(source, TokenizerPieces) or str(source) in (BERT_UNCASED, CLIP_BPE):
+        return source if isinstance(source, TokenizerPieces) else list(_bert_pieces()) if source == BERT_UNCASED else _clip_pieces()
     name, pieces = source, source
     if isinstance(source, (str, Path)):
         if not Path(source).is_file():
@@ -135,6 +163,13 @@ def read_vocabulary(source: Sequence[str] | str | Path) -> list[str]:
         raise RISError(f"vocabulary {name}: {fault}; give a BERT vocab.txt, one piece a line")
     return pieces
 
+# %% ../../nbs/workshop/tokenizer.ipynb #99cc4e3b
+def known_vocabulary(pieces: Sequence[str]) -> str | None:
+    """The name of a vocabulary that comes with the library, "bert-base-uncased" or "clip-bpe"; None for others."""
+    if isinstance(pieces, TokenizerPieces):
+        return CLIP_BPE if len(pieces) == 49_408 and pieces.json == _clip_pieces().json else None
+    return BERT_UNCASED if len(pieces) == len(_bert_pieces()) and tuple(pieces) == _bert_pieces() else None
+
 # %% ../../nbs/workshop/tokenizer.ipynb #n08
 def _core_of(pieces: list[str]) -> tuple[FastTokenizer, int, str | None]:
     """The tokenizer of these pieces, the id that pads and the piece that stands for the unknown."""
@@ -149,12 +184,12 @@ def _core_of(pieces: list[str]) -> tuple[FastTokenizer, int, str | None]:
 class Tokenizer:
     """Expressions to ids: what the vocabulary's tokenizer gives, the first `length` of them kept, then padding.
 
-    As in LAVT's released code (length 20), an expression that is too long loses its end and its [SEP].
-    `vocabulary`: as for `read_vocabulary`. Raises `RISError` on an expression without a word.
+    As in LAVT's released code (length 20), an expression that is too long loses its end and its [SEP]; with `keep_end`, as
+    in CLIP, its last token stays. `vocabulary`: as for `read_vocabulary`. Raises `RISError` on an expression without a word.
     """
 
-    def __init__(self, vocabulary: Sequence[str] | str | Path, length: int = 20):
-        self.vocabulary, self.length = read_vocabulary(vocabulary), length
+    def __init__(self, vocabulary: Sequence[str] | str | Path, length: int = 20, keep_end: bool = False):
+        self.vocabulary, self.length, self.keep_end = read_vocabulary(vocabulary), length, keep_end
         self._core, self._pad, self._unknown = _core_of(self.vocabulary)
 
     def _encode(self, expression: str):
@@ -165,19 +200,22 @@ class Tokenizer:
             raise RISError(f"expression {expression[:40]!r} says nothing; describe one object, as in 'the dog on the left'")
         return encoding
 
+    def _cut(self, row: list) -> list:
+        return row[: self.length - 1] + row[-1:] if self.keep_end and len(row) > self.length else row[: self.length]
+
     def __call__(self, expressions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """B expressions -> ids (B, L) int64 and words (B, L) bool, true where a token stands, [CLS] and [SEP] too."""
-        rows = [self._encode(expression).ids[: self.length] for expression in expressions]
+        rows = [self._cut(self._encode(expression).ids) for expression in expressions]
         ids = torch.tensor([row + [self._pad] * (self.length - len(row)) for row in rows])
         return ids, torch.arange(self.length) < torch.tensor([len(row) for row in rows])[:, None]
 
     def pieces(self, expression: str) -> list[str]:
         """The pieces that a model gets to see."""
-        return self._encode(expression).tokens[: self.length]
+        return self._cut(self._encode(expression).tokens)
 
     def word_places(self, expression: str) -> list[int]:
         """Where in the ids the pieces of the text itself stand, not the special tokens around it."""
-        return [i for i, special in enumerate(self._encode(expression).special_tokens_mask[: self.length]) if not special]
+        return [i for i, special in enumerate(self._cut(self._encode(expression).special_tokens_mask)) if not special]
 
     def cuts(self, expression: str) -> bool:
         """Is the expression longer than a model reads?"""

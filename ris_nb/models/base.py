@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpointed
 from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD, Transform, make_batch
-from ..data.tokenizer import BERT_UNCASED, Tokenizer, TokenizerPieces, _bert_pieces, read_vocabulary
+from ..data.tokenizer import Tokenizer, TokenizerPieces, known_vocabulary, read_vocabulary
 from ..registry import _CLASSES, _enter
 
 # %% auto #0
@@ -151,13 +151,13 @@ class RISModel(_Freezing):
         self.frozen, self.lr_factors = tuple(freeze), dict(lr_factors)
         self._hub_mixin_config = dict(self._hub_mixin_config or {})
         if self._takes("vocabulary"):
-            known = len(self.vocabulary) == len(_bert_pieces()) and tuple(self.vocabulary) == _bert_pieces()
             kept = self._beside["vocabulary"] if self._files() else self.vocabulary
-            self._hub_mixin_config["vocabulary"] = BERT_UNCASED if known else kept
+            self._hub_mixin_config["vocabulary"] = known_vocabulary(self.vocabulary) or kept
 
     def _files(self) -> dict[str, str]:
-        """A tokenizer that is no list of WordPiece pieces is kept beside config.json."""
-        return {self._beside["vocabulary"]: self.vocabulary.json} if isinstance(self.vocabulary, TokenizerPieces) else {}
+        """A tokenizer that is no list of WordPiece pieces and doesn't come with the library is kept beside config.json."""
+        beside = isinstance(self.vocabulary, TokenizerPieces) and not known_vocabulary(self.vocabulary)
+        return {self._beside["vocabulary"]: self.vocabulary.json} if beside else {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

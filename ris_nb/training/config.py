@@ -25,8 +25,9 @@ class TrainConfig:
     lr: float = 5e-5  # learning rate, before the schedule's factor
     layer_decay: float = 1.0  # an encoder's block learns at this fraction of the rate of the block after it
     weight_decay: float = 1e-2  # AdamW's decay; normalisations and position tables are exempt
-    schedule: Literal["poly", "cosine", "constant"] = "poly"  # how the learning rate falls
+    schedule: Literal["poly", "cosine", "step", "constant"] = "poly"  # how the learning rate falls
     power: float = 0.9  # exponent of the poly schedule
+    milestones: tuple[float, ...] = ()  # where the step schedule divides the rate by ten, as parts of the run
     warmup: int = 0  # steps in which the learning rate climbs to its full height
     warmup_kind: Literal["rate", "loss"] = "rate"  # loss: the loss climbs in place of the rate, as in SaG's released code
     clip: float | None = None  # the largest norm that the whole gradient may have
@@ -46,7 +47,7 @@ class TrainConfig:
     best: Literal["oIoU", "mIoU"] = "oIoU"  # the validation score that picks the weights to keep
 
     def __post_init__(self):
-        self.trackers = tuple(self.trackers)  # JSON knows no tuples
+        self.trackers, self.milestones = tuple(self.trackers), tuple(self.milestones)  # JSON knows no tuples
         if self.steps is None and self.epochs is None:
             self.steps = 1000
         check_config(self)
@@ -56,7 +57,7 @@ class TrainConfig:
         return self if self.epochs is None else replace(self, steps=math.ceil(self.epochs * samples / self.batch_size), epochs=None)
 
 # %% ../../nbs/workshop/training_config.ipynb #019
-CHOICES = {"schedule": ("poly", "cosine", "constant"), "precision": ("no", "tf32", "bf16", "fp16"), "best": ("oIoU", "mIoU"),
+CHOICES = {"schedule": ("poly", "cosine", "step", "constant"), "precision": ("no", "tf32", "bf16", "fp16"), "best": ("oIoU", "mIoU"),
            "warmup_kind": ("rate", "loss")}
 
 
@@ -77,6 +78,8 @@ def check_config(config: TrainConfig) -> None:
         raise RISError(f"layer_decay must be greater than 0 and at most 1, not {config.layer_decay}")
     if config.clip is not None and not config.clip > 0:
         raise RISError(f"clip must be greater than 0, or None for no clipping, not {config.clip}")
+    if (config.schedule == "step") != bool(config.milestones) or not all(a < b for a, b in zip((0, *config.milestones), (*config.milestones, 1))):
+        raise RISError(f"the schedule step, and no other, needs milestones, rising numbers between 0 and 1, not {config.milestones} with {config.schedule}")
     check_length(config)
 
 # %% ../../nbs/workshop/training_config.ipynb #019a

@@ -22,7 +22,7 @@ def schedule_factor(config: TrainConfig, step: int) -> float:
 
     Warm-up climbs to 1 in `warmup` equal stairs, or stands at 1 where the loss climbs (`loss_factor`). From there, with t
     running from 0 towards 1: `(1 - t) ** power` for "poly" (LAVT, CVPR 2022), half a cosine for "cosine" (Shatter and
-    Gather, ICCV 2023), 1 for "constant".
+    Gather, ICCV 2023), a tenth of it after each of the milestones for "step" (CRIS, CVPR 2022), 1 for "constant".
     """
     if step < config.warmup:
         return (step + 1) / config.warmup if config.warmup_kind == "rate" else 1.0
@@ -31,6 +31,8 @@ def schedule_factor(config: TrainConfig, step: int) -> float:
         return (1 - t) ** config.power
     if config.schedule == "cosine":
         return 0.5 * (1 + float(np.cos(np.pi * t)))
+    if config.schedule == "step":
+        return 0.1 ** sum(step >= round(part * config.steps) for part in config.milestones)
     return 1.0
 
 
