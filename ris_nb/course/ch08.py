@@ -88,14 +88,15 @@ def _(adamw):
     draw = variant("08.5")
     torch.manual_seed(draw.randrange(10**6))
     lr, decay, betas = draw.choice((0.01, 0.03)), draw.choice((0.05, 0.2)), draw.choice(((0.9, 0.999), (0.8, 0.95)))
+    eps = draw.choice((0.05, 0.2))  # large, so that its place matters
     theirs = nn.Parameter(torch.randn(4, 3).double())
-    optimizer = torch.optim.AdamW([theirs], lr=lr, weight_decay=decay, betas=betas, eps=1e-8)
+    optimizer = torch.optim.AdamW([theirs], lr=lr, weight_decay=decay, betas=betas, eps=eps)
     w, m, v = theirs.detach().clone(), torch.zeros(4, 3).double(), torch.zeros(4, 3).double()
     for t in range(1, 31):
         theirs.grad = torch.randn(4, 3).double() * t
         optimizer.step()
         before = w.clone()
-        found = adamw(w, theirs.grad.clone(), m, v, t, lr, decay, betas)
+        found = adamw(w, theirs.grad.clone(), m, v, t, lr, decay, betas, eps)
         expect(torch.equal(w, before), "expected `w` to stay as it was; it was changed in place")
         w, m, v = found
         expect_close(f"the weight after step {t}, against torch.optim.AdamW", w, theirs, atol=1e-9)
