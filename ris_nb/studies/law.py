@@ -208,12 +208,16 @@ CONDITIONS = {  # condition -> arguments of `Grounded`; None: the model alone
 LAW_STUDY = {f"{language}: {condition}": ("lavt_tiny", language, condition) for language in LANGUAGES for condition in CONDITIONS
              if language == "one way out" or "weight" not in condition}
 LAW_STUDY |= {f"{TOYS}: {condition}": ("lavt_toys", TOYS, condition) for condition in CONDITIONS if "weight" not in condition}
-LAW_STUDY |= {f"MagNet, one way out: {condition}": ("magnet_tiny", "one way out", condition) for condition in CONDITIONS if "weight" not in condition}
+HOSTS = {"MagNet": "magnet_tiny", "CRIS": "cris_tiny", "ReLA": "rela_tiny"}  # besides LAVT, in one language
+LAW_STUDY |= {f"{host}, one way out: {condition}": (name, "one way out", condition) for host, name in HOSTS.items()
+              for condition in ("plain", "hidden only", "pooled")}
 
 
 def law_model(name: str, language: str, condition: str) -> nn.Module:
-    """What a row of the study trains."""
-    model = create_model(name, pretrained=True, vocabulary=world_of(language).vocabulary)
+    """What a row of the study trains. All but CRIS, whose CLIP has learned from captions, start from the same Swin, which has seen no word."""
+    model = create_model(name, pretrained=name != "rela_tiny", vocabulary=world_of(language).vocabulary)
+    if name == "rela_tiny":  # its own start is a LAVT that has read sentences
+        model.encoder.vision.load_state_dict(create_model("lavt_tiny", pretrained=True).encoder.vision.state_dict())
     return model if CONDITIONS[condition] is None else Grounded(model, **{**GAME, **CONDITIONS[condition]})
 
 # %% ../../nbs/workshop/study_law.ipynb #s10

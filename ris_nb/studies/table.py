@@ -17,6 +17,7 @@ from .magnet import magnet_study, parts_study
 from .rivals import rivals_study
 from .runner import run_study, study_table
 from .sag import sag_study
+from .unseen import unseen_study
 
 # %% auto #0
 __all__ = ['STUDIES', 'StudyPlan', 'repeat_study']
@@ -32,6 +33,7 @@ class StudyPlan:
 
 
 STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refshapes oIoU", "refshapes mIoU", "refshapesg mIoU")),
+           "unseen": StudyPlan(unseen_study, ("refshapes",), ("val mIoU", "testC mIoU")),
            "sag": StudyPlan(sag_study, ("refshapes",), ("refshapes oIoU", "refshapes mIoU")),
            "rivals": StudyPlan(rivals_study, ("refshapes", "refshapes+"), ("refshapes oIoU", "refshapes mIoU", "refshapes+ mIoU")),
            "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU", "kind mIoU", "kind+more mIoU")),  # it makes its own data
