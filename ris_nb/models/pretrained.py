@@ -112,6 +112,14 @@ class PretrainedGroupViT(FromTransformers):
     needs_masks = False
     parts = ("GroupViTConfig", "GroupViTModel")
 
+    def __init__(self, network: Mapping = {}, image_size: int | None = None, vocabulary=BERT_UNCASED, max_words: int = 77, mean=CLIP_MEAN, std=CLIP_STD,
+                 resolution: str = "original", freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+        import transformers
+        side = transformers.GroupViTConfig(**network).vision_config.image_size
+        if image_size not in (None, side):
+            raise RISError(f"this GroupViT reads images of {side} pixels and no others, not {image_size}: leave image_size out")
+        super().__init__(network, side, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
+
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Segments (N, G, D), projected, and how much of each patch belongs to each of them, (N, G, P)."""
         found = self.network.vision_model(pixel_values=image, output_attentions=True)
