@@ -80,6 +80,11 @@ def read_log(run_dir: Path) -> list[dict]:
 FREE = {"workers", "validate_every", "patience", "save_every", "keep_last", "log_every", "trackers", "best"}
 
 
+def _as_json(config: TrainConfig) -> dict:
+    """A config as JSON gives it back, which knows no tuples."""
+    return json.loads(json.dumps(asdict(config)))
+
+
 def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     """RISError where `run_dir` holds a run and `resume` is false, or a run of another config: names what differs.
 
@@ -91,7 +96,7 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
             raise RISError(f"{run_dir}: already holds a run; resume it or choose another folder")
     elif path.exists():
         try:
-            before, now = {**asdict(TrainConfig()), **json.loads(path.read_text())}, asdict(config)
+            before, now = {**_as_json(TrainConfig()), **json.loads(path.read_text())}, _as_json(config)
         except (ValueError, TypeError):
             raise RISError(f"{path}: is broken; choose another folder, or put the config of the run back") from None
         free = FREE | ({"steps"} if config.schedule == "constant" else set())
