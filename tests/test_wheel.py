@@ -130,6 +130,7 @@ def test_what_a_package_index_shows(about):
 
 def test_lab_brings_what_the_notebooks_import(about):
     keep, owners = required(requirements(about, "lab")), owners_of_modules()
+    keep |= required(requirements(about, "import"))  # its one cell asks first whether it is there
     own = {"ris_nb", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     imported = set()
     for path in (ROOT / "nbs").rglob("*.ipynb"):
