@@ -23,14 +23,12 @@ from .layers import mask_loss, upsample
 from .rivals import masks_above, own_rows, pair_loss
 from .sag import relevance_masks
 from ..registry import create_model, register_model
+from ..settings import CLIP_MEAN, CLIP_STD
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/workshop/pretrained_models.ipynb #hub_base
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
 class FromTransformers(RISModel):
     """A network of `transformers` behind the contract. network: the settings of its config, as `to_diff_dict` writes them; those left
     out are transformers' own. The rest: of `RISModel`; sizes, means and words are those of the released processors."""
