@@ -204,10 +204,12 @@ CONDITIONS = {  # condition -> arguments of `Grounded`; None: the model alone
     "pooled": dict(mask_encoder="pooled"),
     "pooled, second pass": dict(mask_encoder="pooled", segment="full"),
     "pooled, weight 0.1": dict(mask_encoder="pooled", weight=0.1),
+    "pooled, no clipping": dict(mask_encoder="pooled"),
 }
+FIRST_ONLY = ("pooled, weight 0.1", "pooled, no clipping")  # with one way out alone
 LAW_STUDY = {f"{language}: {condition}": ("lavt_tiny", language, condition) for language in LANGUAGES for condition in CONDITIONS
-             if language == "one way out" or "weight" not in condition}
-LAW_STUDY |= {f"{TOYS}: {condition}": ("lavt_toys", TOYS, condition) for condition in CONDITIONS if "weight" not in condition}
+             if language == "one way out" or condition not in FIRST_ONLY}
+LAW_STUDY |= {f"{TOYS}: {condition}": ("lavt_toys", TOYS, condition) for condition in CONDITIONS if condition not in FIRST_ONLY}
 HOSTS = {"MagNet": "magnet_tiny", "CRIS": "cris_tiny", "ReLA": "rela_tiny"}  # besides LAVT, in one language
 LAW_STUDY |= {f"{host}, one way out: {condition}": (name, "one way out", condition) for host, name in HOSTS.items()
               for condition in ("plain", "hidden only", "pooled")}
@@ -241,7 +243,8 @@ def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> 
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped half-way: its seconds are lost
             torch.manual_seed(seed)
             model, data = law_model(name, language, condition), read(language, train=scenes or world.scenes, val=val)
-            config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "warmup": min(TINY_RECIPE["warmup"], steps // 4), "seed": seed})
+            changes = {"clip": None} if condition == "pooled, no clipping" else {}
+            config = TrainConfig(**{**TINY_RECIPE, "steps": steps, "warmup": min(TINY_RECIPE["warmup"], steps // 4), "seed": seed, **changes})
             start = time.process_time()
             fit(model, ReferralDataset(data.referrals("train"), model.tokenizer, model.transform), config, folder, progress=False)
             figures = {"steps": steps, "seconds": time.process_time() - start}
