@@ -46,7 +46,7 @@ def write_page(folder: Path, flags: Explore) -> Path:
         return page
     models = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in flags.models or ())
     released = tuple(str(Path(name).resolve()) if Path(name).exists() else name for name in flags.released)
-    vocabulary = str(Path(flags.vocabulary).resolve()) if Path(flags.vocabulary).exists() else flags.vocabulary
+    vocabulary = flags.vocabulary and (str(Path(flags.vocabulary).resolve()) if Path(flags.vocabulary).exists() else flags.vocabulary)
     imports = "from ris_nb.registry import import_file\n" if flags.import_ else ""
     imports += "".join(f"import_file({str(Path(path).resolve())!r})\n" for path in flags.import_)
     notebook = json.loads(page.read_text(encoding="utf-8"))

@@ -43,8 +43,8 @@ class Answering(Own):
     """A run's folder, the name of a model that comes with the library (lavt_tiny, magnet_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[str | None, arg(metavar="NAME")] = None
     """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
-    vocabulary: Annotated[str, arg(metavar="FILE")] = "bert-base-uncased"
-    """With --released: the words, a Hub id or the path of a vocab.txt."""
+    vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
+    """With --released: the words, a Hub id or the path of a vocab.txt. Default: the authors'."""
     model: Annotated[str | None, arg(metavar="NAME")] = None
     """Or a network that others trained, fetched once from the Hugging Face Hub: clipseg, maskclip (CLIP, read as MaskCLIP does), groupvit."""
 
@@ -70,8 +70,8 @@ class Several(Own):
     """Folders of runs, names of models that come with the library (lavt_tiny, magnet_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Weights that a paper's authors released, as for `ris-nb predict`."""
-    vocabulary: Annotated[str, arg(metavar="FILE")] = "bert-base-uncased"
-    """With --released: the words, a Hub id or the path of a vocab.txt."""
+    vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
+    """With --released: the words, a Hub id or the path of a vocab.txt. Default: the authors'."""
 
 
 def answering_models(flags: Several) -> dict:

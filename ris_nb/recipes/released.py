@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
+from ..data.tokenizer import CLIP_BPE
 from ..models.base import RISModel
+from ..models.cris import CRIS
 from ..models.lavt import LAVT
 from ..models.magnet import MagNet
+from ..models.rela import ReLA
 from ..models.released import read_released
 from ..models.released_magnet import RELEASED_WEIGHTS, fetch_released, list_weights
 from ..models.sag import SaG
@@ -41,17 +45,18 @@ def find_released(name: str) -> str:
     return f"{RELEASED_WEIGHTS}/{found[0]}"
 
 # %% ../../nbs/workshop/authors_weights.ipynb #067
-def released_model(source: str, **overrides) -> RISModel:
-    """A checkpoint of the authors of LAVT, MagNet or SaG as a model of ours, in evaluation mode; which, its entries tell.
+def released_model(source: str, vocabulary: str | Sequence[str] | None = None, **overrides) -> RISModel:
+    """A checkpoint of the authors of LAVT, MagNet, SaG, CRIS or ReLA as a model of ours, in evaluation mode; which, its entries tell.
 
-    source: a name in `RELEASED`, the path of a file, or "owner/repository/file" on the Hugging Face Hub. overrides: see
-    `MagNet.from_released` and its siblings. Raises `RISError` where it can't be had or is none of them.
+    source: a name in `RELEASED`, the path of a file, or "owner/repository/file" on the Hugging Face Hub. vocabulary: by
+    default that of the authors, "clip-bpe" for CRIS and "bert-base-uncased" for the others. overrides: see `MagNet.from_released` and its siblings. Raises `RISError` where it can't be had or is none of them.
     """
-    marks = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG}  # in the names of entries
+    marks = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG,
+             "neck.txt_proj.": CRIS, "sem_seg_head.": ReLA}  # in the names of entries
     place = find_released(source) if source in RELEASED else source
     on_the_hub = not Path(place).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+/.+", place) and not place.startswith(".")
     state = read_released(fetch_released(place) if on_the_hub else place)
     for mark, kind in marks.items():
         if any(mark in name for name in state):
-            return kind.from_released(state, **overrides)
-    raise RISError(f"{source}: is no checkpoint of LAVT, MagNet or SaG; its entries are {', '.join([*state][:3]) or 'none'}")
+            return kind.from_released(state, vocabulary=vocabulary or (CLIP_BPE if kind is CRIS else "bert-base-uncased"), **overrides)
+    raise RISError(f"{source}: is no checkpoint of LAVT, MagNet, SaG, CRIS or ReLA; its entries are {', '.join([*state][:3]) or 'none'}")
