@@ -1,7 +1,7 @@
 """Referring image segmentation, notebook by notebook: the public names, each imported when it is first asked for."""
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _ROOMS = {  # module -> what of it is public
     "contract": "Batch Output RISError",

@@ -146,7 +146,7 @@ def links(path: Path) -> list[str]:
     return [link for link in found if not re.match(r"[a-z]+:|//", link, re.I)]
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, ROOT / "README.md"], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *sorted(ROOT.glob("*.md"))], ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     lost = []
     for link in links(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,12 @@ def test_library_is_what_the_notebooks_export(tmp_path):
     assert sorted(fresh) == sorted(kept)
     differing = [name for name in kept if kept[name] != fresh[name]]
     assert not differing, f"{differing} differ from their notebooks: run `make export`"
+
+
+def test_one_version_everywhere():
+    version = re.search(r"^version = (\S+)$", (ROOT / "settings.ini").read_text(), re.M)[1]
+    assert re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] in (version, "Unreleased")
 
 
 def test_no_import_and_no_name_is_idle():
