@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..contract import Output
 from .check import exercise, expect, expect_close, variant
