@@ -90,7 +90,7 @@ def check_of(number: str) -> Callable:
     chapter = str(number).partition(".")[0]
     if number not in CHECKS:
         with suppress(ModuleNotFoundError):
-            import_module(f"ris_nb.course.ch{chapter}")
+            import_module(f"ris_nb.course.{'ch' if chapter.isdigit() else ''}{chapter}")
     if number not in CHECKS:
         there = ", ".join(sorted(key for key in CHECKS if key.startswith(f"{chapter}.")))
         raise RISError(f"there is no check {number!r}: " + (f"chapter {chapter} has {there}" if there else 'a number looks like "07.2"'))

@@ -20,7 +20,7 @@ __all__ = []
 
 # %% ../../nbs/workshop/course_editions.ipynb #e01
 KINDS = ("Fill in", "Break it", "Change and measure")
-HEADING = re.compile(r"^## (\d\d\.\d) (.+)$", re.M)
+HEADING = re.compile(r"^## ((?:\d\d|[a-z]+)\.\d) (.+)$", re.M)
 FACTS = re.compile(r"^\*(.+) · level ([123]) of 3 · (\d+) minutes · (\d+) points?\*$", re.M)
 RUBRIC = re.compile(r"Rubric \((\d+) points?\)")
 
@@ -145,6 +145,14 @@ def chapters_and_exercises(nbs: Path, chapters: tuple[str, ...] = ()) -> list[tu
     return [pair for pair in pairs if not chapters or pair[0].name[:2] in chapters]
 
 
+FOR_TEACHERS = ("midterm", "final", "instructor")  # pages of nbs/teaching that students don't get
+
+
+def teaching_pages(nbs: Path, chapters: tuple[str, ...] = ()) -> list[Path]:
+    """The pages of nbs/teaching, in order; none for an edition of some chapters, which is no whole course."""
+    return [] if chapters else sorted((nbs / "teaching").glob("*.ipynb"))
+
+
 def empty_folder(out: Path) -> Path:
     """Make the folder of an edition; one that holds something is a `RISError`, because a student's work could be in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -166,7 +174,7 @@ def progress_page(source: str) -> dict:
 
 
 def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source: str = "ris_nb") -> Path:
-    """Write the folder for students: chapters and exercises with stubs, the results the chapters read, a page of progress.
+    """Write the folder for students: chapters and exercises with stubs, syllabus, self-test and projects, the results the chapters read, a page of progress.
 
     `source` is what pip installs in Colab. A folder `out` that isn't empty is a `RISError`.
     """
@@ -175,6 +183,11 @@ def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source
     for chapter, exercises in pairs:
         write_notebook(out / "nbs" / chapter.name, with_first_cell(read_notebook(chapter), source))
         write_notebook(out / "nbs" / "exercises" / exercises.name, with_first_cell(student_exercises(read_notebook(exercises)), source))
+    for page in teaching_pages(nbs, chapters):
+        if page.stem == "syllabus":  # with its tables
+            write_notebook(out / "nbs" / "teaching" / page.name, read_notebook(page))
+        elif page.stem not in FOR_TEACHERS:
+            write_notebook(out / "nbs" / "teaching" / page.name, with_first_cell(student_exercises(read_notebook(page)), source))
     shutil.copytree(nbs.parent / "data" / "results", out / "data" / "results")
     write_notebook(out / "progress.ipynb", progress_page(source))
     (out / "course.json").write_text('{\n "student": ""\n}\n', encoding="utf-8")
@@ -190,13 +203,16 @@ def points_table(nbs: Path, chapters: tuple[str, ...] = ()) -> str:
 
 
 def instructor_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = ()) -> Path:
-    """Write the folder for whoever teaches: chapters and exercises with everything in them, and the table of points."""
+    """Write the folder for whoever teaches: chapters, exercises, exams and pages with everything in them, and the table of points."""
     pairs = chapters_and_exercises(nbs, chapters)
     out = empty_folder(out)
     for chapter, exercises in pairs:
         for path in (chapter, exercises):
             (out / path.relative_to(nbs.parent)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, out / path.relative_to(nbs.parent))
+    for page in teaching_pages(nbs, chapters):
+        (out / "nbs" / "teaching").mkdir(parents=True, exist_ok=True)
+        shutil.copy(page, out / "nbs" / "teaching" / page.name)
     shutil.copytree(nbs.parent / "data" / "results", out / "data" / "results")
     (out / "points.md").write_text(points_table(nbs, chapters), encoding="utf-8")
     return out
@@ -226,7 +242,7 @@ def nbgrader_exercises(notebook: dict) -> dict:
         number = (HEADING.search(text) or [0, number])[1] if cell["cell_type"] == "markdown" else number
         if is_check(cell) or is_hidden_test(cell):
             continue
-        if asked := re.fullmatch(r'check\("(\d\d\.\d)"\)', text.strip()):
+        if asked := re.fullmatch(r'check\("([\w.]+)"\)', text.strip()):
             cells.append(_graded(cell, f'verdict = check("{number}")\nassert verdict, verdict{hidden.get(number, "")}', f"check-{number.replace('.', '-')}", facts[asked[1]].points))
         elif "BEGIN SOLUTION" in text:
             points = RUBRIC.search(text)
@@ -244,10 +260,13 @@ c.ExecutePreprocessor.timeout = 300
 
 
 def nbgrader_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = ()) -> Path:
-    """Write a course folder for nbgrader: source/chNN/NN_name.ipynb and its configuration. `nbgrader generate_assignment chNN` goes on from there."""
+    """Write a course folder for nbgrader: source/chNN/NN_name.ipynb, the exams, and its configuration. `nbgrader generate_assignment chNN` goes on from there."""
     pairs = chapters_and_exercises(nbs, chapters)
     out = empty_folder(out)
     for _, exercises in pairs:
         write_notebook(out / "source" / f"ch{exercises.name[:2]}" / exercises.name, nbgrader_exercises(read_notebook(exercises)))
+    for page in teaching_pages(nbs, chapters):
+        if page.stem in ("midterm", "final"):
+            write_notebook(out / "source" / page.stem / page.name, nbgrader_exercises(read_notebook(page)))
     (out / "nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
     return out
