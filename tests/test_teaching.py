@@ -101,12 +101,12 @@ def test_exams_are_not_for_students(tmp_path):
     there = {kind: sorted(path.stem for path in (make(NBS, tmp_path / kind) / folder).rglob("*.ipynb") if path.stem in ("midterm", "final", "instructor", "self_test"))
              for kind, make, folder in (("student", student_edition, "nbs/teaching"), ("instructor", instructor_edition, "nbs/teaching"), ("nbgrader", nbgrader_edition, "source"))}
     assert there["student"] == ["self_test"] and {"final", "midterm", "self_test"} <= {*there["instructor"]} and there["nbgrader"] == ["final", "midterm"]
-    for exam in ("midterm", "final"):
+    for exam, facts in {"midterm": (90, 32, "**ninety minutes**, thirty-two points"), "final": (120, 37, "**two hours**, thirty-seven points")}.items():
         marks = [cell["metadata"]["nbgrader"] for cell in read_notebook(tmp_path / "nbgrader" / "source" / exam / f"{exam}.ipynb")["cells"] if cell["metadata"]]
         exercises = exercises_of(read_notebook(TEACHING / f"{exam}.ipynb"))
         points = sum(exercise.points + exercise.written for exercise in exercises)
         assert sum(mark.get("points", 0) for mark in marks) == points and len({mark["grade_id"] for mark in marks}) == len(marks)
         text = "".join(text_of(cell) for cell in read_notebook(TEACHING / f"{exam}.ipynb")["cells"])
-        assert f"**{sum(exercise.minutes for exercise in exercises)} minutes**, {points} points" in text
+        assert (sum(exercise.minutes for exercise in exercises), points) == facts[:2] and facts[2] in text
     stub = json.dumps(read_notebook(tmp_path / "student" / "nbs" / "teaching" / "self_test.ipynb"))
     assert "BEGIN SOLUTION" not in stub and "NotImplementedError" in stub
