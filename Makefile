@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-quick chromium bench lab export clean
+.PHONY: demo test test-quick chromium bench lab site export clean
 
 # One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
 .venv/installed: settings.ini setup.py
@@ -49,10 +49,15 @@ bench: .venv/installed
 lab: .venv/installed-lab
 	$(BIN)/jupyter lab nbs
 
+# All of it as web pages, built offline from the stored outputs: open _site/index.html, or put the folder on a web server.
+site: .venv/installed-site
+	$(BIN)/python nbs/site/pages.py
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees -c nbs/site build/site _site
+
 # After editing a notebook: write the library from it and remove what does not belong in a commit.
 export: .venv/installed-dev
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist _site *.egg-info

@@ -38,7 +38,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"explore": cfg["explore_requirements"].split(), "import": cfg["import_requirements"].split(),
+                    "site": cfg["site_requirements"].split(),
                     "lab": (cfg["lab_requirements"] + " " + cfg["explore_requirements"]).split(),
-                    "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "lab", "explore", "import")).split()},
+                    "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "lab", "explore", "import", "site")).split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -1,0 +1,52 @@
+"""How Sphinx builds the site from the pages that pages.py wrote: `make site`."""
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import myst_nb.sphinx_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import CFG, LIBRARY  # after the line above
+
+project, author, release = CFG["lib_name"], CFG["author"], CFG["version"]
+copyright = CFG["copyright"]
+extensions = ["myst_nb", "autodoc2", "sphinx.ext.mathjax"]
+exclude_patterns = ["apidocs", "_build"]
+
+# Notebooks: as stored, never run.
+myst_nb.sphinx_ext.OUTPUT_FOLDER = "build/figures"  # not jupyter_execute beside _site
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 6
+myst_heading_slug_func = "pages.jupyter_slug"
+
+# The library: read, not imported. pages.py names the objects; autodoc2's own pages are left out.
+autodoc2_packages = [{"path": f"../../{LIBRARY.name}", "exclude_files": ["_modidx.py", "ch[0-9][0-9].py"]}]
+autodoc2_render_plugin = "pages.Renderer"
+autodoc2_hidden_objects = ["private", "dunder", "inherited"]
+autodoc2_class_docstring = "both"
+autodoc2_docstring_parser_regexes = [(".*", "myst")]
+python_maximum_signature_line_length = 80
+python_use_unqualified_type_names = True
+add_module_names = False
+
+# Equations: MathJax from a Python package, so that nothing is fetched; tex-chtml needs its fonts alone.
+mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static"
+mathjax_path = "mathjax/tex-chtml.js"
+exclude_patterns += [f"mathjax/{rest}" for rest in ("mml-*", "tex-mml-*", "tex-svg*", "tex-chtml-full*", "output/svg*", "output/svg/**", "node-main.js")]
+
+html_theme = "sphinx_book_theme"
+html_title = CFG["lib_name"]
+html_copy_source = False
+html_show_sourcelink = False
+html_static_path = ["_static", str(mathjax)]
+html_css_files = ["site.css"]
+html_favicon = str(Path(__file__).parent / "_static" / "mark.svg")
+html_context = {"default_mode": "auto"}  # light or dark as the reader's machine is set
+html_theme_options = {
+    "repository_url": CFG["git_url"], "repository_branch": CFG["branch"], "path_to_docs": "nbs",
+    "use_repository_button": True, "use_download_button": False, "navbar_persistent": [],
+    "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"},
+}
