@@ -39,6 +39,11 @@ class RISError(ValueError):
     raised as this. The command line prints the line and no traceback.
     """
 
+# %% ../nbs/workshop/contract.ipynb #042n
+def normalised(pixels: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+    """(..., 3, H, W) uint8 -> float32: (pixel - shift) * factor, both (3, 1, 1)."""
+    return pixels.float().sub_(shift).mul_(factor)
+
 # %% ../nbs/workshop/contract.ipynb #042
 @dataclass
 class Batch:
@@ -46,11 +51,12 @@ class Batch:
 
     `which` (B,) names the image of each expression; None says that expression i refers to image i. `mask` is the truth
     at the model's size, `truth` the truth at the original size (in evaluation alone); None where masks aren't read.
-    `size` is the original (height, width) of the image that each expression refers to. Images are normalised. `encoded` is
+    `size` is the original (height, width) of the image that each expression refers to. Images are normalised; in a loader's
+    batch they are bytes until `to`, which makes (image - shift) * factor of them with the two tensors (3, 1, 1) in `normalise`. `encoded` is
     what the model's own `encode_image` made of these images, where that was done before; a model then reads no pixel.
     """
 
-    image: Tensor                           # (N, 3, H, W) float32
+    image: Tensor                           # (N, 3, H, W) float32, or uint8 with `normalise`
     ids: Tensor                             # (B, L) int64
     words: Tensor                           # (B, L) bool
     which: Tensor | None = None             # (B,) int64
@@ -61,13 +67,18 @@ class Batch:
     size: list[tuple[int, int]] | None = None  # B
     truth: list[np.ndarray] | None = None   # B of (h, w) bool
     encoded: Any = None                     # whatever the model's encode_image returns
+    normalise: tuple[Tensor, Tensor] | None = None  # (shift, factor), in a loader's batch
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`; the lists stay."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The same batch with its tensors on `device`, its images as floats; the lists stay."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if self.normalise is None:
+            return moved
+        statistics = (tensor.to(device, non_blocking=non_blocking) for tensor in self.normalise)
+        return replace(moved, image=normalised(moved.image, *statistics), normalise=None)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which a GPU fetches without waiting."""

@@ -41,6 +41,8 @@ class Evaluate(Answering, Data):
     """Images that are read and encoded at a time."""
     workers: int = 0
     """Processes that read images."""
+    pack: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Pictures and masks at the model's size, made by `ris-nb data pack`: nothing is decoded then."""
     shuffle_seed: int | None = None
     """Ask each image the expressions of other images. A model that listens scores much lower then."""
 
@@ -79,12 +81,14 @@ def run_evaluate(flags: Evaluate) -> int:
     within(flags, batch_size=(1, MAX_BATCH), workers=(0, MAX_WORKERS), shuffle_seed=SEEDS)
     model, home = named_model(flags), home_of(flags)
     from ris_nb.data.batches import ReferralDataset
+    from ris_nb.data.pack import Pack
     from ris_nb.evaluation.evaluate import evaluate
     from ris_nb.data.sources import open_data
     accelerator = machine()
     model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
-    dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True)
+    dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True,
+                              pack=None if flags.pack is None else Pack(flags.pack, flags.root))
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",
                       split=flags.split, checkpoint=flags.checkpoint or flags.model or f"released {flags.released}")
     if accelerator.is_main_process:

@@ -27,6 +27,7 @@ COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one fr
     "data import": (".data", "Import", "run_import", "turn COCO, LabelMe, CVAT, CSV or Hugging Face data into a folder of your own"),
     "data check": (".data", "Check", "run_check", "count what a data root holds, and name what is broken in it"),
     "data prepare": (".data", "Prepare", "run_prepare", "fetch RefCOCO, RefCOCO+, RefCOCOg or PhraseCut, or finish what was begun"),
+    "data pack": (".data", "MakePack", "run_pack", "store photos and masks at one size in one file, to be read many times faster"),
     "train": (".train", "train_flags", "run_train", "train a model; a stopped run goes on with --resume"),
     "recipes": (".models", "Recipes", "run_recipes", "list the papers' settings, or print one of them with its sources"),
     "evaluate": (".evaluate", "Evaluate", "run_evaluate", "score a model on every expression of a split"),

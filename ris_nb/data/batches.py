@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..contract import Batch, RISError
+from ..contract import Batch, RISError, normalised
 from .images import read_image
 from .refer import Referral, Sentence
 from .tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from ris_nb.data.pack import Pack
 
 # %% auto #0
 __all__ = ['Transform', 'encode_item', 'ReferralDataset', 'collate', 'make_loader', 'make_batch']
@@ -41,13 +45,15 @@ class Transform:
 
     def __init__(self, size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
-        self._shift = 255 * torch.tensor(self.mean).view(3, 1, 1)
-        self._scale = 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
+        self.normalise = 255 * torch.tensor(self.mean).view(3, 1, 1), 1 / (255 * torch.tensor(self.std).view(3, 1, 1))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """RGB image of any size -> (3, S, S) uint8."""
+        return torch.from_numpy(_squash(image, self.size, Image.Resampling.BILINEAR)).permute(2, 0, 1).contiguous()
 
     def image(self, image: Image.Image) -> Tensor:
         """RGB image of any size -> (3, S, S) float32."""
-        pixels = torch.from_numpy(_squash(image, self.size, Image.Resampling.BILINEAR))  # (S, S, 3) uint8
-        return pixels.permute(2, 0, 1).contiguous().float().sub_(self._shift).mul_(self._scale)  # bytes move faster than floats
+        return normalised(self.pixels(image), *self.normalise)
 
     def mask(self, mask: np.ndarray) -> Tensor:
         """Bool array (H, W) -> bool tensor (S, S)."""
@@ -56,16 +62,20 @@ class Transform:
 
 # %% ../../nbs/04_batches.ipynb #045
 def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer, transform: Transform,
-                masks: bool = True, truth: bool = False) -> Batch:
-    """The `Batch` of one image and its (referral, sentence) pairs. Reads masks only where asked to; `truth` keeps them."""
-    image = read_image(pairs[0][0].image_path)
+                masks: bool = True, truth: bool = False, pack: Pack | None = None) -> Batch:
+    """The `Batch` of one image and its (referral, sentence) pairs, the image as bytes. Reads masks only where asked to; `truth` keeps them.
+
+    pack: pictures and masks that are squashed already, in place of the files.
+    """
+    path = pairs[0][0].image_path
+    pixels = pack.pixels(path) if pack else transform.pixels(read_image(path))
     expressions = [sentence.text for _, sentence in pairs]
     ids, words = tokenizer(expressions)
-    whole = {id(referral): referral for referral, _ in pairs}
-    whole = {key: referral.mask() for key, referral in whole.items()} if masks else {}
-    small = {key: transform.mask(mask) for key, mask in whole.items()}
+    unique = {id(referral): referral for referral, _ in pairs} if masks else {}
+    whole = {key: referral.mask() for key, referral in unique.items() if truth or not pack}
+    small = {key: pack.mask(referral) if pack else transform.mask(whole[key]) for key, referral in unique.items()}
     return Batch(
-        image=transform.image(image)[None], ids=ids, words=words, which=torch.zeros(len(pairs), dtype=torch.int64),
+        image=pixels[None], normalise=transform.normalise, ids=ids, words=words, which=torch.zeros(len(pairs), dtype=torch.int64),
         mask=torch.stack([small[id(referral)] for referral, _ in pairs]) if masks else None,
         image_id=[pairs[0][0].image_id], expression=expressions, kind=[sentence.kind for _, sentence in pairs],
         size=[tuple(referral.size) for referral, _ in pairs],
@@ -92,24 +102,32 @@ class ReferralDataset(Dataset):
     Training (`every=False`): one item an object. The index is `(i, draw)`: object i, sentence number `draw` modulo its
     sentences; a plain `i` is `(i, 0)`. Evaluation (`every=True`): one item an image, with every sentence about each of
     its objects, in the order in which images first appear. Raises `RISError` for referrals that can't be used.
+    pack: their pictures and masks at the transform's size, made by `write_pack`; then no picture is decoded.
     """
 
-    def __init__(self, referrals: Iterable[Referral], tokenizer: Tokenizer, transform: Transform, every: bool = False, masks: bool = True):
+    def __init__(self, referrals: Iterable[Referral], tokenizer: Tokenizer, transform: Transform, every: bool = False, masks: bool = True,
+                 pack: Pack | None = None):
         self.referrals, self.tokenizer, self.transform = _checked(referrals, masks), tokenizer, transform
-        self.every, self.masks, self.images = every, masks, {}  # images: path -> referrals; in evaluation item i is the i-th
+        self.every, self.masks, self.pack, self.images = every, masks, pack, {}  # images: path -> referrals; in evaluation item i is the i-th
         for referral in self.referrals:
             self.images.setdefault(referral.image_path, []).append(referral)
         self._groups = list(self.images.values())
+        if pack:
+            pack.check(self.referrals, transform.size, masks)
 
     def __len__(self) -> int:
         return len(self._groups) if self.every else len(self.referrals)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
+        return self.raw(index).to("cpu")
+
+    def raw(self, index: int | tuple[int, int]) -> Batch:
+        """The item with its image still as bytes, as loaders pass it on; `Batch.to` makes floats of it."""
         i, draw = index if isinstance(index, tuple) else (index, 0)
         group = self._groups[i] if self.every else [self.referrals[i]]
         pairs = [(referral, sentence) for referral in group for sentence in referral.sentences]
         chosen = pairs if self.every else [pairs[draw % len(pairs)]]
-        return encode_item(chosen, self.tokenizer, self.transform, self.masks, truth=self.every)
+        return encode_item(chosen, self.tokenizer, self.transform, self.masks, truth=self.every, pack=self.pack)
 
 # %% ../../nbs/04_batches.ipynb #055
 def collate(items: Sequence[Batch]) -> Batch:
@@ -117,11 +135,26 @@ def collate(items: Sequence[Batch]) -> Batch:
     joined = {}
     for name in (field.name for field in fields(Batch) if field.name != "which"):
         values = [getattr(item, name) for item in items]
-        if values[0] is not None:
+        if name == "normalise":
+            joined[name] = values[0]
+        elif values[0] is not None:
             joined[name] = torch.cat(values) if isinstance(values[0], Tensor) else sum(values, [])
     if len(joined["ids"]) != len(items):
         joined["which"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(item) for item in items]))
     return Batch(**joined)
+
+# %% ../../nbs/04_batches.ipynb #055b
+class AsBytes(Dataset):
+    """A data set as loaders read it: images stay bytes where it can give them so."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self._item = dataset, getattr(dataset, "raw", dataset.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
+        return self._item(index)
 
 # %% ../../nbs/04_batches.ipynb #060
 class DrawSampler(Sampler):

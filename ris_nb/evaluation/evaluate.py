@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..contract import Batch, RISError
-from ..data.batches import ReferralDataset, collate
+from ..data.batches import AsBytes, ReferralDataset, collate
 from ..data.refer import Referral
 from ..distributed import gather, processes, shares
 from .report import Record, Report, make_report
@@ -94,7 +94,7 @@ def machine_facts(device: torch.device) -> dict[str, str | int]:
 
 def share_loader(dataset: ReferralDataset, batch_size: int = 32, workers: int = 0) -> DataLoader:
     """Loads this process's share of `dataset`, in the batches of `shares`. Its worker processes stay from one evaluation to the next."""
-    return DataLoader(dataset, batch_sampler=shares(len(dataset), batch_size), collate_fn=collate, num_workers=workers,
+    return DataLoader(AsBytes(dataset), batch_sampler=shares(len(dataset), batch_size), collate_fn=collate, num_workers=workers,
                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 # %% ../../nbs/09_evaluation.ipynb #039s0
@@ -125,7 +125,7 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     start = time.perf_counter()
     if shuffle_seed is not None:
         referrals = shuffle_expressions(dataset.referrals, shuffle_seed)
-        dataset = ReferralDataset(referrals, dataset.tokenizer, dataset.transform, every=True)
+        dataset = ReferralDataset(referrals, dataset.tokenizer, dataset.transform, every=True, pack=dataset.pack)
     records = gather(run_share(model, loader or share_loader(dataset, batch_size, workers), progress, pairs))
     seconds = max(gather([time.perf_counter() - start]))
     return make_report(sorted(records, key=lambda r: (r.image, r.sentence)), model.resolution, seconds=seconds, data=data,

@@ -18,6 +18,7 @@ from tyro.conf import Suppress, arg
 from ..checkpoint import replacing
 from ..contract import RISError
 from ..data.batches import ReferralDataset
+from ..data.pack import Pack
 from ..data.refer import Referrals
 from ..data.tokenizer import SPECIAL, build_vocabulary
 from ..evaluation.evaluate import evaluate, share_loader
@@ -62,6 +63,8 @@ class RunSettings:
     """What an epoch goes through: objects, each with one of its sentences, or sentences."""
     freeze: Annotated[tuple[str, ...], arg(metavar="PART ...")] = ()
     """Parts of the model that learn nothing, such as text.bert.embeddings; besides those that the model itself freezes."""
+    pack: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Pictures and masks at the model's size, made by `ris-nb data pack`: nothing is decoded then."""
     vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
     """A vocab.txt or a Hub id such as bert-base-uncased. Default: built from the split's expressions; with a pretrained language encoder, its own."""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
@@ -104,6 +107,11 @@ def _create(name: str, settings: RunSettings, arguments: dict) -> RISModel:
                        "see the arguments of its class") from error
 
 # %% ../../nbs/workshop/run.ipynb #070a
+def open_pack(settings: RunSettings, data: Referrals) -> Pack | None:
+    """The pack that the settings name."""
+    return None if settings.pack is None else Pack(settings.pack, data.root)
+
+
 def validation(settings: RunSettings, config: TrainConfig, data: Referrals, model: RISModel, processes: int = 1) -> Callable | None:
     """The function that scores a model during training, or None where there is nothing to score it on.
 
@@ -120,7 +128,7 @@ def validation(settings: RunSettings, config: TrainConfig, data: Referrals, mode
         raise RISError(f"--patience {config.patience} counts validations, and there is nothing to score on: name a split, as in --val val")
     if split == "none":
         return None
-    dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True)
+    dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True, pack=open_pack(settings, data))
     images = max(1, config.batch_size // config.accumulate // processes)  # at a time: as many as pairs in training
     loader = share_loader(dataset, images, config.workers)  # its workers stay
     return lambda model: evaluate(model, dataset, progress=False, loader=loader).scores()
@@ -222,7 +230,7 @@ def _model_and_pairs(data: Referrals, settings: RunSettings, seed: int) -> tuple
         referrals = per_sentence(referrals)
     model = recipe_model(settings, data, referrals, seed) if settings.recipe else build_model(settings, referrals, seed)
     model.freeze(settings.freeze)
-    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks)
+    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks, pack=open_pack(settings, data))
 
 # %% ../../nbs/workshop/run.ipynb #077a
 def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: Iterable[str | Path] = ()) -> list[dict]:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from ..contract import RISError
-from ..data.batches import DrawSampler, collate
+from ..data.batches import AsBytes, DrawSampler, collate
 from .config import TrainConfig
 
 # %% auto #0
@@ -58,8 +58,8 @@ class GlobalBatches(Sampler):
 
 # %% ../../nbs/workshop/sampling.ipynb #059
 def training_loader(dataset, config: TrainConfig, start: int = 0, rank: int = 0, world: int = 1) -> DataLoader:
-    """Loads the micro-batches of `GlobalBatches`, from step `start` to the end of the run, as `Batch`es on the CPU."""
-    return DataLoader(dataset, batch_sampler=GlobalBatches(len(dataset), config, start, rank, world),
+    """Loads the micro-batches of `GlobalBatches`, from step `start` to the end of the run, as `Batch`es on the CPU; images are bytes until `Batch.to`."""
+    return DataLoader(AsBytes(dataset), batch_sampler=GlobalBatches(len(dataset), config, start, rank, world),
                       collate_fn=collate, num_workers=config.workers, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator().manual_seed(config.seed))
 
