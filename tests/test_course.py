@@ -20,6 +20,7 @@ CELLS, LINES, MODULE_LINES = 70, 25, 400
 
 # Classes that a chapter exports in one long cell, and why they stay whole
 LONG = {
+    "ReferralDataset": "the constructor groups the referrals, and one method picks from the groups",
     "TextEncoder": "three methods of a few lines and the constructors that read weights into them",
     "SwinBlock": "timm's block with one method replaced; both methods are read together",
     "Swin": "constructor, two methods and two ways to pretrained weights",

@@ -60,22 +60,28 @@ class Transform:
         pixels = Image.fromarray(np.asarray(mask, dtype=bool).view(np.uint8))
         return torch.from_numpy(_squash(pixels, self.size, Image.Resampling.NEAREST)).bool()
 
+# %% ../../nbs/04_batches.ipynb #045s
+def squashes(transform: Transform) -> bool:
+    """Whether images and masks are squashed as by `Transform` itself, so that bytes can travel and a pack be used."""
+    kind = type(transform)
+    return issubclass(kind, Transform) and kind.image is Transform.image and kind.mask is Transform.mask
+
 # %% ../../nbs/04_batches.ipynb #045
 def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer, transform: Transform,
                 masks: bool = True, truth: bool = False, pack: Pack | None = None) -> Batch:
-    """The `Batch` of one image and its (referral, sentence) pairs, the image as bytes. Reads masks only where asked to; `truth` keeps them.
+    """The `Batch` of one image and its (referral, sentence) pairs. Reads masks only where asked to; `truth` keeps them.
 
-    pack: pictures and masks that are squashed already, in place of the files.
+    The image stays bytes where the transform only squashes. pack: images and masks that are squashed already, in place of the files.
     """
-    path = pairs[0][0].image_path
-    pixels = pack.pixels(path) if pack else transform.pixels(read_image(path))
+    path, plain = pairs[0][0].image_path, squashes(transform)
+    pixels = pack.pixels(path) if pack else (transform.pixels if plain else transform.image)(read_image(path))
     expressions = [sentence.text for _, sentence in pairs]
     ids, words = tokenizer(expressions)
     unique = {id(referral): referral for referral, _ in pairs} if masks else {}
     whole = {key: referral.mask() for key, referral in unique.items() if truth or not pack}
     small = {key: pack.mask(referral) if pack else transform.mask(whole[key]) for key, referral in unique.items()}
     return Batch(
-        image=pixels[None], normalise=transform.normalise, ids=ids, words=words, which=torch.zeros(len(pairs), dtype=torch.int64),
+        image=pixels[None], normalise=transform.normalise if plain else None, ids=ids, words=words, which=torch.zeros(len(pairs), dtype=torch.int64),
         mask=torch.stack([small[id(referral)] for referral, _ in pairs]) if masks else None,
         image_id=[pairs[0][0].image_id], expression=expressions, kind=[sentence.kind for _, sentence in pairs],
         size=[tuple(referral.size) for referral, _ in pairs],
@@ -113,7 +119,7 @@ class ReferralDataset(Dataset):
             self.images.setdefault(referral.image_path, []).append(referral)
         self._groups = list(self.images.values())
         if pack:
-            pack.check(self.referrals, transform.size, masks)
+            pack.check(self.referrals, transform, masks)
 
     def __len__(self) -> int:
         return len(self._groups) if self.every else len(self.referrals)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..checkpoint import replacing
 from ..contract import RISError
-from .batches import Transform
+from .batches import Transform, squashes
 from .images import read_image
 from .refer import Referral
 
@@ -128,10 +128,13 @@ class Pack:
             self._places[path] = self._photos.get(photo_key(path, self.root))
         return self._places[path]
 
-    def check(self, referrals: Iterable[Referral], size: int, masks: bool = True) -> None:
-        """`RISError` unless all photos of `referrals`, and with `masks` all masks, are here at `size` pixels, as the data set has them now."""
-        if size != self.size:
-            raise RISError(f"{self.path} holds pictures of {self.size} pixels and the model takes {size}: `ris-nb data pack --image-size {size}` makes another")
+    def check(self, referrals: Iterable[Referral], transform: Transform, masks: bool = True) -> None:
+        """`RISError` unless all photos of `referrals`, and with `masks` all masks, are here as the transform and the data set have them now."""
+        if not squashes(transform):
+            raise RISError(f"{self.path} holds squashed pictures, and this model's transform does something else ({type(transform).__name__}): train without a pack")
+        if transform.size != self.size:
+            raise RISError(f"{self.path} holds pictures of {self.size} pixels and the model takes {transform.size}: "
+                           f"`ris-nb data pack --image-size {transform.size}` makes another")
         for referral in referrals:
             if self._photo(referral.image_path) is None or masks and mask_key(referral, self.root) not in self._masks:
                 raise RISError(f"{self.path} lacks referral {referral.ref_id} of {referral.image_path.name}, or has it as it was before a change: pack the data again")

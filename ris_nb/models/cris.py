@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..contract import Batch, Output, RISError
+from ..contract import Batch, Output, RISError, normalised
 from ..data.batches import Transform
 from ..data.tokenizer import CLIP_BPE, SPECIAL, Tokenizer, read_vocabulary
 from ..encoders.clip import TINY_TEXT, TINY_VISION, CLIPText, CLIPVision, pretrained_clip, pretrained_tiny_clip
@@ -162,7 +162,7 @@ class Letterbox(Transform):
     def image(self, image: Image.Image) -> Tensor:
         place = self.place(image.height, image.width, (self.size, self.size))
         fitted = torch.from_numpy(np.array(image.resize(place[:1:-1], Image.Resampling.BICUBIC)))
-        return self._pad((fitted.permute(2, 0, 1).float() - self._shift) * self._scale, place)
+        return self._pad(normalised(fitted.permute(2, 0, 1), *self.normalise), place)
 
     def mask(self, mask: np.ndarray) -> Tensor:
         place = self.place(*mask.shape, (self.size, self.size))
