@@ -32,7 +32,7 @@ def run(notebook: dict, monkeypatch, hidden: bool = False) -> dict:
         if cell["cell_type"] == "code" and not is_check(cell) and (hidden or not is_hidden_test(cell)):
             try:
                 with redirect_stdout(StringIO()):
-                    exec(compile(text_of(cell), cell["id"], "exec"), names)
+                    exec(compile(text_of(cell), cell["id"], "exec", dont_inherit=True), names)  # a notebook has no `from __future__`
             except Exception:
                 if hidden:
                     raise
