@@ -123,6 +123,22 @@ def test_a_chapter_ends_with_a_link_to_the_next(path):
 
 
 @each_chapter
+def test_the_reader_predicts_and_a_cell_answers(path):
+    """Three to seven places ask the reader to **Predict**; code comes next, and one of the next cells has an output, before the next section begins."""
+    notebook, places = cells(path), 0
+    for at, cell in enumerate(notebook):
+        asked = [match.start() for match in re.finditer(r"\*\*Predict\b", cell["text"])] if cell["cell_type"] == "markdown" else []
+        for start in asked:
+            places += 1
+            after = notebook[at + 1:at + 6]
+            sections = [k for k, other in enumerate(after) if other["cell_type"] == "markdown" and re.search(r"^## ", other["text"], re.M)]
+            assert not re.search(r"^## ", cell["text"][start:], re.M), f"{cell['id']}: another section begins before the answer"
+            assert after and after[0]["cell_type"] == "code", f"{cell['id']}: no code comes next"
+            assert any(other.get("outputs") for other in after[:sections[0] + 1 if sections else 5]), f"{cell['id']}: no output answers"
+    assert 3 <= places <= 7
+
+
+@each_chapter
 def test_visible_code_of_a_chapter_imports_no_private_name(path):
     """What a chapter exports may share private names with other modules of its room."""
     for cell in code(path):
