@@ -45,6 +45,7 @@ chromium:
 # Speed and memory of every model on this machine, the paper's sizes too: minutes on a GPU, up to an hour and 16 GB on a laptop.
 bench: .venv/installed
 	$(BIN)/python tests/bench/bench.py $(BENCH)
+	$(BIN)/python tests/bench/bench_data.py
 
 lab: .venv/installed-lab
 	$(BIN)/jupyter lab nbs

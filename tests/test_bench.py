@@ -4,6 +4,7 @@ import math
 from types import SimpleNamespace
 
 import bench
+import bench_data
 import pytest
 import torch
 from benching import flops_of, peak_memory, saved_bytes, times_faster
@@ -78,3 +79,10 @@ def test_full_size_figures_of_the_data_path(small):
     row, = bench.data_rows(small)
     assert row["needed"] == pytest.approx(4 * 0.4 * 989e12 / 0.9e12)
     assert row["processes"] == math.ceil(row["needed"] * row["cpu_seconds"] / 2)
+
+
+def test_the_data_path_is_measured_in_every_way(tmp_path):
+    bench_data.main(["--sizes", "64", "--items", "96", "--repeats", "1", "--threads", "1", "--out", str(tmp_path / "data.json")])
+    rows = json.loads((tmp_path / "data.json").read_text())["sizes"]["64"]
+    assert {(row["way"], row["workers"]) for row in rows} == {(way, w) for way in ("files, floats", "files, bytes", "pack, bytes") for w in (0, 1, 2)}
+    assert all(0 < row["pictures a second"] < math.inf for row in rows)
