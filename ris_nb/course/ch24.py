@@ -56,7 +56,8 @@ def _(jobs_needed, needed):
 # %% ../../nbs/exercises/24_full_scale.ipynb #022
 def _check_scaled(scaled, name: str, factor: int) -> None:
     """`Mismatch` where `scaled` is wrong about one recipe."""
-    before, kept = RECIPES[name], dict(RECIPES[name].settings)
+    kept = dict(RECIPES[name].settings)
+    before = replace(RECIPES[name], settings=dict(kept))
     after = scaled(before, factor)
     expect(before.settings == kept, f"{name}: the recipe that was given is expected to stay as it was; it changed")
     expect(getattr(after, "settings", None) is not None, f"scaled({name}, {factor}): expected a Recipe, got {type(after).__name__}")

@@ -212,7 +212,11 @@ def _(ask):
         read = []
         answers = iter(ask(Path(place) / "model", (read.append(text) or f"{photo}\t{text}\n" for photo, text in questions)))
         for i, (photo, text) in enumerate(questions):
-            mask = next(answers)
+            try:
+                mask = next(answers)
+            except RISError as error:
+                expect(not i, f"line {i + 1}: the model is expected to be loaded once, before the first line; loading it again failed: {error}")
+                raise
             expect(len(read) == i + 1, f"before mask {i + 1}: expected {i + 1} line(s) to be read, got {len(read)}")
             expect_close(f"the mask of line {i + 1}", np.asarray(mask), np.asarray(model.predict([photo], [text])[0]))
             shutil.rmtree(Path(place) / "model", ignore_errors=True)  # whoever loads it again finds nothing
