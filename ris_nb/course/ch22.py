@@ -37,7 +37,7 @@ def _question(model: nn.Module, number: str) -> object:
 
 
 @exercise("22.1")
-def _(settings, wordwise_ris):
+def _(wordwise_ris, settings):
     torch.manual_seed(variant("22.1").randrange(10**6))
     model = create_model("wordwise_ris", vocabulary=settings["vocabulary"], width=8).eval()
     expect(model.image_size == 64, f"image_size: expected 64 by default, got {model.image_size}")

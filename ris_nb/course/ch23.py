@@ -173,16 +173,19 @@ class _Shifted:
 
 
 @exercise("23.5")
-def _(suspects, write_folder, swapped, found):
+def _(suspects, swapped, found):
     draw, mask = variant("23.5"), np.zeros((24, 32), bool)
     mask[6:18, 2:14] = True
     texts = ["one", "two", "three", "four", "five"]
     shifts = dict(zip(texts, draw.sample((0, 2, 4, 6, 9), 5)))
-    things = [{"name": f"p{k}", "photo": photo, "mask": mask, "sentences": said, "split": "train"}
-              for k, (photo, said) in enumerate(zip(_noise("23.5", 3), (texts[:2], texts[2:3], texts[3:])))]
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(Path(folder) / "own", things)
-        data = _opened(Path(folder) / "own")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        lines = [{"image": f"p{k}.png", "expression": text, "mask": f"m{k}.png"} for k, said in enumerate((texts[:2], texts[2:3], texts[3:])) for text in said]
+        for k, photo in enumerate(_noise("23.5", 3)):
+            Image.fromarray(photo).save(folder / f"p{k}.png")
+            Image.fromarray(mask).save(folder / f"m{k}.png")
+        (folder / "expressions.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        data = FolderData(folder)
         home = {s.text: r.image_path.name for r in data.referrals("train") for s in r.sentences}
         for count in (1, 3, 5):
             expected = [(home[text], text) for text in sorted(texts, key=lambda text: -shifts[text])[:count]]
