@@ -39,8 +39,8 @@ def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
 def iou(prediction, truth) -> Tensor:
     """Intersection over union of bool masks (..., H, W): a float64 tensor (...,) in [0, 1].
 
-    Two empty masks have an empty union and score 0, as in MagNet's released evaluation; where the sentence fits nothing, it is
-    the scores that know better (`SegmentationMetrics`). Raises as `intersection_union`.
+    Two empty masks have an empty union and score 0, as in MagNet's released evaluation; `SegmentationMetrics` scores 1
+    where the sentence fits nothing and the answer is empty. Raises as `intersection_union`.
     """
     return _ratio(*intersection_union(prediction, truth))
 

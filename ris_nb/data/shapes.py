@@ -204,7 +204,7 @@ def _background(raw: np.ndarray, size: int) -> np.ndarray:
 
 # %% ../../nbs/02_shapes.ipynb #028
 def _check_place(world: str, splits: tuple[str, ...], sizes: tuple[int, int], seed: int, size: int, split: str, index: int) -> None:
-    """`RISError` for a scene that a world has not; `sizes`: the least and the most pixels on a side."""
+    """Raise `RISError` for a scene that the world does not have; `sizes`: the least and the most pixels on a side."""
     if split not in splits:
         raise RISError(f"no split {split!r} in {world}: choose one of {', '.join(splits)}")
     if not sizes[0] <= size <= sizes[1]:
