@@ -292,7 +292,7 @@ def outcomes(predicted: Iterable[tuple[str, str, str, float, float]], rows: Sequ
     """What became of predictions, in Markdown: (row, row it is compared with, kind of expression or "all", least, most points lost)."""
     lines = []
     for variant, over, kind, least, most in predicted:
-        mean, half, seeds = lost(rows, variant, over, f"gathering/{kind}/iou")
+        mean, half, seeds = lost(rows, variant, over, "refshapes mIoU" if kind == "all" else f"gathering/{kind}/iou")  # by kind: fewer runs
         said = f"at least {least:+.0f}" if most == float("inf") else f"at most {most:+.0f}" if least == -float("inf") else f"{least:+.0f} to {most:+.0f}"
         lines.append([variant, over, kind, said, _points(mean, half, seeds), seeds, _verdict(mean - half, mean + half, seeds, least, most, "held", "failed")])
     return markdown_table(["row", "compared with", "expressions", "predicted loss", "measured loss", "seeds", "prediction"], lines) + "\n"
