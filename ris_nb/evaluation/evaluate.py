@@ -117,7 +117,8 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     `batch_size` counts images, `workers` loader processes. `pairs`: the most expressions that the model answers at once
     (default: `pairs_at_once`, by the size of the images). `shuffle_seed` asks each image the expressions of other images:
     the test that a model listens. Under `torch.distributed` the batches are dealt out among the processes and all return
-    the same report. `loader`: what `share_loader` made of the data set, for who evaluates often. `data`, `split` and `checkpoint` are names for the report.
+    the same report. `loader`: of this data set, from `share_loader`, so that evaluations in a row can share one (not with
+    `shuffle_seed`). `data`, `split` and `checkpoint` are names for the report.
     RISError for a data set without every sentence and mask, or an image that can't be read.
     """
     if not (dataset.every and dataset.masks):
@@ -125,7 +126,7 @@ def evaluate(model: RISModel, dataset: ReferralDataset, batch_size: int = 32, wo
     start = time.perf_counter()
     if shuffle_seed is not None:
         referrals = shuffle_expressions(dataset.referrals, shuffle_seed)
-        dataset = ReferralDataset(referrals, dataset.tokenizer, dataset.transform, every=True, pack=dataset.pack)
+        dataset, loader = ReferralDataset(referrals, dataset.tokenizer, dataset.transform, every=True, pack=dataset.pack), None
     records = gather(run_share(model, loader or share_loader(dataset, batch_size, workers), progress, pairs))
     seconds = max(gather([time.perf_counter() - start]))
     return make_report(sorted(records, key=lambda r: (r.image, r.sentence)), model.resolution, seconds=seconds, data=data,
