@@ -62,7 +62,7 @@ class Transform:
 
 # %% ../../nbs/04_batches.ipynb #045s
 def squashes(transform: Transform) -> bool:
-    """Whether images and masks are squashed as by `Transform` itself, so that bytes can travel and a pack be used."""
+    """Whether images and masks are squashed as by `Transform` itself: only then can images stay bytes, and a pack be used."""
     kind = type(transform)
     return issubclass(kind, Transform) and kind.image is Transform.image and kind.mask is Transform.mask
 

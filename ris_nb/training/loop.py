@@ -39,7 +39,7 @@ __all__ = ['fit']
 
 # %% ../../nbs/08_training.ipynb #043
 class LossStep(nn.Module):
-    """A model and its losses as one module, batch -> dict of loss terms: what runs in half the bits and on many processes.
+    """A model and its losses as one module, batch -> dict of loss terms: this is what runs in half precision and on many processes.
 
     precision: of the forward pass, see `compute_output`; the losses are computed from float32 outputs. compile: compile the forward pass.
     """
@@ -55,7 +55,7 @@ class LossStep(nn.Module):
 # %% ../../nbs/08_training.ipynb #046
 def accumulate_gradients(accelerator: Accelerator, loss_step: nn.Module, batches, accumulate: int = 1,
                          factor: float = 1.0, scaler: torch.amp.GradScaler | None = None) -> dict[str, torch.Tensor]:
-    """Adds to `.grad` the gradient of the mean loss of the next `accumulate` micro-batches, averaged over processes.
+    """Add to `.grad` the gradient of the mean loss of the next `accumulate` micro-batches, averaged over processes.
 
     The gradient is multiplied by `factor`, and by the scale of the `scaler`. Returns this process's mean of every loss term and of
     their sum, "loss", without these: detached scalars, still on the device.
@@ -101,7 +101,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Is it over: all steps made, or patience lost?"""
+        """Whether the run is over: all steps made, or `patience` validations without a better score."""
         return self.step >= self.config.steps or 0 < self.config.patience <= self.stale
 
     @property
@@ -111,7 +111,7 @@ class Run:
 
 # %% ../../nbs/08_training.ipynb #094
 def save_run(run: Run) -> None:
-    """Saves all that a resume needs; and the weights for `load_model`, as long as no validation picks them."""
+    """Save all that a resume needs; and the weights for `load_model`, as long as no validation picks them."""
     meter = run.meter.state(run.accelerator)
     if run.accelerator.is_main_process:
         if run.best is None:
@@ -124,7 +124,7 @@ def save_run(run: Run) -> None:
 
 # %% ../../nbs/08_training.ipynb #096
 def start_run(run: Run) -> None:
-    """Goes back to the last saved state, or to the beginning, and forgets what was logged and kept after it."""
+    """Go back to the last saved state, or to the beginning, and remove what was logged and kept after it."""
     if (run.folder / "state.pt").exists():
         state = load_state(run.folder, run.model, run.optimizer, run.samples, **run.others)
         run.step, run.best, run.stale, run.meter = state["step"], state["best"], state.get("stale", 0), Meter(**state["meter"])
@@ -151,7 +151,7 @@ def measure(run: Run) -> dict[str, float]:
 
 
 def report(run: Run, record: dict[str, float], bar: tqdm) -> None:
-    """Sends a record to log.jsonl, to the trackers and to the progress bar."""
+    """Send a record to log.jsonl, to the trackers and to the progress bar."""
     if run.accelerator.is_main_process:
         append_log(run.folder, {"step": run.step, **record})
         for tracker in run.trackers:
@@ -175,7 +175,7 @@ def score_run(run: Run, validate) -> dict[str, float]:
 
 # %% ../../nbs/08_training.ipynb #108
 def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) -> None:
-    """Counts a step; then logs, validates and saves what is due, in the order that makes a kill harmless."""
+    """Count a step; then log, validate and save what is due, in the order that makes a kill harmless."""
     run.step += 1
     run.meter.add(run.step, values)
     bar.update()
