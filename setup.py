@@ -1,9 +1,21 @@
 """Hand what settings.ini says to setuptools."""
 import re
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithResults(build_py):
+    """The chapters read data/results, and Colab opens a chapter alone: a wheel brings a copy of these small tables."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree("data/results", Path(self.build_lib, "ris_nb", "course", "results"), dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
+
 
 ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
@@ -37,9 +49,10 @@ setup(
                   "ris_nb.recipes": ["published.json"], "ris_nb.explore": ["explore.ipynb", "word_game/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"explore": cfg["explore_requirements"].split(), "import": cfg["import_requirements"].split(),
+    extras_require={"colab": cfg["colab_requirements"].split(), "explore": cfg["explore_requirements"].split(), "import": cfg["import_requirements"].split(),
                     "site": cfg["site_requirements"].split(),
                     "lab": (cfg["lab_requirements"] + " " + cfg["explore_requirements"]).split(),
                     "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "lab", "explore", "import", "site")).split()},
+    cmdclass={"build_py": BuildWithResults},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -3,13 +3,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
+from test_course import CHAPTERS, each_chapter
 from test_exercises import NBS, run
 
 from ris_nb.course.check import verdict
 from ris_nb.course.editions import exercises_of, instructor_edition, nbgrader_edition, read_notebook, student_edition, student_exercises, text_of
-from ris_nb.course.syllabus import ROUTES, chapter_minutes, minutes_table, route_table, running_seconds
+from ris_nb.course.slides import slides_notebook, slides_of, slides_page
+from ris_nb.course.syllabus import ROUTES, chapter_minutes, minutes_table, route_table, running_cost
 
 TEACHING = NBS / "teaching"
 TESTS = [path for path in sorted(TEACHING.glob("*.ipynb")) if path.stem in ("self_test", "midterm", "final")]
@@ -54,7 +57,7 @@ def test_what_the_table_counts():
 def test_running_is_measured():
     pytest.importorskip("nbdev", reason='nbdev comes with pip install -e ".[dev]"')
     kept = json.loads((NBS.parent / "data" / "results" / "chapter_minutes.json").read_text())["seconds"]["03"]
-    assert kept / 5 < running_seconds(NBS / "03_refer.ipynb") < 5 * kept + 10  # another machine, another load
+    assert kept / 5 < running_cost(NBS / "03_refer.ipynb")[0] < 5 * kept + 10  # another machine, another load
 
 
 def test_a_route_asks_for_a_bearable_week():
@@ -110,3 +113,47 @@ def test_exams_are_not_for_students(tmp_path):
         assert (sum(exercise.minutes for exercise in exercises), points) == facts[:2] and facts[2] in text
     stub = json.dumps(read_notebook(tmp_path / "student" / "nbs" / "teaching" / "self_test.ipynb"))
     assert "BEGIN SOLUTION" not in stub and "NotImplementedError" in stub
+
+
+# --- slides ---
+
+@each_chapter
+def test_slides_of_a_chapter(path):
+    notebook = read_notebook(path)
+    slides = slides_of(notebook)
+    headings = [heading for cell in notebook["cells"] if cell["cell_type"] == "markdown" for heading in re.findall(r"(?m)^#{1,3} (.+)$", text_of(cell))]
+    assert [slide.title for slide in slides if slide.title in headings] == [heading for heading in headings if heading != "Exercises"]
+    assert slides[0].text and sum(bool(slide.figure) for slide in slides) >= 1
+    page = slides_page(slides)
+    assert page.count("<section") == len(slides) and page.count("<img") == sum(bool(slide.figure) for slide in slides)
+    assert not re.search(r"(?:src|href)=[^d]?(?!data:)\w+:|@import|url\(", page)  # it loads nothing
+    assert "**" not in page and not re.search(r"\$[^$<]*\\\\[a-z]+", page) and "\0" not in page
+
+
+def test_slides_are_a_notebook_that_nbconvert_takes():
+    nbconvert, nbformat = pytest.importorskip("nbconvert"), pytest.importorskip("nbformat")
+    notebook = nbformat.reads(json.dumps(slides_notebook(slides_of(read_notebook(CHAPTERS[6])))), as_version=4)
+    nbformat.validate(notebook)
+    page, _ = nbconvert.SlidesExporter().from_notebook_node(notebook)
+    assert page.count("<section") >= len(notebook["cells"]) and "reveal" in page and "data:image/png;base64" in page
+
+
+@pytest.mark.slow
+def test_slides_fit_their_page():
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by playwright: pip install playwright")
+    if chromium is None:
+        pytest.skip("no Chromium here: make chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, asked = browser.new_page(viewport={"width": 1280, "height": 720}), []
+        page.on("request", lambda request: asked.append(request.url))
+        for path in CHAPTERS:
+            page.set_content(slides_page(slides_of(read_notebook(path))))
+            over = page.evaluate("[...document.querySelectorAll('section')].filter(s => s.scrollHeight > s.clientHeight || s.scrollWidth > s.clientWidth).map(s => s.innerText.slice(0, 60))")
+            flat = page.evaluate("[...document.querySelectorAll('img')].filter(i => i.clientHeight < 100).map(i => i.alt)")
+            assert over == [] and flat == [], path.name
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("scrollY > innerHeight / 2")
+        assert [url for url in asked if not url.startswith("data:")] == []
+        browser.close()

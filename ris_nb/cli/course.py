@@ -36,8 +36,8 @@ class Course:
     """Folder for the edition; it must be empty or not there."""
     chapters: Annotated[tuple[str, ...] | None, arg(metavar="NN ...")] = None
     """Chapters such as 05 07. Default: all that have exercises."""
-    install: Annotated[str, arg(metavar="PACKAGE")] = "ris_nb"
-    """What pip installs in Colab, in the student's edition: a name, a path or a URL."""
+    install: Annotated[str | None, arg(metavar="PACKAGE")] = None
+    """What pip installs in Colab, in the student's edition: a name, a path or a URL, with the extra [colab]. Default: the repository on GitHub."""
 
 # %% ../../nbs/workshop/cli_course.ipynb #c02
 def run_course(flags: Course) -> int:
@@ -45,7 +45,7 @@ def run_course(flags: Course) -> int:
     not_empty(flags, chapters="chapter such as 07")
     from ris_nb.course import editions
     nbs, chapters = Path(ris_nb.__file__).resolve().parents[1] / "nbs", flags.chapters or ()
-    write = {"student": lambda: editions.student_edition(nbs, flags.out, chapters, flags.install),
+    write = {"student": lambda: editions.student_edition(nbs, flags.out, chapters, flags.install or editions.SOURCE),
              "instructor": lambda: editions.instructor_edition(nbs, flags.out, chapters),
              "nbgrader": lambda: editions.nbgrader_edition(nbs, flags.out, chapters)}
     write[flags.kind]()

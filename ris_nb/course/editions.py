@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ..checkpoint import replacing
 from ..contract import RISError
+from .slides import slides_notebook, slides_of, slides_page
 
 # %% auto #0
 __all__ = []
@@ -113,19 +114,21 @@ def student_exercises(notebook: dict) -> dict:
     return {**notebook, "cells": cells}
 
 # %% ../../nbs/workshop/course_editions.ipynb #e05
+SOURCE = "ris_nb[colab] @ git+https://github.com/ris-nb/ris_nb"  # what pip installs in Colab
 COLAB = """\
-# In Colab this cell installs the library and switches widgets on. Elsewhere it does nothing.
+# In Colab this cell installs the library and prepares folders and widgets. Elsewhere it does nothing.
 import sys
 if "google.colab" in sys.modules:
-    %pip install --quiet {source}
-    from google.colab import output
-    output.enable_custom_widget_manager()"""
+    %pip install --quiet "{source}"
+    from ris_nb.course.colab import prepare
+    prepare("{folder}")"""
 
 
-def with_first_cell(notebook: dict, source: str) -> dict:
-    """A copy of a notebook without outputs, whose first cell installs `source` in Colab."""
-    first = {"cell_type": "code", "id": "colab", "metadata": {}, "source": COLAB.format(source=source).splitlines(keepends=True)}
-    return {**notebook, "cells": [cleared({**first, "outputs": []}), *map(cleared, notebook["cells"])]}
+def with_first_cell(notebook: dict, source: str = SOURCE, folder: str = "nbs") -> dict:
+    """A copy of a notebook without outputs, whose first cell installs `source` in Colab and prepares the `folder` that the notebook lies in."""
+    first = {"cell_type": "code", "id": "colab", "metadata": {}, "source": COLAB.format(source=source, folder=folder).splitlines(keepends=True)}
+    others = [cell for cell in notebook["cells"] if cell["cell_type"] != "code" or '"google.colab" in sys.modules' not in text_of(cell)]
+    return {**notebook, "cells": [cleared({**first, "outputs": []}), *map(cleared, others)]}
 
 
 def write_notebook(path: Path, notebook: dict) -> None:
@@ -170,10 +173,10 @@ def progress_page(source: str) -> dict:
     cells = [{"cell_type": "markdown", "id": "title", "metadata": {}, "source": PROGRESS.splitlines(keepends=True)},
              {"cell_type": "code", "id": "table", "metadata": {}, "outputs": [], "execution_count": None,
               "source": ["from ris_nb.course.check import progress\n", "\n", "print(progress())"]}]
-    return with_first_cell({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}, source)
+    return with_first_cell({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}, source, ".")
 
 
-def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source: str = "ris_nb") -> Path:
+def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source: str = SOURCE) -> Path:
     """Write the folder for students: chapters and exercises with stubs, syllabus, self-test and projects, the results the chapters read, a page of progress.
 
     `source` is what pip installs in Colab. A folder `out` that isn't empty is a `RISError`.
@@ -182,12 +185,12 @@ def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source
     out = empty_folder(out)
     for chapter, exercises in pairs:
         write_notebook(out / "nbs" / chapter.name, with_first_cell(read_notebook(chapter), source))
-        write_notebook(out / "nbs" / "exercises" / exercises.name, with_first_cell(student_exercises(read_notebook(exercises)), source))
+        write_notebook(out / "nbs" / "exercises" / exercises.name, with_first_cell(student_exercises(read_notebook(exercises)), source, "nbs/exercises"))
     for page in teaching_pages(nbs, chapters):
         if page.stem == "syllabus":  # with its tables
             write_notebook(out / "nbs" / "teaching" / page.name, read_notebook(page))
         elif page.stem not in FOR_TEACHERS:
-            write_notebook(out / "nbs" / "teaching" / page.name, with_first_cell(student_exercises(read_notebook(page)), source))
+            write_notebook(out / "nbs" / "teaching" / page.name, with_first_cell(student_exercises(read_notebook(page)), source, "nbs/teaching"))
     shutil.copytree(nbs.parent / "data" / "results", out / "data" / "results")
     write_notebook(out / "progress.ipynb", progress_page(source))
     (out / "course.json").write_text('{\n "student": ""\n}\n', encoding="utf-8")
@@ -195,21 +198,31 @@ def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source
 
 # %% ../../nbs/workshop/course_editions.ipynb #e08
 def points_table(nbs: Path, chapters: tuple[str, ...] = ()) -> str:
-    """A Markdown table of the exercises: number, title, kind, level, minutes, points for the check and for the text."""
+    """A Markdown table of the exercises, and of the exams where the whole course is asked for: number, title, kind, level, minutes, points for the check and for the text."""
     lines = ["| exercise | kind | level | minutes | check | text |", "|---|---|---|---|---|---|"]
-    for _, path in chapters_and_exercises(nbs, chapters):
+    exams = [page for page in teaching_pages(nbs, chapters) if page.stem in ("midterm", "final")]
+    for path in [*(path for _, path in chapters_and_exercises(nbs, chapters)), *exams[::-1]]:
         lines += [f"| {e.number} {e.title} | {e.kind} | {e.level} | {e.minutes} | {e.points} | {e.written or ''} |" for e in exercises_of(read_notebook(path))]
     return "\n".join(lines) + "\n"
 
 
+def write_slides(chapter: Path, folder: Path) -> None:
+    """Write a chapter's slides into a folder: as an HTML page that needs no network, and as a notebook for `jupyter nbconvert --to slides`."""
+    slides = slides_of(read_notebook(chapter))
+    write_notebook(folder / chapter.name, slides_notebook(slides))
+    with replacing(folder / f"{chapter.stem}.html") as part:
+        part.write_text(slides_page(slides), encoding="utf-8")
+
+
 def instructor_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = ()) -> Path:
-    """Write the folder for whoever teaches: chapters, exercises, exams and pages with everything in them, and the table of points."""
+    """Write the folder for whoever teaches: chapters, exercises, exams and pages with everything in them, slides, and the table of points."""
     pairs = chapters_and_exercises(nbs, chapters)
     out = empty_folder(out)
     for chapter, exercises in pairs:
         for path in (chapter, exercises):
             (out / path.relative_to(nbs.parent)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, out / path.relative_to(nbs.parent))
+        write_slides(chapter, out / "slides")
     for page in teaching_pages(nbs, chapters):
         (out / "nbs" / "teaching").mkdir(parents=True, exist_ok=True)
         shutil.copy(page, out / "nbs" / "teaching" / page.name)
