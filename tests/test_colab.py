@@ -64,7 +64,7 @@ def bare(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["01_task", "07_lavt", "19_cris", "25_explore"])
+@pytest.mark.parametrize("name", ["01_task", "07_lavt", "19_cris", "24_full_scale", "25_explore"])
 def test_a_chapter_runs_alone(name, bare, wheel, tmp_path):  # noqa: F811
     alone = tmp_path / "content"
     write_notebook(alone / f"{name}.ipynb", with_first_cell(read_notebook(NBS / f"{name}.ipynb"), f"{wheel}[colab]"))

@@ -12,7 +12,7 @@ from test_exercises import NBS, run
 from ris_nb.course.check import verdict
 from ris_nb.course.editions import exercises_of, instructor_edition, nbgrader_edition, read_notebook, student_edition, student_exercises, text_of
 from ris_nb.course.slides import slides_notebook, slides_of, slides_page
-from ris_nb.course.syllabus import ROUTES, chapter_minutes, minutes_table, route_table, running_cost
+from ris_nb.course.syllabus import ROUTES, chapter_minutes, minutes_table, route_table, running_seconds
 
 TEACHING = NBS / "teaching"
 TESTS = [path for path in sorted(TEACHING.glob("*.ipynb")) if path.stem in ("self_test", "midterm", "final")]
@@ -57,7 +57,7 @@ def test_what_the_table_counts():
 def test_running_is_measured():
     pytest.importorskip("nbdev", reason='nbdev comes with pip install -e ".[dev]"')
     kept = json.loads((NBS.parent / "data" / "results" / "chapter_minutes.json").read_text())["seconds"]["03"]
-    assert kept / 5 < running_cost(NBS / "03_refer.ipynb")[0] < 5 * kept + 10  # another machine, another load
+    assert kept / 5 < running_seconds(NBS / "03_refer.ipynb") < 5 * kept + 10  # another machine, another load
 
 
 def test_a_route_asks_for_a_bearable_week():

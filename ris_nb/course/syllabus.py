@@ -49,20 +49,15 @@ def reading_minutes(notebook: dict) -> float:
 # %% ../../nbs/workshop/course_syllabus.ipynb #e02
 COMMAND = 'python -c "from ris_nb.course.syllabus import measure_running; measure_running()"'
 RUN = """\
-import os, resource, sys
+import os, sys
 from pathlib import Path
 from nbdev.test import test_nb
-failed = not test_nb(Path(sys.argv[1]), skip_flags=["slow", "gpu"], basepath=Path.cwd())[0]
-print("", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sep="\\n", flush=True)  # in kB on Linux
-os._exit(failed)  # without clearing up: torch may abort while it does
+os._exit(not test_nb(Path(sys.argv[1]), skip_flags=["slow", "gpu"], basepath=Path.cwd())[0])  # without clearing up: torch may abort while it does
 """
 
 
-def running_cost(chapter: Path) -> tuple[float, int]:
-    """The processor time in seconds and the largest memory in MB of a chapter's cells, run with one thread; a chapter that fails is a `RISError`.
-
-    Needs nbdev and Linux.
-    """
+def running_seconds(chapter: Path) -> float:
+    """The processor time in seconds of a chapter's cells, run with one thread; a chapter that fails is a `RISError`. Needs nbdev, and a system with `resource`."""
     import resource
 
     def used() -> float:
@@ -73,18 +68,17 @@ def running_cost(chapter: Path) -> tuple[float, int]:
     done = subprocess.run([sys.executable, "-c", RUN, str(chapter.resolve())], cwd=chapter.parent, env=environ, capture_output=True, text=True)
     if done.returncode:
         raise RISError(f"{chapter.name} does not run to its end: {' '.join(done.stderr.split())[-300:]}")
-    return used() - before, int(done.stdout.split()[-1]) // 1000
+    return used() - before
 
 
 def measure_running(nbs: str | Path = "nbs") -> Path:
     """Measure every chapter and write data/results/chapter_minutes.json, which also says on what machine and by which command."""
-    cost = {chapter.name[:2]: running_cost(chapter) for chapter in sorted(Path(nbs).glob("[0-9][0-9]_*.ipynb"))}
-    if not cost:
+    seconds = {chapter.name[:2]: round(running_seconds(chapter), 1) for chapter in sorted(Path(nbs).glob("[0-9][0-9]_*.ipynb"))}
+    if not seconds:
         raise RISError(f"no chapters in {nbs}: call this in a checkout of the course")
     path = Path(nbs).resolve().parent / "data" / "results" / "chapter_minutes.json"
     with replacing(path) as part:
-        part.write_text(json.dumps({"command": COMMAND, "machine": processor(), "threads": 1, "seconds": {name: round(time, 1) for name, (time, _) in cost.items()},
-                                    "memory_MB": {name: memory for name, (_, memory) in cost.items()}}, indent=1) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"command": COMMAND, "machine": processor(), "threads": 1, "seconds": seconds}, indent=1) + "\n", encoding="utf-8")
     return path
 
 
