@@ -46,6 +46,7 @@ chromium:
 bench: .venv/installed
 	$(BIN)/python tests/bench/bench.py $(BENCH)
 	$(BIN)/python tests/bench/bench_data.py
+	$(BIN)/python tests/bench/bench_scale.py
 
 lab: .venv/installed-lab
 	$(BIN)/jupyter lab nbs

@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import bench
 import bench_data
+import bench_scale
 import pytest
 import torch
 from benching import flops_of, peak_memory, saved_bytes, times_faster
+
+from ris_nb.registry import create_model
 
 
 def test_memory_is_counted():
@@ -86,3 +89,21 @@ def test_the_data_path_is_measured_in_every_way(tmp_path):
     rows = json.loads((tmp_path / "data.json").read_text())["sizes"]["64"]
     assert {(row["way"], row["workers"]) for row in rows} == {(way, w) for way in ("files, floats", "files, bytes", "pack, bytes") for w in (0, 1, 2)}
     assert all(0 < row["pictures a second"] < math.inf for row in rows)
+
+
+@pytest.mark.slow
+def test_what_two_processes_exchange_is_counted(tmp_path):
+    bench_scale.main(["--worlds", "2", "--models", "sag_tiny", "--out", str(tmp_path / "scale.json")])
+    report = json.loads((tmp_path / "scale.json").read_text())
+    (found,) = report["counted"]
+    pupil = create_model("sag_tiny").for_training()
+    assert found["gradient bytes"] == pytest.approx(4 * sum(p.numel() for p in pupil.parameters() if p.requires_grad), rel=0.1)  # but for the words
+    assert 0 < found["ready before the end"] < 1 and found["other collectives"] > 0 < found["collectives of an evaluation"]
+
+
+def test_a_step_on_paper():
+    lone, *_, last = bench_scale.on_paper("m", batch=64, parameters=10**8, flops=1e12, others=10)
+    assert (lone["GPUs"], lone["efficiency"], last["GPUs"], last["pairs a GPU"]) == (1, 1.0, 64, 1)
+    assert lone["compute ms"] == pytest.approx(1e3 * 64e12 / (0.4 * 989e12))
+    assert last["exchange ms"] == pytest.approx(1e3 * (2 * 63 / 64 * 4e8 / 40e9 + 6 * 20e-6)) and last["efficiency"] < 0.5
+    assert [row["GPUs"] for row in bench_scale.on_paper("m", 48, 10**8, 1e12, 0)] == [1, 2, 4, 8, 16]
