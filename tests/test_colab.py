@@ -1,6 +1,7 @@
 """A chapter alone, as Colab opens it: an empty folder, an environment without the library, and the chapter's own first cell."""
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sysconfig
@@ -41,6 +42,17 @@ def test_a_students_notebook_has_the_cell_once(tmp_path):
         first = [text_of(cell) for cell in read_notebook(path)["cells"] if '"google.colab" in sys.modules' in text_of(cell)]
         folder = path.parent.relative_to(out).as_posix()
         assert first == ([] if path.stem == "syllabus" else [COLAB.format(source="./a.whl[colab]", folder=folder)]), path
+
+
+def test_an_upload_is_read_as_either_ipywidgets_gives_it():
+    pytest.importorskip("anywidget", reason="the panels need the extra ris_nb[explore]")
+    from PIL import Image
+
+    from ris_nb.explore.ask import read_upload
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), "red").save(file, "png")
+    for files in (({"name": "a.png", "content": file.getvalue()},), {"a.png": {"metadata": {}, "content": file.getvalue()}}):  # 8; 7, which Colab has
+        assert read_upload(files).size == (5, 4)
 
 
 @pytest.fixture(scope="module")

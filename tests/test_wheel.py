@@ -128,22 +128,23 @@ def test_what_a_package_index_shows(about):
         assert (ROOT / page).exists(), page
 
 
-def test_lab_brings_what_the_notebooks_import(about):
-    keep, owners = required(requirements(about, "lab")), owners_of_modules()
+@pytest.mark.parametrize("extra, notebooks", [("lab", ["**/*"]), ("colab", ["*", "exercises/*", "teaching/*"])])
+def test_an_extra_brings_what_notebooks_import(about, extra, notebooks):
+    keep, owners = required(requirements(about, extra)), owners_of_modules()
     keep |= required(requirements(about, "import"))  # its one cell asks first whether it is there
     own = {"ris_nb", "google", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     imported = set()  # google.colab is Colab itself
-    for path in (ROOT / "nbs").rglob("*.ipynb"):
+    for path in (path for pattern in notebooks for path in (ROOT / "nbs").glob(f"{pattern}.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
                 code = "".join(line for line in cell["source"] if not line.lstrip().startswith("%"))  # no magics
                 for node in ast.walk(ast.parse(code)):
                     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
                     imported |= {name.partition(".")[0] for name in names}
-    assert {"torch", "fastcore", "anywidget"} <= imported
+    assert {"torch", "fastcore"} <= imported
     library = {*sys.stdlib_module_names, "tomllib"}  # the latter from 3.11 on; below, ris_nb does without
     missing = [name for name in imported - library - own if not owners.get(name, {normal(name)}) & keep]
-    assert not missing, f"{missing}: not among what `pip install 'ris_nb[lab]'` installs"
+    assert not missing, f"{missing}: not among what `pip install 'ris_nb[{extra}]'` installs"
 
 
 def test_wheel_imports_without_developer_tools(wheel, about, tmp_path):

@@ -22,7 +22,7 @@ __all__ = []
 class Course:
     """Write an edition of the course: chapters with their exercises, for students, for whoever teaches, or for nbgrader.
 
-    Works in a checkout of the course. The student's edition has stubs, and no solution, hidden test or rubric.
+    Works in a checkout of the course. The student's edition has stubs, and no solution, hidden test or rubric. The instructor's has everything, and slides of each chapter.
 
     examples:
       ris-nb course student --out handout

@@ -38,11 +38,12 @@ def word_buttons(expression: widgets.Text, words: Sequence[str]) -> widgets.HBox
     return widgets.HBox(buttons, layout=widgets.Layout(flex_flow="row wrap", max_width="720px"))
 
 
-def read_upload(files: tuple) -> Image.Image:
+def read_upload(files: tuple | dict) -> Image.Image:
     """The photo of a `FileUpload`, upright. `RISError` for none and for what `read_image` refuses."""
     if not files:
         raise RISError("no photo yet: choose one with 'Upload a photo', or look at a scene")
-    return read_image(io.BytesIO(files[0]["content"]), upright=True)
+    first = next(iter(files.values() if isinstance(files, dict) else files))  # ipywidgets 7, which Colab has, gives a dictionary by names
+    return read_image(io.BytesIO(first["content"]), upright=True)
 
 # %% ../../nbs/workshop/explore_ask.ipynb #039s0
 def ask_parts(models: Sequence[str], vocabulary: Sequence[str], photo: bool) -> dict[str, widgets.Widget]:
