@@ -89,7 +89,7 @@ def masks_above(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: floa
 
 # %% ../../nbs/18_rivals.ipynb #identity
 def attend_to_itself(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A ViT block whose attention is the identity: x (N, P, d) -> what leaves it, and the keys that nobody asked, both (N, P, d)."""
+    """A ViT block whose attention is the identity: x (N, P, d) -> its output, and the keys, which it does not use, both (N, P, d)."""
     q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, -1)
     x = x + block.attn.proj(v)  # the value, through the output matrix; in CLIP's own block a mean of values stands here
     return x + block.mlp(block.norm2(x)), k
