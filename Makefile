@@ -53,8 +53,8 @@ lab: .venv/installed-lab
 
 # All of it as web pages, built offline from the stored outputs: open _site/index.html, or put the folder on a web server.
 site: .venv/installed-site
-	$(BIN)/python nbs/site/pages.py
-	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees -c nbs/site build/site _site
+	$(BIN)/python nbs/site/pages.py build/site
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/doctrees -c nbs/site build/site _site
 
 # After editing a notebook: write the library from it and remove what does not belong in a commit.
 export: .venv/installed-dev

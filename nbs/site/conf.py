@@ -1,4 +1,5 @@
 """How Sphinx builds the site from the pages that pages.py wrote: `make site`."""
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,6 @@ from pages import CFG, LIBRARY  # after the line above
 project, author, release = CFG["lib_name"], CFG["author"], CFG["version"]
 copyright = CFG["copyright"]
 extensions = ["myst_nb", "autodoc2", "sphinx.ext.mathjax"]
-exclude_patterns = ["apidocs", "_build"]
 
 # Notebooks: as stored, never run.
 myst_nb.sphinx_ext.OUTPUT_FOLDER = "build/figures"  # not jupyter_execute beside _site
@@ -22,8 +22,9 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 6
 myst_heading_slug_func = "pages.jupyter_slug"
 
-# The library: read, not imported. pages.py names the objects; autodoc2's own pages are left out.
-autodoc2_packages = [{"path": f"../../{LIBRARY.name}", "exclude_files": ["_modidx.py", "ch[0-9][0-9].py"]}]
+# The library: read, not imported. pages.py names the objects, autodoc2 describes them.
+autodoc2_index_template = None
+suppress_warnings = ["autodoc2.dup_item"]  # checks of exercises are all called `_`; no page shows them
 autodoc2_render_plugin = "pages.Renderer"
 autodoc2_hidden_objects = ["private", "dunder", "inherited"]
 autodoc2_class_docstring = "both"
@@ -35,7 +36,7 @@ add_module_names = False
 # Equations: MathJax from a Python package, so that nothing is fetched; tex-chtml needs its fonts alone.
 mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static"
 mathjax_path = "mathjax/tex-chtml.js"
-exclude_patterns += [f"mathjax/{rest}" for rest in ("mml-*", "tex-mml-*", "tex-svg*", "tex-chtml-full*", "output/svg*", "output/svg/**", "node-main.js")]
+exclude_patterns = [f"mathjax/{rest}" for rest in ("mml-*", "tex-mml-*", "tex-svg*", "tex-chtml-full*", "output/svg*", "output/svg/**", "node-main.js")]
 
 html_theme = "sphinx_book_theme"
 html_title = CFG["lib_name"]
@@ -50,3 +51,9 @@ html_theme_options = {
     "use_repository_button": True, "use_download_button": False, "navbar_persistent": [],
     "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"},
 }
+
+
+def setup(app):
+    """Tell autodoc2 where the library lies, seen from the pages."""
+    app.config.autodoc2_packages = [{"path": Path(os.path.relpath(LIBRARY, app.srcdir)).as_posix(), "auto_mode": False,
+                                     "exclude_files": ["_modidx.py", "ch[0-9][0-9].py"]}]
