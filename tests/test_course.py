@@ -97,6 +97,14 @@ def long_cells(path: Path) -> list[str]:
     return found
 
 
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.parent.name in ("nbs", "workshop")], ids=lambda path: path.stem)
+def test_every_figure_has_a_text_for_those_who_cannot_see_it(path):
+    """A line `#| fig-alt: ...` for each, which the site shows to screen readers."""
+    for cell in code(path):
+        figures = sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in cell["outputs"])
+        assert len(re.findall(r"^#\| fig-alt: \S.{20}", cell["text"], re.M)) == figures, f"cell {cell['id']}: say in a line `#| fig-alt: ...` what each of its {figures} figures shows"
+
+
 @each_chapter
 def test_a_chapter_is_short(path):
     assert len(cells(path)) <= CELLS

@@ -32,6 +32,7 @@ autodoc2_docstring_parser_regexes = [(".*", "myst")]
 python_maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 # Equations: MathJax from a Python package, so that nothing is fetched; tex-chtml needs its fonts alone.
 mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static"
@@ -40,15 +41,16 @@ exclude_patterns = [f"mathjax/{rest}" for rest in ("mml-*", "tex-mml-*", "tex-sv
 
 html_theme = "sphinx_book_theme"
 html_title = CFG["lib_name"]
+html_use_index = False  # the page of the library lists all names
 html_copy_source = False
 html_show_sourcelink = False
 html_static_path = ["_static", str(mathjax)]
-html_css_files = ["site.css"]
+html_css_files, html_js_files = ["site.css"], ["site.js"]
 html_favicon = str(Path(__file__).parent / "_static" / "mark.svg")
 html_context = {"default_mode": "auto"}  # light or dark as the reader's machine is set
 html_theme_options = {
     "repository_url": CFG["git_url"], "repository_branch": CFG["branch"], "path_to_docs": "nbs",
-    "use_repository_button": True, "use_download_button": False, "navbar_persistent": [],
+    "use_repository_button": True, "use_download_button": False, "navbar_persistent": [], "collapse_navigation": True,
     "launch_buttons": {"colab_url": "https://colab.research.google.com", "binderhub_url": "https://mybinder.org", "notebook_interface": "jupyterlab"},
 }
 

@@ -21,6 +21,7 @@ HERE, NBS, LIBRARY = Path(__file__).parent, ROOT / "nbs", ROOT / "ris_nb"
 sys.path.insert(0, str(ROOT))
 
 from autodoc2.render.myst_ import MystRenderer
+from autodoc2.sphinx import autodoc
 
 import ris_nb
 from ris_nb.course.editions import exercises_of, student_exercises, text_of
@@ -74,7 +75,7 @@ def _only_imports(text: str) -> bool:
     return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(text).body)
 
 
-def _outputs(cell: dict, alts: list[str], where: str) -> list[dict]:
+def _outputs(cell: dict, alts: list[str], where: tuple[str, str]) -> list[dict]:
     """The outputs of a cell, each picture as a cell's output of its own with its text for those who can't see it."""
     kept = []
     for output in cell["outputs"]:
@@ -85,11 +86,14 @@ def _outputs(cell: dict, alts: list[str], where: str) -> list[dict]:
                 continue
             output = {"output_type": "display_data", "metadata": {}, "data": {"image/png": base64.b64encode((HERE / "panels" / f"{panel}.png").read_bytes()).decode()}}
             alts.append(PANELS[panel])
+        if "text/markdown" in data:  # MyST-NB leaves links of outputs as they are
+            text = relink("".join(data["text/markdown"]), *where).replace(".ipynb)", ".html)")
+            output = {**output, "data": {"text/markdown": text}}
         if output.get("name") != "stderr":  # bars of progress
             kept.append(output)
     pictures = sum(any(kind.startswith("image/") for kind in output.get("data", {})) for output in kept)
     if cell["outputs"] and pictures != len(alts):
-        raise SystemExit(f"{where} shows {pictures} figures and has {len(alts)} lines `#| fig-alt: ...`: say in one for each what it shows")
+        raise SystemExit(f"{where[0]}, cell {cell['id']} shows {pictures} figures and has {len(alts)} lines `#| fig-alt: ...`: say in one for each what it shows")
     return kept
 
 
@@ -106,7 +110,7 @@ def as_read(notebook: dict, source: str, page: str) -> dict:
         if names & {"hide", "default_exp"} or names & {"export", "exporti"} and _only_imports(text):
             continue
         alts = [value for name, value in directives if name == "fig-alt"]
-        outputs = _outputs(cell, alts, f"{source}, cell {cell['id']}")
+        outputs = _outputs(cell, alts, (source, page))
         metadata = {"tags": ["hide-input"]} if "hide_input" in names or ("echo", "false") in directives else {}
         for k in range(max(1, len(alts))):  # MyST-NB takes one alternative text a cell: further figures follow in cells without a source
             first = k == 0
@@ -157,6 +161,10 @@ def exercises_page() -> str:
     return "\n".join([*lines, "", toctree([f"{path.stem[:2]} {summary(path)[0].partition(': ')[2] or summary(path)[0]} <{path.stem}>" for path in paths])])
 
 
+_set_parents = autodoc._set_parents
+autodoc._set_parents = lambda env, module, of: _set_parents(env, module, None)  # a class is no part of itself: its anchor would repeat the name
+
+
 class Renderer(MystRenderer):
     """autodoc2's, but for default values that Sphinx can't parse: `{**A, **B}`."""
 
@@ -195,7 +203,7 @@ def api_pages() -> dict[str, str]:
 
 def index_page() -> str:
     """The first page: what the project is, the chapters in their parts, and the order of everything in the margin."""
-    lead = README.partition("```sh")[0]
+    lead = re.sub(r"^\[!\[.*\n", "", README.partition("```sh")[0], flags=re.M)  # without badges, which would have to be fetched
     course = section("The course")
     parts, trees = re.split(r"^\| \*\*(.+?)\*\* \| \|\n", course, flags=re.M), []
     for title, rows in zip(parts[1::2], parts[2::2]):
