@@ -119,7 +119,7 @@ def test_source_distribution_holds_no_half_of_the_tests(built):
 
 
 def test_what_a_package_index_shows(about):
-    assert "Development Status :: 3 - Alpha" in about.get_all("Classifier") and "Programming Language :: Python :: 3.13" in about.get_all("Classifier")
+    assert "Development Status :: 4 - Beta" in about.get_all("Classifier") and "Programming Language :: Python :: 3.13" in about.get_all("Classifier")
     assert any(line.startswith("Source, https://") for line in about.get_all("Project-URL"))
     text = about.get_payload()
     links = re.findall(r"\]\((.+?)\)", text)
