@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import base64
 import json
-import os
 import posixpath
 import re
 import sys
