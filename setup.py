@@ -26,7 +26,7 @@ statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Produ
 # A package index shows the README away from the repository: its pictures and links need whole addresses there.
 readme = Path("README.md").read_text(encoding="utf-8")
 readme = re.sub(r"(!\[[^]]*\]\()(?!\w+:|#)", rf"\1{cfg['git_url']}/raw/{cfg['branch']}/", readme)
-readme = re.sub(r"(?<!!)(\[[^]]*\]\()(?!\w+:|#)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", readme)
+readme = re.sub(r"(\]\()(?!\w+:|#)", rf"\1{cfg['git_url']}/blob/{cfg['branch']}/", readme)
 
 setup(
     name=cfg["lib_name"],

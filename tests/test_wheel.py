@@ -35,7 +35,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Absent()
 sys.path.append(site)
 import ris_nb
 for module in pkgutil.walk_packages(ris_nb.__path__, "ris_nb."):
-    if "._" not in module.name and not module.name.startswith("ris_nb.explore"):  # whose widgets come with an extra
+    if "._" not in module.name and not module.name.startswith(("ris_nb.explore", "ris_nb.course.ch25", "ris_nb.course.ch26")):  # whose widgets come with an extra
         importlib.import_module(module.name)
 ris_nb.encoders.pretraining.pretrained_namer()  # its weights came along,
 ris_nb.registry.load_model("magnet_tiny")  # and the trained model's
