@@ -122,6 +122,12 @@ def on_paper(model, batch, parameters, flops, others, assumed=ASSUMED):
     return rows
 
 
+def norms(name):
+    """The batch norms of a model, each of which asks for as many collectives."""
+    with torch.device("meta"):
+        return sum(isinstance(module, nn.BatchNorm2d) for module in create_model(name).modules())
+
+
 def main(words=None):
     parser = options(__doc__)
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
@@ -134,9 +140,9 @@ def main(words=None):
     measured, paper = json.loads((RESULTS / "amd-epyc.json").read_text())["models"], []
     for recipe, name in PAPER.items():
         step = next(row for row in measured[name]["rows"] if row["part"] == "training step")
-        tiny = next((row for row in counted if row["model"].split("_")[0] == name.split("_")[0]), {"other collectives": 0})
-        paper += on_paper(name, find_recipe(recipe).settings["batch_size"].value, measured[name]["parameters"], 1e9 * step["gflop"] / step["batch"],
-                          tiny["other collectives"])
+        tiny = next((row for row in counted if row["model"].split("_")[0] == name.split("_")[0]), {"model": name, "other collectives": 0})
+        others = tiny["other collectives"] * max(1, norms(name)) // max(1, norms(tiny["model"]))
+        paper += on_paper(name, find_recipe(recipe).settings["batch_size"].value, measured[name]["parameters"], 1e9 * step["gflop"] / step["batch"], others)
     report = {"counted": counted, "assumed": ASSUMED, "on paper": paper}
     path = args.out or RESULTS / "scale.json"
     path.parent.mkdir(parents=True, exist_ok=True)
