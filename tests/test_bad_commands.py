@@ -104,6 +104,17 @@ data import voc data --root new
 data import huggingface nobody/nothing --root new
 data import huggingface data --root new
 
+data pack
+data pack data
+data pack data --image-size 64
+data pack nowhere --image-size 64 --out new.pack
+data pack data --image-size 4 --out new.pack
+data pack data --image-size 64 --out new.pack --workers 1000
+data pack data --image-size 64 --out new.pack --splits nowhere
+data pack broken --image-size 64 --out new.pack
+train --root data --pack text.jpg --out new
+evaluate --checkpoint run --root data --pack nowhere.pack
+data pack data --image-size 64 --out photo.png/new.pack
 data prepare
 data prepare refcoco
 data prepare coco --root new
