@@ -16,7 +16,7 @@ DEMO := runs/demo
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-# On small pictures two processes with a thread each train in half the time of one with two threads, to the same weights but for rounding.
+# On small pictures two processes with a thread each train faster than one with two threads, to the same weights but for rounding.
 PROCESSES := $(shell test -z "$$(command -v nvidia-smi)" && test "$$(getconf _NPROCESSORS_ONLN)" -gt 1 && echo 2 || echo 1)
 
 # The first answer comes from a model that ships, before anything is trained.
