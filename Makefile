@@ -16,15 +16,11 @@ DEMO := runs/demo
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-# On small pictures two processes with a thread each train faster than one with two threads, to the same weights but for rounding.
-PROCESSES := $(shell test -z "$$(command -v nvidia-smi)" && test "$$(getconf _NPROCESSORS_ONLN)" -gt 1 && echo 2 || echo 1)
-
 # The first answer comes from a model that ships, before anything is trained.
 demo: .venv/installed
 	$(BIN)/ris-nb data shapes $(DEMO)/data
 	$(BIN)/ris-nb predict $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --out $(DEMO)/magnet_tiny
-	$(if $(filter 2,$(PROCESSES)),OMP_NUM_THREADS=1) $(BIN)/torchrun --nproc-per-node $(PROCESSES) -m ris_nb.cli train \
-		--root $(DEMO)/data --model lavt_tiny --pretrained --out $(DEMO)/lavt_tiny --force
+	$(BIN)/ris-nb train --root $(DEMO)/data --model lavt_tiny --pretrained --out $(DEMO)/lavt_tiny --force
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --out $(DEMO)/val
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split testC --out $(DEMO)/testC
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --shuffle-seed 0 --out $(DEMO)/val_shuffled
