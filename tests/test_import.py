@@ -464,3 +464,25 @@ def test_photos_of_coco_that_a_model_has_seen(tmp_path):
     train, test = check_data(tmp_path, tmp_path / "instances_train2017.json")
     assert train["warnings"] == [] and test["warnings"] == ["1 of 1 photos of COCO are among those trained on; the first: COCO's 25; don't report scores of that model on this split"]
     with pytest.raises(RISError, match="lists no photo of COCO"): check_data(tmp_path, tmp_path / "expressions.jsonl")
+
+
+# ---- sentences that fit nothing, and several mask files
+
+def test_sentences_about_nothing_and_several_things(tmp_path):
+    tool = photos(tmp_path / "tool", "a.png", "b.png")
+    for name, box in (("mug", MUG), ("book", BOOK)): Image.fromarray(truth(box)).save(tool / f"{name}.png")
+    (tool / "table.csv").write_text("photo,sentence,mask,no_target\na.png,both,mug.png|book.png,\na.png,the kite,,true\nb.png,the kite,,1\nb.png,who knows,,no\n"
+                                    "b.png,the mug,mug.png,true\nb.png,the cup,,perhaps\nb.png,the pen,[],\n")
+    source = coco(tool, [thing(1), {"id": 2, "image_id": 1, "caption": "the kite", "no_target": True}, {"id": 3, "image_id": 2, "attributes": {"expression": "the kite", "no_target": True}},
+                         {"id": 4, "image_id": 2, "caption": "who knows"}])
+    for source, format, masked in ((tool / "table.csv", "csv", "both"), (source, "coco", "the mug")):
+        done = import_data(source, tmp_path / format, format, photos=tool, splits={"train": 1})
+        data = {(r.image_path.name, r.sentences[0].text): r for r in open_data(done.root).referrals("train")}
+        assert set(data) == {("a.png", masked), ("a.png", "the kite"), ("b.png", "the kite"), ("b.png", "who knows")}
+        assert {name for name, r in data.items() if r.absent} == {("a.png", "the kite"), ("b.png", "the kite")} and not data["b.png", "who knows"].has_mask
+        assert (data["a.png", masked].mask() == (truth(MUG, BOOK) if format == "csv" else truth(MUG))).all()
+        assert [line for line in done.notes if "outline" in line] == ["without an outline, for training without masks only: 1; the first: "
+                                                                      + ("line 5" if format == "csv" else "annotation 4 of b.png")]
+        if format == "csv": assert done.left_out == ["left out, malformed: 3; the first: line 6 (ValueError, it has an outline, and its no_target says that there is nothing to outline)"]
+        row, = check_data(done.root)
+        assert row["problems"] == [] and len(row["warnings"]) == 1 and "1 of 4 referrals have no mask" in row["warnings"][0]

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ris_nb import Grounded, create_model, evaluate
+from ris_nb.cli.main import main
 from ris_nb.contract import RISError
 from ris_nb.data.batches import ReferralDataset, collate
 from ris_nb.data.check import check_data
@@ -267,3 +269,39 @@ def test_there_is_none_is_said_in_pictures_and_panels():
             panel["expression"].value = text
             said.append(panel["lavt_tiny caption"].value)
     assert any("there is none, right" in caption for caption in said) and not any("IoU" in caption for caption in said)
+
+
+# ---- a folder of one's own whose sentences may fit nothing
+
+@pytest.fixture(scope="module")
+def desks(tmp_path_factory):
+    """24 desks with a mug, a book, both or neither, and three sentences about each, whether they fit or not."""
+    own, dice, lines = tmp_path_factory.mktemp("desks"), np.random.default_rng(0), []
+    for k in range(24):
+        photo, there = np.full((64, 64, 3), (225, 205, 150 + k), np.uint8), [("mug",), ("book",), ("mug", "book"), ()][k % 4]
+        for n, (name, colour) in enumerate({"mug": (0, 158, 115), "book": (204, 121, 167)}.items()):
+            mask, (x, y) = np.zeros((64, 64), np.uint8), dice.integers((2 + 32 * n, 2), (14 + 32 * n, 42))
+            mask[y:y + 16, x:x + 16] = 255
+            if name in there:
+                photo[mask > 0] = colour
+                Image.fromarray(mask).save(own / f"{name}{k}.png")
+        Image.fromarray(photo).save(own / f"{k}.png")
+        for text, asked in (("the mug", ["mug"]), ("the book", ["book"]), ("all things", ["mug", "book"])):
+            lines.append({"image": f"{k}.png", "expression": text, "mask": [f"{name}{k}.png" for name in asked if name in there], "split": "train" if k < 16 else "val"})
+    (own / "expressions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return own
+
+
+@pytest.mark.slow
+def test_rela_learns_there_is_none_from_a_folder(desks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    out = str(tmp_path / "run")
+    assert main(["data", "check", str(desks), "--strict"]) == 0
+    assert main(["train", "--root", str(desks), "--model", "rela_tiny", "--out", out, "--steps", "150", "--batch-size", "16", "--set", "loss.no_target=1"]) == 0
+    assert main(["evaluate", "--root", str(desks), "--split", "val", "--checkpoint", out]) == 0
+    assert "24 expressions (10 fit nothing)" in capsys.readouterr().out
+    report = Report.load(tmp_path / "run/val/report.json")
+    assert report.by_number["none"]["expressions"] == 10 and report.by_number["many"]["expressions"] == 2
+    assert min(report.scores()[name] for name in ("N-acc", "T-acc", "gIoU")) > 0.6, report.scores()   # always or never "none": one of them is 0
+    assert main(["predict", str(desks / "19.png"), "the mug", "--checkpoint", out, "--out", str(tmp_path)]) == 0   # an empty desk
+    assert "there is none" in capsys.readouterr().out

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ris_nb.contract import RISError
+from ris_nb.data.batches import Transform
 from ris_nb.data.check import check_data
 from ris_nb.data.folder import FolderData
+from ris_nb.data.pack import Pack, write_pack
 from ris_nb.data.phrasecut import PhraseCutData
 from ris_nb.data.pickles import load_plain_pickle
 from ris_nb.data.refer import ReferData, Referral, Sentence
@@ -465,7 +468,7 @@ def test_a_folder_of_ones_own(own):
     assert isinstance(data, FolderData) and data.splits == ["train", "val"] and data.split_by == "folder" and data.dataset == own.name
     first, three, four = data.referrals("train")
     two, = data.referrals("val")
-    assert first.sentences == (Sentence("the café", "", 1), Sentence("der Becher", "", 4)) and first.mask().sum() == first.area() == 400 and first.size == (48, 64)
+    assert first.sentences == (Sentence("the café", "one", 1), Sentence("der Becher", "one", 4)) and first.mask().sum() == first.area() == 400 and first.size == (48, 64)
     assert two.mask().sum() == 100 and two.category == "mug" and two.bbox == (1, 2, 3, 4)
     assert not three.has_mask and not four.has_mask and {first.image_id, three.image_id, four.image_id} == {0} and two.image_id == 1
     assert [(r["split"], r["images"], r["refs"], r["sentences"], r["mask_pixels"], r["problems"]) for r in check_data(own)] == [
@@ -563,3 +566,64 @@ def test_pairs_without_masks():
     referrals = google + unc
     assert not any(r.has_mask for r in referrals) and all(r.bbox is None for r in google) and any(r.bbox for r in unc)
     assert all(s.text for r in referrals for s in r.sentences)
+
+
+# ---- a folder of one's own: several things, and none
+
+def test_several_things_and_none_in_a_folder(own):
+    other = np.zeros((48, 64), np.uint8)
+    other[0:8, 40:50] = 9
+    Image.fromarray(other).save(own / "masks/b.png")
+    coco = json.loads((own / "annotations.json").read_text())
+    coco["annotations"].append({"id": "8", "image_id": 5, "category_id": 1, "bbox": [20, 2, 5, 6], "segmentation": [square(20, 2, 5)]})
+    (own / "annotations.json").write_text(json.dumps(coco))
+    a, b = {"image": "photos/a.jpg"}, {"image": "photos/b.jpg"}
+    data = FolderData(write(own, a | {"expression": "both", "mask": ["masks/a.png", "masks/b.png"]}, a | {"expression": "the two", "mask": ["masks/b.png", "masks/a.png"]},
+                            a | {"expression": "just one", "mask": ["masks/a.png"]}, a | {"expression": "it", "mask": "masks/a.png"},
+                            b | {"expression": "the mugs", "annotation": [7, "8"]}, b | {"expression": "the kite", "annotation": []},
+                            a | {"expression": "the kite", "mask": [], "split": "val"}, a | {"expression": "the bird", "mask": []}, a | {"expression": "who knows", "mask": None}))
+    both, one, mugs, kite, bird, unknown = data.referrals("train")
+    assert [[s.text for s in r.sentences] for r in (both, one)] == [["both", "the two"], ["just one", "it"]]
+    assert both.mask().sum() == both.area() == 480 and one.mask().sum() == 400 and both.size == (48, 64)
+    assert mugs.mask().sum() == mugs.area() > 100 and mugs.category == "mug" and mugs.bbox == (1, 2, 24, 6)
+    none, = data.referrals("val")
+    for r in (kite, bird, none):
+        assert r.absent and r.has_mask and r.mask().shape == (48, 64) and not r.mask().any() and r.area() == 0 and r.bbox is None
+    assert not unknown.has_mask and not unknown.absent
+    assert [r.sentences[0].kind for r in (both, one, mugs, kite, unknown)] == ["many", "one", "many", "none", ""]
+    row, _ = check_data(own)
+    assert row["problems"] == [] and "referrals have no mask; the first: referral 6 in a.jpg" in row["warnings"][-1]
+
+
+@pytest.mark.parametrize("more, said", [
+    ({"mask": False}, "its mask is no path"), ({"mask": [[]]}, "its mask is no path"), ({"mask": 3}, "its mask is no path"), ({"annotation": [None]}, "its annotation is no id"),
+    ({"mask": ["masks/a.png", "masks/a.png"]}, "lists the same thing twice"), ({"mask": ["masks/a.png", "masks/c.png"]}, "c.png is missing"),
+    ({"mask": ["masks/a.png", "masks/half.png"]}, "the mask is 32 x 24, a.jpg is 64 x 48"), ({"mask": [], "annotation": []}, "keep one"), ({"annotation": [7, 7]}, "twice")])
+def test_bad_lists_of_things(own, more, said):
+    Image.new("L", (32, 24), 255).save(own / "masks/half.png")
+    with pytest.raises(RISError) as info: FolderData(write(own, {"image": "photos/a.jpg", "expression": "x"} | more))
+    assert one_line(info).startswith(f"{own / 'expressions.jsonl'}, line 1: ") and said in one_line(info)
+
+
+def test_what_a_check_says_of_sentences_about_nothing(own):
+    a = {"image": "photos/a.jpg"}
+    write(own, a | {"expression": "the mug", "mask": "masks/a.png"}, a | {"expression": "The mug.", "mask": []}, a | {"expression": "the kite", "mask": []}, a | {"expression": "the kite", "mask": []})
+    row, = check_data(own)
+    assert row["problems"] == [] and row["warnings"] == [
+        "1 of 4 expressions stand for a thing and for nothing in one photo; the first: 'The mug.' for referrals 0 and 1 in a.jpg; drop one of the two lines"]
+    Image.new("L", (64, 48)).save(own / "masks/a.png")     # painted black where "mask": [] was meant
+    assert '"mask": [] says that a sentence fits nothing' in check_data(own)[0]["problems"][0]
+
+
+def test_a_pack_of_several_things_and_none(own, tmp_path):
+    other = np.zeros((48, 64), np.uint8)
+    other[0:16, 40:56] = 9
+    Image.fromarray(other).save(own / "masks/b.png")
+    a = {"image": "photos/a.jpg"}
+    lines = a | {"expression": "both", "mask": ["masks/a.png", "masks/b.png"]}, a | {"expression": "the kite", "mask": []}
+    referrals, transform = FolderData(write(own, *lines)).referrals("train"), Transform(32)
+    pack = Pack(write_pack(referrals, own, 32, tmp_path / "own.pack"), own)
+    for referral in referrals: assert torch.equal(pack.mask(referral), transform.mask(referral.mask()))
+    pack.check(referrals, transform)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64), dtype=np.uint8)).save(own / "masks/b.png")     # another file: the pack is stale
+    with pytest.raises(RISError, match="lacks referral 0 of a.jpg"): pack.check(referrals, transform)

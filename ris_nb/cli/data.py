@@ -97,7 +97,8 @@ class Import:
     coco: a COCO file, or a folder of them (also Roboflow's), with a sentence as a key of each annotation. labelme: a folder
     of LabelMe's JSON files, sentences in `description`. cvat: the annotations.xml of `CVAT for images 1.1`, sentences in an attribute.
     csv: a table with columns for photo, sentence, and mask file, polygon or box. huggingface: a saved data set, Parquet or JSON
-    files, or a name on the Hub. Several lines in a field are several sentences. Photos are copied, upright; masks are fitted to them.
+    files, or a name on the Hub. Several lines in a field are several sentences. In coco, csv and huggingface a field no_target
+    that is true says that the sentence fits nothing in its photo. Photos are copied, upright; masks are fitted to them.
     Exit code: 0 done, 1 something was left out (one line for each kind), 2 nothing written.
 
     examples:
@@ -114,7 +115,7 @@ class Import:
     photos: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """The folder that the photos are in, or in folders below. Default: where the source is."""
     columns: Annotated[dict[str, str] | None, arg(metavar="FIELD NAME ...")] = None
-    """What the source calls a field: image, expression, mask, polygon, box, label, split, value (of a thing's pixels in a shared mask)."""
+    """What the source calls a field: image, expression, mask, polygon, box, label, split, value (of a thing's pixels in a shared mask), no_target."""
     splits: Annotated[dict[str, float] | None, arg(metavar="SPLIT SHARE ...")] = None
     """Share the photos out anew. Default: the source's own splits; train 0.9 val 0.1 where it has none."""
     seed: int = 0
@@ -154,8 +155,8 @@ class Check:
     For each data set and split: images, refs (referred objects), sentences, and the pixels of all masks together;
     for RefCOCO and its siblings and PhraseCut the counts that were published, too. Every image is read to its end.
     Problems: unreadable images and masks, empty masks and sentences, bad lines. Warnings: photos in two splits (by their
-    pixels), training photos of COCO that another data set tests on, sentences that stand for two things in one photo or
-    are too long to be read, missing masks. Exit code: 0 no problem, 1 problems (with --strict also warnings), 2 no data set.
+    pixels), training photos of COCO that another data set tests on, sentences that stand for two things in one photo,
+    or for a thing and for nothing, or are too long to be read; missing masks. Exit code: 0 no problem, 1 problems (with --strict also warnings), 2 no data set.
 
     examples:
       ris-nb data check data

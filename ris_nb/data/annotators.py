@@ -20,7 +20,7 @@ from PIL import Image
 from ..contract import RISError
 from .pickles import _read_json
 from .refer import _MALFORMED, _describe
-from .things import Tally, Thing, pick, sentences_of, split_of
+from .things import Tally, Thing, pick, says_none, sentences_of, split_of
 
 # %% auto #0
 __all__ = []
@@ -60,8 +60,9 @@ def _coco_thing(annotation: dict, image: dict, categories: dict, columns: dict, 
                   if (found := sentences_of(pick(place, columns, "expression")))), [])
     size = (int(image["height"]), int(image["width"])) if image.get("height") and image.get("width") else None
     parts, boxed = _coco_outline(annotation)
+    absent = any(says_none(place, columns, parts) for place in (annotation, attributes) if isinstance(place, dict))
     return Thing(str(image["file_name"]), f"annotation {annotation.get('id')} of {image['file_name']}", texts, parts,
-                 str(categories.get(annotation.get("category_id"), "")), size, boxed=boxed)
+                 str(categories.get(annotation.get("category_id"), "")), size, boxed=boxed, absent=absent)
 
 
 def _read_coco_file(path: Path, columns: dict, tally: Tally) -> Iterator[Thing]:

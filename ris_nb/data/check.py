@@ -47,7 +47,7 @@ def photo_problem(path: Path, annotated: tuple[int, int], masked: bool = True) -
 
 def _reach(referral: Referral) -> float:
     """How far polygons reach out of the frame, in pixels."""
-    polygons = [part for part in referral.segmentation if not isinstance(part, dict)] if isinstance(referral.segmentation, list) else []
+    polygons = [part for part in referral.segmentation if not isinstance(part, (dict, Path))] if isinstance(referral.segmentation, list) else []
     if not polygons: return 0.0
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     return float(max(-points.min(), *(points.max(0) - referral.size[::-1])))
@@ -127,7 +127,7 @@ def check_data(root: str | Path, trained_on: str | Path | None = None) -> list[d
 
     `mask_pixels` is the sum of `Referral.area`, `published` what `published_counts` knows of the split, for comparison. Every image is
     decoded. `problems` stop a training; `warnings` are photos in two splits or, by their COCO number, in another data set's test split or
-    in `trained_on` (a COCO file, a folder of photos or a list), ambiguous or overlong sentences, and missing masks. A data set that can't be
+    in `trained_on` (a COCO file, a folder of photos or a list), ambiguous, contradictory or overlong sentences, and missing masks. A data set that can't be
     opened is a row with an empty `split` and the reason among its `problems`. Raises `RISError` where there is no data set at all.
     """
     seen = None if trained_on is None else read_coco_ids(trained_on)

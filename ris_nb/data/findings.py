@@ -43,18 +43,19 @@ def _in(referral: Referral) -> str:
 
 
 def _thing_key(referral: Referral):
-    """What two referrals to the same thing have in common: the mask file, or the annotation's own list."""
+    """What two referrals to the same thing have in common: the mask file, or the annotation's own list; None for what is absent."""
+    if referral.absent: return None
     return referral.segmentation if isinstance(referral.segmentation, Path) else id(referral.segmentation)
 
 
-def ambiguous(referrals: Iterable[Referral]) -> list[str]:
-    """Each sentence that stands for several things of one photo, with two of the things."""
+def ambiguous(referrals: Iterable[Referral], absent: bool = False) -> list[str]:
+    """Each sentence that stands for several things of one photo, with two of the things; or, if `absent`, for a thing and for nothing."""
     first, found = {}, {}
     for referral in referrals:
         for sentence in referral.sentences if referral.has_mask else ():
             key = (referral.image_path, " ".join(sentence.text.casefold().split()).rstrip(".!"))
             known = first.setdefault(key, referral)
-            if _thing_key(known) != _thing_key(referral): found.setdefault(key, (sentence.text, known, referral))
+            if _thing_key(known) != _thing_key(referral) and absent == (known.absent or referral.absent): found.setdefault(key, (sentence.text, known, referral))
     return [f"{_quoted(text)} for referrals {a.ref_id} and {b.ref_id} in {a.image_path.name}" for text, a, b in found.values()]
 
 
@@ -67,7 +68,8 @@ def sentence_findings(referrals: list[Referral]) -> list[str]:
     return [*finding([f"{_quoted(text)}, {_in(r)}" for text, r in long], len(said),
                      f"expressions have more than {_bert().length} tokens (BERT's), and their ends are never read", "shorten them"),
             *finding(ambiguous(referrals), len(said), "expressions stand for two things in one photo", "say which one is meant, or give both one mask"),
-            *(finding(bare, len(referrals), "referrals have no mask", "draw it, or move them to a folder for training without masks")
+            *finding(ambiguous(referrals, absent=True), len(said), "expressions stand for a thing and for nothing in one photo", "drop one of the two lines"),
+            *(finding(bare, len(referrals), "referrals have no mask", "draw it, write \"mask\": [] where the sentence fits nothing, or move them to a folder for training without masks")
               if 0 < len(bare) < len(referrals) else [])]
 
 # %% ../../nbs/workshop/findings.ipynb #c009

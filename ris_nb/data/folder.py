@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..contract import RISError
 from .pickles import _image_size, _path_below, _read, _read_json, _same_shape
-from .refer import _MALFORMED, SPLIT_NAMES, Referral, Referrals, Sentence, _describe, _index
+from .refer import _MALFORMED, SPLIT_NAMES, Referral, Referrals, _as_list, _describe, _index, _referral
 
 # %% auto #0
 __all__ = ['FolderData']
@@ -27,32 +27,32 @@ def _parse_line(line: bytes) -> dict:
     if unknown: raise ValueError(f"unknown key {ascii(min(unknown))[:60]}: there are image, expression, mask, annotation and split")
     if not isinstance(entry.get("expression"), str) or not entry["expression"].strip():
         raise ValueError("it has no expression")
-    if not isinstance(entry.get("annotation"), (int, str, type(None))): raise ValueError("its annotation is no id (a number)")
+    if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
+    for name, kinds, meaning in (("mask", str, "path, a list of paths, or []"), ("annotation", (int, str), "id (a number), a list of ids, or []")):
+        marks = entry.get(name)
+        if marks is not None and not all(isinstance(mark, kinds) for mark in _as_list(marks)): raise ValueError(f"its {name} is no {meaning} where the sentence fits nothing")
+        if isinstance(marks, list) and len(set(marks)) < len(marks): raise ValueError(f"its {name} lists the same thing twice")
     if entry.get("split", "train") not in SPLIT_NAMES[:6]:
         raise ValueError(f"split {ascii(entry['split'])[:60]} is none of {', '.join(SPLIT_NAMES[:6])}")
     return entry
 
 # %% ../../nbs/23_your_own_data.ipynb #085
-def _find_annotation(root: Path, entry: dict, coco: tuple | None) -> tuple:
-    """Find the COCO annotation that a line names: (size, category, bbox, segmentation)."""
+def _find_annotation(root: Path, number: int | str, image: str, coco: tuple | None) -> tuple:
+    """Find a COCO annotation of an image: the size that it was drawn on, and itself."""
     if coco is None: raise ValueError(f"it names an annotation, but {root / 'annotations.json'} is missing")
-    annotations, images, categories = coco
-    annotation = annotations.get(entry["annotation"])
-    if annotation is None: raise ValueError(f"annotations.json has no annotation {ascii(entry['annotation'])[:60]}")
+    annotations, images, _ = coco
+    annotation = annotations.get(number)
+    if annotation is None: raise ValueError(f"annotations.json has no annotation {ascii(number)[:60]}")
     _, path, size = images[annotation["image_id"]]
-    if path.name != Path(entry["image"]).name:
-        raise ValueError(f"annotation {entry['annotation']} is of {path.name}, not of {entry['image']}")
-    box = annotation.get("bbox")
-    return (size, categories.get(annotation.get("category_id"), ""), tuple(map(float, box)) if box else None,
-            annotation.get("segmentation"))
+    if path.name != Path(image).name: raise ValueError(f"annotation {number} is of {path.name}, not of {image}")
+    return size, annotation
 
-def _find_mask(root: Path, entry: dict, size: tuple, coco: tuple | None) -> tuple:
-    """Find what a line marks: (size, category, bbox, segmentation)."""
-    if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
-    if entry.get("annotation") is not None: return _find_annotation(root, entry, coco)
-    if entry.get("mask") is None: return size, "", None, None
-    path = _path_below(root, entry["mask"])
-    return _image_size(path), "", None, path
+def _find_things(root: Path, entry: dict, coco: tuple | None) -> list[tuple]:
+    """Find the things that a line names, each as a size and a COCO annotation; none where its sentence fits nothing."""
+    if entry.get("annotation") is not None:
+        return [_find_annotation(root, number, entry["image"], coco) for number in _as_list(entry["annotation"])]
+    files = [_path_below(root, name) for name in _as_list(entry["mask"])]
+    return [(_image_size(path), {"segmentation": path}) for path in files]
 
 # %% ../../nbs/23_your_own_data.ipynb #088
 def _own_annotations(path: Path) -> tuple | None:
@@ -65,15 +65,17 @@ def _own_annotations(path: Path) -> tuple | None:
         raise RISError(f"{path} is not in COCO format ({_describe(error)})") from None
 
 # %% ../../nbs/23_your_own_data.ipynb #088a
-def _add_line(referrals: dict[tuple, Referral], entry: dict, number: int, image: tuple, marked: list):
-    """Add one line to the referral it belongs to, or start one. `image`: (id, path, size); `marked`: (category, bbox, segmentation)."""
-    split, sentence = entry.get("split", "train"), Sentence(entry["expression"], sent_id=number)
-    # without a mask nothing says that two sentences mean the same thing, so the line number keeps them apart
-    key = (image[1], entry.get("mask"), entry.get("annotation"), None if marked[-1] else number)
-    known = referrals.get(key)
+def _add_line(referrals: dict[tuple, Referral], entry: dict, number: int, image: tuple, things: list[dict], categories: dict):
+    """Add one line to the referral it belongs to, or start one. `image`: (id, path, size); `things`: COCO annotations, [{}] where none is known."""
+    split, marked = entry.get("split", "train"), all(thing.get("segmentation") for thing in things)
+    named = [name for key in ("mask", "annotation") for name in _as_list(entry.get(key)) if name is not None] if marked else []
+    # where a sentence names no thing, nothing says that two sentences mean the same, so the line number keeps them apart
+    key = (image[1], "mask" in entry, *sorted(named, key=str)) if named else number
+    ref = {"ref_id": len(referrals), "ann_id": named if marked else None, "split": split, "sentences": [{"raw": entry["expression"], "sent_id": number}],
+           "category_id": [thing.get("category_id") for thing in things]}
+    new, known = _referral(ref, things, image, categories), referrals.get(key)
     if known and known.split != split: raise ValueError(f"the same thing stands in {known.split!r} above and in {split!r} here")
-    if known: referrals[key] = replace(known, sentences=known.sentences + (sentence,))
-    else: referrals[key] = Referral(len(referrals), *image, marked[0], split, (sentence,), *marked[1:])
+    referrals[key] = replace(known, sentences=known.sentences + new.sentences) if known else new
 
 # %% ../../nbs/23_your_own_data.ipynb #089
 class _FolderReader:
@@ -88,19 +90,22 @@ class _FolderReader:
         path = _path_below(self.root, entry.get("image"))
         if path not in self.photos: self.photos[path] = (len(self.photos), _image_size(path))
         image_id, size = self.photos[path]
-        annotated, *marked = _find_mask(self.root, entry, size, self.coco)
-        if not _same_shape(annotated, size):
-            raise ValueError(f"the mask is {annotated[1]} x {annotated[0]}, {path.name} is {size[1]} x {size[0]}: "
-                             "draw masks on the photo as it is stored")
-        _add_line(self.referrals, entry, number, (image_id, path, annotated), marked)
+        told = entry.get("mask") is not None or entry.get("annotation") is not None
+        found = _find_things(self.root, entry, self.coco) if told else [(size, {})]
+        for drawn, _ in found:
+            if not _same_shape(drawn, size) or drawn != found[0][0]:
+                raise ValueError(f"the mask is {drawn[1]} x {drawn[0]}, {path.name} is {size[1]} x {size[0]}: draw masks on the photo as it is stored")
+        annotated = found[0][0] if found else size
+        _add_line(self.referrals, entry, number, (image_id, path, annotated), [thing for _, thing in found], self.coco[2] if self.coco else {})
 
 # %% ../../nbs/23_your_own_data.ipynb #090
 class FolderData(Referrals):
     """A folder of your own: photos, masks, and `expressions.jsonl` with one JSON object on each line.
 
     `{"image": "photos/a.jpg", "expression": "the mug on the left", "mask": "masks/a.png"}`, or `"annotation": 7` in place of
-    the mask: an id in `annotations.json` (COCO format). With neither, the sentence has no mask. `"split"` is "train" unless given.
-    Lines with the same image and the same mask make one referral. Paths are relative to the folder and may not lead out of it.
+    the mask: an id in `annotations.json` (COCO format). A list marks several things, whose union is the mask; `"mask": []` says that
+    the sentence fits nothing in the photo. With neither (or null), the mask is not known. `"split"` is "train" unless given.
+    Lines with the same image and the same mask or masks make one referral. Paths are relative to the folder and may not lead out of it.
     Raises `RISError` with file and line number.
     """
     def __init__(self, root: str | Path):

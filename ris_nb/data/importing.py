@@ -55,7 +55,7 @@ class _Photo:
     size: tuple[int, int]      # (H, W), upright
     turned: int                # the orientation tag that it had
     split: str | None = None
-    things: dict = field(default_factory=dict)   # run lengths (or the sentence, where there is no mask): what is written
+    things: dict = field(default_factory=dict)   # run lengths (or the sentence and whether it fits nothing, where there is no mask): what is written
 
 
 class _Photos:
@@ -147,6 +147,7 @@ class _Collector:
         self._keep(thing, photo, texts, mask)
 
     def _mask(self, thing: Thing, photo: _Photo) -> np.ndarray | None:
+        if thing.absent: return None
         if not thing.parts:
             self.tally.add("without an outline, for training without masks only", thing.where)
             return None
@@ -163,8 +164,8 @@ class _Collector:
         photo.split = photo.split or thing.split
         for text in texts if mask is None else [None]:   # without masks nothing says that two sentences mean the same thing
             rle = None if mask is None else coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            key = text if mask is None else rle["counts"]
-            kept = photo.things.setdefault(key, {"label": thing.label, "texts": [], "rle": rle, "where": thing.where})
+            key = (text, thing.absent) if mask is None else rle["counts"]
+            kept = photo.things.setdefault(key, {"label": thing.label, "texts": [], "rle": rle, "absent": thing.absent, "where": thing.where})
             for said in texts if mask is not None else [text]:
                 if said in kept["texts"]: self.tally.add("the same sentence again for the same thing, kept once", f"{said!r}, {thing.where}")
                 else: kept["texts"].append(said)
@@ -177,7 +178,7 @@ def _write_folder(stage: Path, photos: list[_Photo], record: dict):
     for number, photo in enumerate(photos, 1):
         images.append({"id": number, "file_name": f"photos/{photo.name}", "height": photo.size[0], "width": photo.size[1]})
         for kept in photo.things.values():
-            line = {"image": f"photos/{photo.name}"}
+            line = {"image": f"photos/{photo.name}", **({"mask": []} if kept["absent"] else {})}
             if kept["rle"]:
                 line["annotation"] = len(annotations) + 1
                 annotations.append({
@@ -245,6 +246,7 @@ def import_data(source: str | Path, root: str | Path, format: str, photos: str |
     * `columns`: what the source calls a field of `USUAL`, {"expression": "Beschreibung"}, where it isn't a usual name.
     * `splits`: shares such as {"train": 0.8, "val": 0.2}; given, they replace the source's own splits. Otherwise photos
       without a split are shared out 0.9 to 0.1. By photo, by `seed`.
+    * In coco, csv and huggingface a field `no_target` that is true says that the sentences fit nothing in the photo.
     * `label_expressions`: a thing without a sentence is called "the LABEL"; otherwise it is left out.
     * `box`: in tables, "xywh" or "xyxy". `force`: replace an earlier data folder.
 

@@ -38,8 +38,9 @@ def photo_key(path: Path, root: Path) -> str:
 
 
 def mask_key(referral: Referral, root: Path) -> str:
-    """What a pack knows a mask by: a hash of the annotation, or the place and bytes of a mask file."""
+    """What a pack knows a mask by: a hash of the annotation, with the place and bytes of a mask file in place of its path."""
     shape = referral.segmentation
+    if isinstance(shape, list): shape = [photo_key(part, root) if isinstance(part, Path) else part for part in shape]
     shape = photo_key(shape, root) if isinstance(shape, Path) else repr(shape)
     return blake2b(f"{referral.image_path.name} {referral.size} {shape}".encode(), digest_size=12).hexdigest()
 

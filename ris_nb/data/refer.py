@@ -61,13 +61,14 @@ def _polygon_runs(polygons: list, height: int, width: int) -> list[dict]:
 
 # %% ../../nbs/03_refer.ipynb #045a
 def _mask_runs(segmentation: list | dict, height: int, width: int, absent: bool = False) -> list[dict]:
-    """The parts of a COCO segmentation (one RLE, or a list of polygons and RLEs) as compressed RLEs.
+    """The parts of a COCO segmentation (one RLE, or a list of polygons, RLEs and mask files) as compressed RLEs.
 
     Raises ValueError where they make no mask of `height` x `width` pixels, an empty one, or, for what is `absent`, any but an empty one.
     """
     parts = [segmentation] if isinstance(segmentation, dict) else segmentation
     runs = [_rle_run(part, height, width) for part in parts if isinstance(part, dict)]
-    if polygons := [part for part in parts if not isinstance(part, dict)]: runs += _polygon_runs(polygons, height, width)
+    runs += [_file_run(part, height, width) for part in parts if isinstance(part, Path)]
+    if polygons := [part for part in parts if not isinstance(part, (dict, Path))]: runs += _polygon_runs(polygons, height, width)
     covers = bool(runs) and bool(coco_mask.area(runs).any())
     if not (covers or absent and runs): raise ValueError("it covers no pixel of its image")
     if covers and absent: raise ValueError("it covers pixels, and its sentences are said to fit nothing in the image")
@@ -87,8 +88,14 @@ def read_mask(path: Path) -> np.ndarray:
     except (OSError, SyntaxError, ValueError):
         raise ValueError(f"{path} is broken off or corrupt") from None
     mask = pixels != 0 if deep else pixels[..., :3].any(-1) & (pixels[..., 3] > 0)
-    if not mask.any(): raise ValueError(f"{path} is black all over")
+    if not mask.any(): raise ValueError(f"{path} is black all over (in a folder of your own, \"mask\": [] says that a sentence fits nothing)")
     return mask
+
+def _file_run(path: Path, height: int, width: int) -> dict:
+    """A mask file as a compressed RLE, where a referral has several."""
+    mask = read_mask(path)
+    if mask.shape != (height, width): raise ValueError(f"{path} is {mask.shape[1]} x {mask.shape[0]}, not {width} x {height}")
+    return coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
 
 # %% ../../nbs/03_refer.ipynb #051
 @dataclass(frozen=True, slots=True)
@@ -116,8 +123,8 @@ class Referral:
     """One thing in one image and all the sentences that refer to it.
 
     `size` (H, W) and `bbox` (x, y, width, height) are in pixels of the image as annotated; the file may hold it at another size.
-    `segmentation` is as the data set has it: COCO polygons or RLE, the path of a mask file, or nothing.
-    `absent`: the sentences fit nothing in the image, and the mask is there and empty (gRefCOCO's `no_target`).
+    `segmentation` is as the data set has it: COCO polygons or RLE, the path of a mask file, a list of any of them, or nothing.
+    `absent`: the sentences fit nothing in the image, and the mask is there and empty (gRefCOCO's `no_target`; `"mask": []` in a folder of your own).
     """
     ref_id: int
     image_id: int

@@ -19,7 +19,7 @@ import numpy as np
 from ..contract import RISError
 from .annotators import box_polygon
 from .refer import _MALFORMED, _describe
-from .things import USUAL, Tally, Thing, file_mask, pick, sentences_of, split_of
+from .things import USUAL, Tally, Thing, file_mask, pick, says_none, sentences_of, split_of
 
 # %% auto #0
 __all__ = []
@@ -38,11 +38,12 @@ def _polygons(cell) -> list:
 def _mask_parts(cell, value: int | None) -> list:
     """The parts that a mask cell holds."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"): cell = json.loads(cell)
+    if cell == []: raise ValueError("its mask is an empty list; where the sentence fits nothing, a column no_target says true")
     if isinstance(cell, dict) and "counts" in cell: return [cell]
     if isinstance(cell, dict) and cell.get("bytes"): return [file_mask(io.BytesIO(cell["bytes"]), value)]
     if isinstance(cell, dict): return [str(cell["path"])]
-    if isinstance(cell, str): return [cell]
-    if isinstance(cell[0], dict): return [part for item in cell for part in _mask_parts(item, value)]
+    if isinstance(cell, str): return [name.strip() for name in cell.split("|")]
+    if isinstance(cell[0], (dict, str)): return [part for item in cell for part in _mask_parts(item, value)]
     return _polygons(cell)
 
 
@@ -68,7 +69,7 @@ def row_thing(row: dict, columns: dict, where: str, box: str) -> Thing:
     if split is not None and split_of([str(split)]) is None: raise ValueError(f"its split {ascii(split)[:30]} is none of train, val, test, testA, testB, testC")
     label = pick(row, columns, "label")
     return Thing(image, where, sentences_of(pick(row, columns, "expression")), parts, "" if label is None else str(label),
-                 split=split and split_of([str(split)]), boxed=mask is None and polygon is None and frame is not None, data=data, value=value)
+                 split=split and split_of([str(split)]), boxed=mask is None and polygon is None and frame is not None, absent=says_none(row, columns, parts), data=data, value=value)
 
 
 def check_columns(names: list[str], columns: dict[str, str], source):

@@ -34,6 +34,7 @@ class Thing:
     split: str | None = None
     boxed: bool = False                 # only a box was drawn
     data: bytes | None = None           # the photo's file, where the source holds it
+    absent: bool = False                # the source says that the sentences fit nothing in the photo
     value: int | None = None            # the value of the thing's pixels, in a mask file that several share
 
 # %% ../../nbs/workshop/things.ipynb #c008
@@ -57,13 +58,22 @@ USUAL = {
     "expression": ("expression", "expressions", "referring_expression", "sentence", "sentences", "caption", "captions", "phrase", "text", "description"),
     "image": ("image", "photo", "file_name", "filename", "image_path", "path", "img"), "mask": ("mask", "mask_path", "mask_file", "segmentation"),
     "box": ("bbox", "box"), "polygon": ("polygon", "polygons"), "label": ("label", "category", "class", "name"), "split": ("split", "subset"),
-    "value": ("value", "mask_value")}
+    "value": ("value", "mask_value"), "no_target": ("no_target",)}
 
 
 def pick(entry: dict, columns: dict[str, str], name: str):
     """The value of a field of `USUAL` in an entry: under the key that `columns` gives, or the first usual key that has one. None if there is none."""
     keys = (columns[name],) if name in columns else USUAL[name]
     return next((entry[key] for key in keys if entry.get(key) not in (None, "", [])), None)
+
+
+def says_none(entry: dict, columns: dict[str, str], parts: list) -> bool:
+    """Whether an entry says that its sentences fit nothing in the photo. ValueError where the field is neither true nor false, or there are parts."""
+    value = pick(entry, columns, "no_target")
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "none": False, "nan": False}
+    if (absent := words.get(str(value).strip().casefold().removesuffix(".0"))) is None: raise ValueError(f"its no_target is {ascii(value)[:30]}, not true or false")
+    if absent and parts: raise ValueError("it has an outline, and its no_target says that there is nothing to outline")
+    return absent
 
 
 def sentences_of(value) -> list[str]:
