@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-quick chromium bench lab site export clean
+.PHONY: demo test test-quick test-colab chromium bench lab site export clean
 
 # One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
 .venv/installed: settings.ini setup.py
@@ -36,6 +36,10 @@ test: .venv/installed-dev
 # Without what is marked as slow: full sizes, browsers, benchmarks, trainings on four processes.
 test-quick: .venv/installed-dev
 	$(PYTEST) -m "not slow"
+
+# Every chapter as Colab opens it: from a wheel, with nothing of the repository beside it. `make test` does this for five of them.
+test-colab: .venv/installed-dev
+	RIS_NB_COLAB=all OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_colab.py -q --durations=0 --durations-min=1
 
 # Chapter 25 is tested in a browser as well, where there is one: Debian's package, which root alone can install.
 chromium:

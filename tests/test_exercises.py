@@ -15,8 +15,8 @@ import pytest
 from test_course import imports, MODULES, name_of
 
 from ris_nb.course.check import verdict
-from ris_nb.course.editions import (exercises_of, is_check, is_hidden_test, nbgrader_edition, read_notebook, student_edition, student_exercises,
-                                    text_of)
+from ris_nb.course.editions import (NOTICE, PUBLISHED, RELATIVE, REPOSITORY, SITE, exercises_of, is_check, is_hidden_test, nbgrader_edition, read_notebook, student_edition,
+                                    student_exercises, text_of)
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -101,6 +101,29 @@ def test_the_students_edition_holds_no_solution(tmp_path):
             for region in re.findall(r"BEGIN (?:SOLUTION|HIDDEN TESTS|RUBRIC).*?\n(.*?)\n[^\n]*END ", text_of(cell), re.S):
                 for line in region.splitlines():
                     assert len(line.strip()) < 20 or json.dumps(line.strip())[1:-1] not in handed_out, line
+
+
+def test_a_source_says_where_it_is_without_solutions():
+    for path in [*SOURCES, NBS / "teaching" / "self_test.ipynb"]:
+        notice, = [text_of(cell) for cell in read_notebook(path)["cells"] if text_of(cell).startswith(NOTICE)]
+        assert f"({PUBLISHED.replace('https://github.com', 'https://colab.research.google.com/github')}/{path.relative_to(NBS.parent).as_posix()})" in notice, path
+
+
+def test_links_of_an_edition_lead_somewhere(tmp_path):
+    """To a file of the edition, to a page that the site has of a notebook, or to a file of the repository; never to a notebook with solutions."""
+    student, part, grader = student_edition(NBS, tmp_path / "student"), student_edition(NBS, tmp_path / "part", ("07",)), nbgrader_edition(NBS, tmp_path / "nbgrader")
+    seen = set()
+    for path in [path for out in (student, part, grader) for path in out.rglob("*.ipynb")]:
+        text = "\n".join(text_of(cell) for cell in read_notebook(path)["cells"] if cell["cell_type"] == "markdown")
+        assert NOTICE not in text
+        for target, _ in RELATIVE.findall(text):
+            assert (path.parent / target).exists(), (path, target)
+        for page in re.findall(rf"\]\({SITE}/([^)#]+)\.html", text):
+            seen.add(page)
+            assert (NBS / f"{page}.ipynb").is_file(), (path, page)
+        for page in re.findall(rf"\]\({REPOSITORY}/blob/main/([^)#]+)", text):
+            assert (NBS.parent / page).is_file() and not page.endswith(".ipynb"), (path, page)
+    assert {"workshop/course_check", "06_vision", "07_lavt"} <= seen
 
 
 # --- nbgrader ---

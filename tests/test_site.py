@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -17,6 +19,7 @@ import pytest
 from filelock import FileLock
 
 import ris_nb
+from ris_nb.course.editions import read_notebook, text_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -67,11 +70,40 @@ def pages(site):
 
 
 def test_every_notebook_has_a_page(site):
-    for folder in (".", "workshop", "exercises"):
+    for folder in (".", "workshop", "exercises", "teaching"):
         notebooks = {path.stem for path in (ROOT / "nbs" / folder).glob("*.ipynb")}
         assert notebooks and notebooks <= {path.stem for path in (site / folder).glob("*.html")}
-    for path in (site / "exercises").glob("*.html"):
-        assert not re.search("(BEGIN|END) (SOLUTION|HIDDEN|RUBRIC)", path.read_text(encoding="utf-8")), path.name
+
+
+def test_no_page_holds_a_solution(site):
+    """Nor does anything that lies beside the pages: exams are there as students get them, or not at all."""
+    for path in [path for room in ("exercises", "teaching", "student") for path in (site / room).rglob("*") if path.suffix in (".html", ".ipynb")]:
+        assert not re.search("(BEGIN|END) (SOLUTION|HIDDEN|RUBRIC)|holds the solutions", path.read_text(encoding="utf-8")), path
+    looked = 0
+    for source in [path for room in ("exercises", "teaching") for path in sorted((ROOT / "nbs" / room).glob("*.ipynb"))]:
+        page = (site / source.relative_to(ROOT / "nbs")).with_suffix(".html").read_text(encoding="utf-8")
+        shown = " ".join(unescape(re.sub("<[^>]+>", "", page)).split())
+        for cell in read_notebook(source)["cells"]:
+            for region in re.findall(r"BEGIN (?:SOLUTION|HIDDEN TESTS|RUBRIC).*?\n(.*?)\n[^\n]*END ", text_of(cell), re.S):
+                for line in (" ".join(line.split()) for line in region.splitlines()):
+                    looked += 1
+                    assert len(line) < 25 or line not in shown, (source.name, line)
+    assert looked > 1000 and not list((site / "student").rglob("midterm*")) and not list((site / "student").rglob("final*"))
+
+
+def test_the_rocket_of_an_exercise_opens_the_students_edition(site, pages):
+    for path in [*(site / "exercises").glob("[0-9]*.html"), *(site / "teaching").glob("*.html")]:
+        launch = [link for link in pages[path].links if re.match(r"https://(colab\.research|mybinder)", link)]
+        name = f"{path.relative_to(site).with_suffix('').as_posix()}.ipynb"
+        if path.stem in ("midterm", "final", "instructor", "syllabus"):
+            assert launch == []
+        else:
+            assert (site / "student" / "nbs" / name).is_file()
+            assert sorted(launch) == [f"https://colab.research.google.com/github/ris-nb/ris_nb/blob/gh-pages/student/nbs/{name}",
+                                      f"https://mybinder.org/v2/gh/ris-nb/ris_nb/main?urlpath=lab/tree/student/nbs/{name}"]
+    assert "course student --out student" in (ROOT / "binder" / "postBuild").read_text()
+    assert (site / ".nojekyll").exists()  # or GitHub leaves out _static
+    assert "nbs/exercises/07_lavt.ipynb" in zipfile.ZipFile(site / "student.zip").namelist()
 
 
 def test_every_link_leads_somewhere(site, pages):
@@ -144,7 +176,8 @@ def chromium():
 def sample(site):
     """All pages but most of the workshop and of the exercises, which are made in the same way."""
     few = [path for folder in ("workshop", "exercises") for path in sorted((site / folder).glob("*.html"))[::10]]
-    return [path.relative_to(site).as_posix() for path in [*sorted(site.glob("*.html")), *sorted((site / "library").glob("*.html")), *few]]
+    whole = [path for folder in (".", "library", "teaching") for path in sorted((site / folder).glob("*.html"))]
+    return [path.relative_to(site).as_posix() for path in [*whole, *few]]
 
 
 def test_pages_on_a_phone(site, chromium, address):

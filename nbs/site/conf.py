@@ -1,5 +1,6 @@
 """How Sphinx builds the site from the pages that pages.py wrote: `make site`."""
 import os
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import myst_nb.sphinx_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pages import CFG, LIBRARY  # after the line above
+from pages import CFG, LIBRARY, NBS  # after the line above
+
+from ris_nb.course.editions import FOR_TEACHERS, PUBLISHED, student_edition
 
 project, author, release = CFG["lib_name"], CFG["author"], CFG["version"]
 copyright = CFG["copyright"]
-extensions = ["myst_nb", "autodoc2", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "autodoc2", "sphinx.ext.mathjax", "sphinx.ext.githubpages"]
 
 # Notebooks: as stored, never run.
 myst_nb.sphinx_ext.OUTPUT_FOLDER = "build/figures"  # not jupyter_execute beside _site
@@ -55,7 +58,32 @@ html_theme_options = {
 }
 
 
+def launch_without_solutions(app, pagename, templatename, context, doctree):
+    """Let the rocket of an exercise open the student's edition: in Colab the published one, in Binder the one that binder/postBuild writes. No rocket for exams."""
+    room, _, name = pagename.partition("/")
+    if room not in ("exercises", "teaching"):
+        return
+    buttons = context.get("header_buttons", [])
+    context["header_buttons"] = [group for group in buttons if name not in (*FOR_TEACHERS, "syllabus") or group.get("label") != "launch-buttons"]
+    for button in (button for group in buttons for button in group.get("buttons", [])):
+        if button.get("text") == "Colab":
+            button["url"] = f"{PUBLISHED.replace('https://github.com', 'https://colab.research.google.com/github')}/nbs/{pagename}.ipynb"
+        elif button.get("text") == "Binder":
+            button["url"] = button["url"].replace("lab/tree/nbs/", "lab/tree/student/nbs/")
+
+
+def add_students_edition(app, error):
+    """Put the student's edition beside the pages, as a folder and as one file."""
+    if error is None:
+        folder = Path(app.outdir) / "student"
+        shutil.rmtree(folder, ignore_errors=True)
+        student_edition(NBS, folder)
+        shutil.make_archive(str(folder), "zip", folder)
+
+
 def setup(app):
-    """Tell autodoc2 where the library lies, seen from the pages."""
+    """Tell autodoc2 where the library lies, seen from the pages; add the student's edition."""
+    app.connect("html-page-context", launch_without_solutions, priority=600)  # after the theme's own
+    app.connect("build-finished", add_students_edition)
     app.config.autodoc2_packages = [{"path": Path(os.path.relpath(LIBRARY, app.srcdir)).as_posix(), "auto_mode": False,
                                      "exclude_files": ["_modidx.py", "ch[0-9][0-9].py"]}]

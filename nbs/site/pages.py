@@ -23,7 +23,7 @@ from autodoc2.render.myst_ import MystRenderer
 from autodoc2.sphinx import autodoc
 
 import ris_nb
-from ris_nb.course.editions import exercises_of, student_exercises, text_of
+from ris_nb.course.editions import FOR_TEACHERS, exercises_of, student_exercises, text_of
 from ris_nb.recipes.published import find_results, our_results, read_published, results_markdown
 
 _ini = ConfigParser(delimiters=["="])
@@ -33,6 +33,7 @@ GITHUB = f"{CFG['git_url']}/%s/{CFG['branch']}/"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?[ \t]*(.*)\n?", re.M)
+TEACHING = ["syllabus", "self_test", "project_photos", "project_host", "project_negatives", "midterm", "final", "instructor"]  # as they are read
 # The panels of chapter 25 need Python behind them; the site shows what they look like (screenshots of `ris-nb explore`).
 PANELS = {
     "AskPanel": "The panel Ask: fields for scene and expression, a button for every word, and the masks of lavt_tiny, magnet_tiny and sag_tiny with each word's share.",
@@ -44,7 +45,7 @@ PANELS = {
 
 def on_site() -> dict[str, str]:
     """Notebook in the repository -> its page."""
-    paths = [*NBS.glob("[0-9][0-9]_*.ipynb"), *(NBS / "workshop").glob("*.ipynb"), *(NBS / "exercises").glob("*.ipynb")]
+    paths = [*NBS.glob("[0-9][0-9]_*.ipynb"), *(path for room in ("workshop", "exercises", "teaching") for path in (NBS / room).glob("*.ipynb"))]
     return {path.relative_to(ROOT).as_posix(): path.relative_to(NBS).as_posix() for path in sorted(paths)}
 
 
@@ -152,6 +153,18 @@ def listing(title: str, about: str, room: str) -> str:
     return "\n".join([f"# {title}", "", about, "", "| notebook | what it holds |", "|---|---|", *table, "", toctree([path.stem for path, *_ in rows])])
 
 
+def for_students(notebook: dict, page: str) -> dict:
+    """A notebook without its solutions, if it has any; below its title, a link to the file that the student's edition has of it."""
+    if not any("BEGIN SOLUTION" in text_of(cell) for cell in notebook["cells"]):
+        return notebook
+    notebook = student_exercises(notebook)
+    if Path(page).stem not in FOR_TEACHERS:
+        title, *others = notebook["cells"]
+        link = f'\n\n<a href="../student/nbs/{page}" download>Download this notebook</a>'
+        notebook["cells"] = [{**title, "source": text_of(title) + link}, *others]
+    return notebook
+
+
 def exercises_page() -> str:
     lines = [f"# Exercises\n\n{(HERE / 'exercises.md').read_text(encoding='utf-8')}", "| exercise | kind | level | minutes |", "|---|---|---|---|"]
     paths = sorted((NBS / "exercises").glob("*.ipynb"))
@@ -208,7 +221,8 @@ def index_page() -> str:
     for title, rows in zip(parts[1::2], parts[2::2]):
         chapters = re.findall(r"\[(\d\d [^]]+)\]\(nbs/([^)]+)\.ipynb\)", rows.partition("\n\n")[0])
         trees.append(toctree([f"{name} <{page}>" for name, page in chapters], title))
-    trees += [toctree(["results", "exercises/index", "workshop/index", "library/index"], "Beside the chapters")]
+    trees += [toctree(["results", "exercises/index", "workshop/index", "library/index"], "Beside the chapters"),
+              toctree([f"teaching/{name}" for name in TEACHING], "Teaching")]
     text = (HERE / "index.md").read_text(encoding="utf-8").format(
         lead=lead, course=course, models=section("The trained models that come with it"), github=CFG["git_url"], lib=CFG["lib_name"])
     return "\n\n".join([relink(text, "README.md", "index.md"), *trees])
@@ -232,7 +246,7 @@ def write(path: Path, content: str | bytes) -> None:
 def main(out: Path) -> None:
     for source, page in on_site().items():
         notebook = json.loads((ROOT / source).read_text(encoding="utf-8"))
-        notebook = student_exercises(notebook) if page.startswith("exercises/") else notebook
+        notebook = for_students(notebook, page) if page.startswith(("exercises/", "teaching/")) else notebook
         write(out / page, json.dumps(as_read(notebook, source, page), ensure_ascii=False))
     for picture in {found[3] for found in LINK.finditer(README) if found[1]}:
         write(out / "pictures" / Path(picture).name, (ROOT / picture).read_bytes())

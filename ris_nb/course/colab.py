@@ -17,7 +17,7 @@ from ..contract import RISError
 __all__ = []
 
 # %% ../../nbs/workshop/course_colab.ipynb #e01
-def _results() -> Path:
+def stored_results() -> Path:
     """The stored results: in an installed library beside this module, in a checkout in data/results."""
     library = Path(ris_nb.__file__).resolve().parent
     for folder in (library / "course" / "results", library.parent / "data" / "results"):
@@ -35,7 +35,7 @@ def prepare(folder: str = "nbs", home: str | Path | None = None) -> Path:
     found = next((one for one in (here, *here.parents) if (one / "course.json").is_file()), None)  # called again, from inside
     home = Path(home).resolve() if home else found or here / "course"
     (home / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copytree(_results(), home / "data" / "results", dirs_exist_ok=True)
+    shutil.copytree(stored_results(), home / "data" / "results", dirs_exist_ok=True)
     if not (home / "course.json").exists():
         (home / "course.json").write_text('{\n "student": ""\n}\n', encoding="utf-8")
     os.chdir(home / folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -90,7 +91,7 @@ def is_hidden_test(cell: dict) -> bool:
     return cell["cell_type"] == "code" and text_of(cell).lstrip().startswith("### BEGIN HIDDEN TESTS")
 
 # %% ../../nbs/workshop/course_editions.ipynb #e04
-STUB, ANSWER = "raise NotImplementedError  # your answer", "*Your answer:*"
+STUB, ANSWER, NOTICE = "raise NotImplementedError  # your answer", "*Your answer:*", "**This notebook holds the solutions.**"
 
 
 def cleared(cell: dict, text: str | None = None) -> dict:
@@ -107,7 +108,7 @@ def student_exercises(notebook: dict) -> dict:
     """A notebook of exercises as students get it: stubs in place of solutions, no checks, no hidden tests, no rubrics, no outputs."""
     cells = []
     for cell in notebook["cells"]:
-        if is_check(cell) or is_hidden_test(cell):
+        if is_check(cell) or is_hidden_test(cell) or text_of(cell).startswith(NOTICE):
             continue
         text = without(without(text_of(cell), "RUBRIC"), "SOLUTION", STUB if cell["cell_type"] == "code" else ANSWER)
         cells.append(cleared(cell, text))
@@ -115,6 +116,8 @@ def student_exercises(notebook: dict) -> dict:
 
 # %% ../../nbs/workshop/course_editions.ipynb #e05
 SOURCE = "ris_nb[colab] @ git+https://github.com/ris-nb/ris_nb"  # what pip installs in Colab
+SITE, REPOSITORY = "https://ris-nb.github.io/ris_nb", "https://github.com/ris-nb/ris_nb"
+PUBLISHED = f"{REPOSITORY}/blob/gh-pages/student"  # the student's edition, which is published beside the site
 COLAB = """\
 # In Colab this cell installs the library and prepares folders and widgets. Elsewhere it does nothing.
 import sys
@@ -163,7 +166,34 @@ def empty_folder(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     return out
 
+# %% ../../nbs/workshop/course_editions.ipynb #e06b
+RELATIVE = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+
+
+def with_links(notebook: dict, source: Path, root: Path, kept: set[Path]) -> dict:
+    """A copy of the notebook at `source` whose links to files of `root` that are not in `kept` lead to the site, or to the repository where the site hasn't got them."""
+    def link(found: re.Match) -> str:
+        target = Path(os.path.normpath(source.parent / found[1]))
+        if target in kept or any(target in path.parents for path in kept):
+            return found[0]
+        page = target.relative_to(root).as_posix()
+        address = f"{SITE}/{page.removeprefix('nbs/').removesuffix('.ipynb')}.html" if page.startswith("nbs/") and target.suffix == ".ipynb" else f"{REPOSITORY}/blob/main/{page}"
+        return f"]({address}{found[2] or ''})"
+
+    cells = [{**cell, "source": RELATIVE.sub(link, text_of(cell)).splitlines(keepends=True)} if cell["cell_type"] == "markdown" else cell for cell in notebook["cells"]]
+    return {**notebook, "cells": cells}
+
 # %% ../../nbs/workshop/course_editions.ipynb #e07
+GUIDE = """\
+# The student's edition
+
+Chapters are in `nbs`, their exercises in `nbs/exercises`, the syllabus, a self-test and projects in `nbs/teaching`. `progress.ipynb` shows what you have passed.
+
+* **On your machine** (Python 3.10 or newer): `pip install "{lab}"`, then `jupyter lab` in this folder. Write your name into `course.json`: some exercises draw their numbers from it.
+* **In Colab**: open a notebook there, and run its first cell.
+
+Answer an exercise in its cell, and run the cell `check(...)` below it.
+"""
 PROGRESS = "# Your progress\n\nRun the cell below. Chapters are in `nbs`, their exercises in `nbs/exercises`; your name goes into `course.json`."
 
 
@@ -177,23 +207,25 @@ def progress_page(source: str) -> dict:
 
 
 def student_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = (), source: str = SOURCE) -> Path:
-    """Write the folder for students: chapters and exercises with stubs, syllabus, self-test and projects, the results the chapters read, a page of progress.
+    """Write the folder for students: chapters and exercises with stubs, syllabus, self-test and projects, the results the chapters read, a guide, a page of progress.
 
     `source` is what pip installs in Colab. A folder `out` that isn't empty is a `RISError`.
     """
+    nbs = nbs.resolve()
     pairs = chapters_and_exercises(nbs, chapters)
+    pages = [page for page in teaching_pages(nbs, chapters) if page.stem not in FOR_TEACHERS]
+    kept = {*(path for pair in pairs for path in pair), *pages, *(nbs.parent / "data" / "results").iterdir()}
     out = empty_folder(out)
-    for chapter, exercises in pairs:
-        write_notebook(out / "nbs" / chapter.name, with_first_cell(read_notebook(chapter), source))
-        write_notebook(out / "nbs" / "exercises" / exercises.name, with_first_cell(student_exercises(read_notebook(exercises)), source, "nbs/exercises"))
-    for page in teaching_pages(nbs, chapters):
-        if page.stem == "syllabus":  # with its tables
-            write_notebook(out / "nbs" / "teaching" / page.name, read_notebook(page))
-        elif page.stem not in FOR_TEACHERS:
-            write_notebook(out / "nbs" / "teaching" / page.name, with_first_cell(student_exercises(read_notebook(page)), source, "nbs/teaching"))
+    for path in [*(path for pair in pairs for path in pair), *pages]:
+        notebook = with_links(read_notebook(path), path, nbs.parent, kept)
+        if path.stem != "syllabus":  # which keeps its tables
+            folder = path.parent.relative_to(nbs.parent).as_posix()
+            notebook = with_first_cell(notebook if path.parent == nbs else student_exercises(notebook), source, folder)
+        write_notebook(out / path.relative_to(nbs.parent), notebook)
     shutil.copytree(nbs.parent / "data" / "results", out / "data" / "results")
     write_notebook(out / "progress.ipynb", progress_page(source))
     (out / "course.json").write_text('{\n "student": ""\n}\n', encoding="utf-8")
+    (out / "README.md").write_text(GUIDE.format(lab=source.replace("[colab]", "[lab]")), encoding="utf-8")
     return out
 
 # %% ../../nbs/workshop/course_editions.ipynb #e08
@@ -253,7 +285,7 @@ def nbgrader_exercises(notebook: dict) -> dict:
     for k, cell in enumerate(notebook["cells"]):
         text = text_of(cell)
         number = (HEADING.search(text) or [0, number])[1] if cell["cell_type"] == "markdown" else number
-        if is_check(cell) or is_hidden_test(cell):
+        if is_check(cell) or is_hidden_test(cell) or text.startswith(NOTICE):
             continue
         if asked := re.fullmatch(r'check\("([\w.]+)"\)', text.strip()):
             cells.append(_graded(cell, f'verdict = check("{number}")\nassert verdict, verdict{hidden.get(number, "")}', f"check-{number.replace('.', '-')}", facts[asked[1]].points))
@@ -274,12 +306,11 @@ c.ExecutePreprocessor.timeout = 300
 
 def nbgrader_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = ()) -> Path:
     """Write a course folder for nbgrader: source/chNN/NN_name.ipynb, the exams, and its configuration. `nbgrader generate_assignment chNN` goes on from there."""
-    pairs = chapters_and_exercises(nbs, chapters)
+    nbs = nbs.resolve()
+    assignments = {f"ch{exercises.name[:2]}": exercises for _, exercises in chapters_and_exercises(nbs, chapters)}
+    assignments.update({page.stem: page for page in teaching_pages(nbs, chapters) if page.stem in ("midterm", "final")})
     out = empty_folder(out)
-    for _, exercises in pairs:
-        write_notebook(out / "source" / f"ch{exercises.name[:2]}" / exercises.name, nbgrader_exercises(read_notebook(exercises)))
-    for page in teaching_pages(nbs, chapters):
-        if page.stem in ("midterm", "final"):
-            write_notebook(out / "source" / page.stem / page.name, nbgrader_exercises(read_notebook(page)))
+    for name, path in assignments.items():  # each in a folder of its own: no link may lead to another notebook
+        write_notebook(out / "source" / name / path.name, nbgrader_exercises(with_links(read_notebook(path), path, nbs.parent, set())))
     (out / "nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
     return out
