@@ -78,7 +78,7 @@ def test_every_notebook_has_a_page(site):
 def test_no_page_holds_a_solution(site):
     """Nor does anything that lies beside the pages: exams are there as students get them, or not at all."""
     for path in [path for room in ("exercises", "teaching", "student") for path in (site / room).rglob("*") if path.suffix in (".html", ".ipynb")]:
-        assert not re.search("(BEGIN|END) (SOLUTION|HIDDEN|RUBRIC)|holds the solutions", path.read_text(encoding="utf-8")), path
+        assert not re.search("(BEGIN|END) (SOLUTION|HIDDEN|RUBRIC)|This notebook holds the solutions", path.read_text(encoding="utf-8")), path
     looked = 0
     for source in [path for room in ("exercises", "teaching") for path in sorted((ROOT / "nbs" / room).glob("*.ipynb"))]:
         page = (site / source.relative_to(ROOT / "nbs")).with_suffix(".html").read_text(encoding="utf-8")
