@@ -91,6 +91,7 @@ def run_evaluate(flags: Evaluate) -> int:
                               pack=None if flags.pack is None else Pack(flags.pack, flags.root))
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",
                       split=flags.split, checkpoint=flags.checkpoint or flags.model or f"released {flags.released}")
+    report.machine["precision"] = flags.precision
     if accelerator.is_main_process:
         out = flags.out or home / (flags.split if flags.shuffle_seed is None else f"{flags.split}_shuffled")
         write_report(out, report, model, dataset)

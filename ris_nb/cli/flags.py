@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import UseAppendAction, arg
 
@@ -47,10 +47,11 @@ class Answering(Own):
     """With --released: the words, a Hub id or the path of a vocab.txt. Default: the authors'."""
     model: Annotated[str | None, arg(metavar="NAME")] = None
     """Or a network that others trained, fetched once from the Hugging Face Hub: clipseg, maskclip (CLIP, read as MaskCLIP does), groupvit."""
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: matrix products in bfloat16, faster on GPUs and on processors with AMX or AVX512_BF16; answers change at the edges, if at all."""
 
 
-def answering_model(flags: Answering):
-    """The model of --checkpoint, --released or --model, in evaluation mode. Weights of others are fetched once, with a progress bar."""
+def _named_model(flags: Answering):
     if flags.model is not None:
         if flags.checkpoint is not None or flags.released is not None:
             raise UsageError("--model names one model and --checkpoint or --released another; choose one")
@@ -61,6 +62,13 @@ def answering_model(flags: Answering):
         return released_model(flags.released, vocabulary=flags.vocabulary)
     from ris_nb.registry import load_model
     return load_model(flags.checkpoint)
+
+
+def answering_model(flags: Answering):
+    """The model of --checkpoint, --released or --model in evaluation mode, which computes in --precision. Weights of others are fetched
+    once, with a progress bar."""
+    from ris_nb.training.compute import use_precision
+    return use_precision(_named_model(flags), flags.precision)
 
 # %% ../../nbs/workshop/cli_flags.ipynb #132
 @dataclass(kw_only=True)

@@ -32,16 +32,22 @@ def compute_output(model: Callable[[Batch], Output], batch: Batch, precision: st
     return replace(output, **convert_to_fp32(vars(output)))
 
 
-@contextmanager
-def in_precision(model: nn.Module, precision: str):
-    """For the length of a block, `model(batch)` is computed in `precision` by `compute_output`: a validation as in training."""
+def use_precision(model: nn.Module, precision: str) -> nn.Module:
+    """From now on `model(batch)` is computed in `precision`, by `compute_output`. Returns the model."""
+    vars(model).pop("forward", None)  # the class's own is there again
     forward = model.forward
     if precision in AUTOCAST:
         model.forward = lambda batch, *args, **kwargs: compute_output(forward, batch, precision, *args, **kwargs)
+    return model
+
+
+@contextmanager
+def in_precision(model: nn.Module, precision: str):
+    """`use_precision` for the length of a block: a validation as in training."""
     try:
-        yield model
+        yield use_precision(model, precision)
     finally:
-        vars(model).pop("forward", None)  # the class's own is there again
+        use_precision(model, "no")
 
 # %% ../../nbs/workshop/compute.ipynb #014
 @contextmanager
