@@ -10,7 +10,7 @@ import test_sag
 import torch
 
 from ris_nb.contract import Batch, RISError
-from ris_nb.registry import load_model
+from ris_nb.registry import _shipped, load_model
 from ris_nb.testing import check_model
 from ris_nb.training.optim import param_groups
 
@@ -132,3 +132,31 @@ def test_settings_travel(name, part, inner, tmp_path):
         assert [p.requires_grad for p in other.parameters()] == [p.requires_grad for p in model.parameters()]
     thawed = type(model).from_pretrained(tmp_path, freeze=[], lr_factors={part: 0.5, inner: 0.2})
     assert {0.5, 0.2, 1.0} == set(dict(rates(thawed)))
+
+
+# ---- check_model and the models that ship
+
+@pytest.mark.parametrize("name", ["lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "rela_tiny"])
+def test_a_shipped_model_keeps_the_contract(name):
+    """Only ReLA reads its padding, and declares it; without the declaration it is refused."""
+    model = load_model(name)
+    promises = check_model(model)
+    assert any("ids under padding may" in promise for promise in promises) == model.reads_padding == (name == "rela_tiny")
+    if model.reads_padding:
+        model.reads_padding = False
+        with pytest.raises(RISError, match="ReLA: .* mask the padding"): check_model(model)
+
+
+def test_every_shipped_model_is_checked():
+    assert set(_shipped()) == {"lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "rela_tiny"}
+
+
+def test_a_declaration_of_padding_hides_no_neighbour():
+    """A model that declares reads_padding and lets neighbours change its answer is still refused."""
+    class Neighbours(type(load_model("rela_tiny"))):
+        def forward(self, batch):
+            output = super().forward(batch)
+            return replace(output, score=output.score - output.score.mean(0))
+    model = load_model("rela_tiny")
+    model.__class__ = Neighbours
+    with pytest.raises(RISError, match="otherwise alone than in a batch"): check_model(model)

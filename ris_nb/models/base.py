@@ -45,6 +45,7 @@ class Contract(Checkpointed):
     """
 
     needs_masks = True  # does training look at masks? Data sets for a model that doesn't are built with masks=False
+    reads_padding = False  # may ids under padding change an answer? True is a declaration for `check_model`; pad all sentences to one length then
 
     def _must(self, method: str) -> RISError:
         return RISError(f"{type(self).__name__} has no {method}: a model must define forward(batch), losses(output, batch) "

@@ -164,6 +164,7 @@ class ReLA(RISModel):
     """
 
     tokenizer = LAVT.tokenizer  # which refuses texts where the model was built without words
+    reads_padding = True        # the regions do (`LanguageNudge`), as released; the tokenizer pads all sentences to `max_words`
 
     def __init__(self, image_size: int = 480, vocabulary="bert-base-uncased", max_words: int = 20, mean=IMAGENET_MEAN,
                  std=IMAGENET_STD, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
