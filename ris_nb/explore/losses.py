@@ -97,13 +97,13 @@ def svg_row(pictures: Sequence[str], told: str) -> str:
 # %% ../../nbs/workshop/explore_losses.ipynb #089
 def loss_parts() -> dict[str, widgets.Widget]:
     """The widgets of `LossPanel`."""
-    wide = {"description_width": "130px"}
-    angle = lambda value, name, most=180: widgets.FloatSlider(value, min=0, max=most, step=1, description=name, readout_format=".0f", style=wide)
-    warmth = lambda value, name: widgets.FloatLogSlider(value, min=-2, max=1, step=0.05, description=name, readout_format=".2f", style=wide)
+    wide = dict(style={"description_width": "150px"}, layout=widgets.Layout(width="330px"))
+    angle = lambda value, name, most=180: widgets.FloatSlider(value, min=0, max=most, step=1, description=name, readout_format=".0f", **wide)
+    warmth = lambda value, name: widgets.FloatLogSlider(value, min=-2, max=1, step=0.05, description=name, readout_format=".2f", **wide)
     c3 = {"own": angle(40, "own image, °"), "other": angle(60, "other images, °"), "rival": angle(60, "1 in image 2, °"),
-          "temperature": warmth(0.2, "temperature"), "drop": widgets.Checkbox(False, description="image 2 is a copy of image 1: drop it")}
+          "temperature": warmth(0.2, "temperature"), "drop": widgets.Checkbox(False, description="image 2 is a copy of image 1: drop it", indent=False)}
     alignment = {"apart": angle(60, "inside to outside, °"), "spread": angle(20, "spread, °", 90), "sentence": angle(30, "sentence to inside, °"),
-                 "pixel temperature": warmth(0.1, "of pixels"), "sentence temperature": warmth(0.3, "of the sentence")}
+                 "pixel temperature": warmth(0.1, "temperature, pixels"), "sentence temperature": warmth(0.3, "temperature, sentence")}
     return {**c3, **alignment, "picture": widgets.HTML(),
             "c3": widgets.VBox([widgets.HTML("<b>C3, of Shatter and Gather</b>"), *c3.values()]),
             "alignment": widgets.VBox([widgets.HTML("<b>Alignment, of MagNet</b>"), *alignment.values()])}

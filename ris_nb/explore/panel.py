@@ -115,7 +115,7 @@ class Panel(widgets.VBox):
 def picture_part(name: str) -> dict[str, widgets.Widget]:
     """A picture and its caption, as parts of a panel: `name`, `name caption`, and `name column` that holds both."""
     picture, caption = widgets.Image(format="png", layout=widgets.Layout(max_width=f"{SIDE}px", object_fit="contain")), widgets.HTML()
-    return {name: picture, f"{name} caption": caption, f"{name} column": widgets.VBox([picture, caption], layout=widgets.Layout(align_items="flex-start"))}
+    return {name: picture, f"{name} caption": caption, f"{name} column": widgets.VBox([picture, caption], layout=widgets.Layout(align_items="flex-start", padding="0 12px 0 0"))}
 
 
 @lru_cache(maxsize=64)
