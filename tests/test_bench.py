@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import bench
 import bench_data
 import bench_scale
+import bench_summary
 import pytest
 import torch
 from benching import flops_of, peak_memory, saved_bytes, times_faster
@@ -58,6 +59,21 @@ def test_the_command_writes_figures_and_prints_them_as_a_table(tmp_path, capsys)
     lines = bench.table(report).splitlines()
     assert len(lines) == 2 + len(report["models"]["sag_tiny"]["rows"]) and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| sag_tiny | forward | as in fit | 4 |") and lines[2] in capsys.readouterr().out
+    half = next(row for row in report["models"]["sag_tiny"]["rows"] if (row["part"], row["variant"]) == ("forward", "bf16"))
+    assert 0 < half["error"] < 0.1 and half["flipped"] < 0.05
+    bench.main(["--models", "sag", "--sizes", "tiny", "--device", "cpu", "--threads", "1", "--batch", "2", "--repeats", "1", "--parts", "forward", "--out", str(out)])
+    again = json.loads(out.read_text())["models"]["sag_tiny"]["rows"]
+    assert {row["batch"] for row in again if row["part"] == "forward"} == {2} and {row["batch"] for row in again if row["part"] != "forward"} == {4}
+    rows = bench_summary.summary(tmp_path)
+    assert [cells[0].partition(": ")[2] for cells in rows] == ["forward, float32, seconds of CPU", "forward, bfloat16, seconds of CPU",
+                                                              "training step, float32, seconds of CPU", "training step, bfloat16, seconds of CPU"]
+    assert all(len(cells) == len(bench_summary.HEAD) for cells in rows)
+
+
+def test_what_begins_too_late_is_left_out(capsys):
+    args = SimpleNamespace(device="cpu", batch=2, repeats=1, workers=0, threads=1, root=None, ladder=False, parts=["forward"], minutes=1)
+    assert bench.measure("sag_tiny", "tiny", args, begun=-math.inf)["rows"] == []
+    assert "sag_tiny: 1 minutes are over, forward is left out" in capsys.readouterr().out
 
 
 @pytest.fixture

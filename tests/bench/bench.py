@@ -1,18 +1,22 @@
 """How fast each model reads, trains and answers on this machine, and with how much memory. `make bench` runs it:
 
     python tests/bench/bench.py [--models lavt magnet sag] [--sizes tiny full] [--device cpu|cuda] [--batch N] [--threads N] [--workers N]
-                          [--repeats N] [--ladder] [--root DATA --dataset refcoco] [--out data/results/bench/DEVICE.json]
+                          [--repeats N] [--ladder] [--parts forward step ...] [--minutes N] [--root DATA --dataset refcoco]
+                          [--out data/results/bench/DEVICE.json]
     python tests/bench/bench.py --table data/results/bench/DEVICE.json      # the figures as a Markdown table
 
 Each model is measured in a process of its own. The parts: the data path, in the training process and in `--workers` others;
 forward; a training step, as `fit` makes it, and switch by switch on a GPU (or with --ladder); evaluation; and a short training
-through `fit`, with the share of its time in which it waits for data. Rows of models that are not measured stay in the file.
+through `fit`, with the share of its time in which it waits for data. Rows of models and parts that are not measured stay in the file.
+On a GPU `--minutes 10` is the whole of it, both sizes and all switches: what has not begun by then is left out, and said.
 
 In a row, seconds are medians, per batch: on the clock, which is what a user waits, and of CPU (all threads, and the data path's
 workers), which still means something on a machine that others use, too. "peak" is the most memory that the process, or on a GPU
 its tensors, took, weights and all; "kept" what autograd keeps for the way back, weights aside. "matrix share" holds the FLOPs
 of the products and attentions in the plain call (what checkpointing computes twice counts once) against the rate of a lone
-product of the same type, measured in turns with it: on a CPU by seconds of CPU, on a GPU by the clock. For the data path, "needed"
+product of the same type, measured in turns with it: on a CPU by seconds of CPU, on a GPU by the clock. "floor" is what these FLOPs
+would take at that rate. "error" is the largest change of a score by bfloat16, as a share of the largest score, "flipped" the share
+of pixels that it moves in or out of a mask. For the data path, "needed"
 is four times what one H100 takes in a step at 40 % of its 989 TFLOP/s, and "processes" how many loaders like this give that.
 """
 import json
@@ -148,7 +152,7 @@ class Bench:
         seconds = clock if self.device == "cuda" else cpu
         best = min(min(seconds["product", i]) for i in range(5))
         return dict(clock=clock["call"], cpu=cpu["call"], gflop=flops / 1e9, matrix_gflops=work / best / 1e9,
-                    matrix_share=flops / work * best / median(seconds["call"]))
+                    floor=flops / work * best, matrix_share=flops / work * best / median(seconds["call"]))
 
 
 def variants(bench):
@@ -156,6 +160,7 @@ def variants(bench):
         yield from ladder()
     else:
         yield Variant()
+        yield Variant("bf16", bf16=True)
     if hasattr(bench.host, "set_grad_checkpointing"):
         yield Variant("checkpointed", checkpointing=True, bf16=bench.device == "cuda")
 
@@ -184,7 +189,7 @@ def counted(model, call):
 
 def forward_rows(bench):
     bench.pupil.eval()
-    flops = None
+    flops = exact = None
     for variant in variants(bench):
         if variant.checkpointing:
             continue
@@ -192,12 +197,15 @@ def forward_rows(bench):
 
         def call():
             with torch.inference_mode(), attention(variant), torch.autocast(bench.device, torch.bfloat16, enabled=variant.bf16):
-                model(batch)
+                return model(batch)
 
         flops = flops or counted(bench.host, call)
-        call()
+        score = call().score.float()
+        exact = score if exact is None else exact
         _, peak = peak_memory(call, bench.device)
         found = bench.against_product(call, flops, torch.bfloat16 if variant.bf16 else torch.float32, bench.args.repeats)
+        if variant.bf16:
+            found.update(error=((score - exact).abs().max() / exact.abs().max()).item(), flipped=((score > 0) != (exact > 0)).float().mean().item())
         yield bench.row("forward", variant.name, peak_gib=peak / 2**30, **found)
 
 
@@ -244,7 +252,7 @@ def loaders(workers):
 
 def data_rows(bench):
     """Rows of the data path; after `step_rows`, which tells how much one H100 would take."""
-    needed = 4 * H100 / (bench.step_flops / bench.size)  # images a second
+    needed = 4 * H100 / (bench.step_flops / bench.size) if bench.full and bench.step_flops else None  # images a second
     steps = max(2, ceil(64 / bench.size))
     for workers in dict.fromkeys((0, bench.args.workers)):
         def read():
@@ -258,7 +266,7 @@ def data_rows(bench):
             clock, _, _ = timed(read)
             found.append((clock / steps, (spent() - busy) / steps))
         clock, cpu = zip(*found)
-        demand = {"needed": needed, "processes": ceil(needed * min(cpu) / bench.size)} if bench.full else {}
+        demand = {"needed": needed, "processes": ceil(needed * min(cpu) / bench.size)} if needed else {}
         yield bench.row("data path", loaders(workers), clock=clock, cpu=cpu, **demand)
 
 
@@ -292,16 +300,22 @@ def fit_rows(bench):
                         cpu=[(time.process_time() - began) / steps], waiting=last["waiting"], peak_gib=peak / 2**30)
 
 
-def measure(name, size, args):
-    """All rows of one model, and under what conditions they were measured."""
+PARTS = {"forward": forward_rows, "evaluation": evaluation_rows, "step": step_rows, "data": data_rows, "fit": fit_rows}
+
+
+def measure(name, size, args, begun):
+    """All rows of one model, and under what conditions they were measured; `begun`: when the whole of it did, on `time.monotonic`."""
     torch.set_num_threads(args.threads)
     multiprocessing.set_start_method("fork", force=True)  # of the loaders' processes: this one would hand down its own
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     with tempfile.TemporaryDirectory() as folder:
         bench, rows = Bench(name, size, args, folder), []
-        for part in (forward_rows, evaluation_rows, step_rows, data_rows, fit_rows):
-            for row in part(bench):
+        for part in (part for part in PARTS if part in args.parts):
+            if args.minutes and time.monotonic() - begun > 60 * args.minutes:
+                print(f"{name}: {args.minutes} minutes are over, {part} is left out", flush=True)
+                continue
+            for row in PARTS[part](bench):
                 print(name, *(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in row.items()), flush=True)
                 rows.append(row)
     return {"machine": machine(args.threads, args.device), "data": bench.source, "image_size": bench.host.image_size,
@@ -312,7 +326,8 @@ def measure(name, size, args):
 
 COLUMNS = {"items/s": ("items_per_second", "{:,.3g}"), "s": ("seconds", "{:.3g}"), "CPU s": ("cpu_seconds", "{:.3g}"),
            "peak GiB": ("peak_gib", "{:.2f}"), "kept GiB": ("kept_gib", "{:.2f}"), "GFLOP": ("gflop", "{:,.3g}"),
-           "matrix share": ("matrix_share", "{:.0%}"), "waiting": ("waiting", "{:.0%}"), "needed": ("needed", "{:,.0f}"),
+           "floor": ("floor", "{:.3g}"), "matrix share": ("matrix_share", "{:.0%}"), "error": ("error", "{:.1%}"),
+           "flipped": ("flipped", "{:.2%}"), "waiting": ("waiting", "{:.0%}"), "needed": ("needed", "{:,.0f}"),
            "processes": ("processes", "{}")}
 
 
@@ -327,7 +342,8 @@ def table(report):
 
 
 def main(words=None):
-    parser = options(__doc__, repeats=3, batch=0, workers=2)
+    parser = options(__doc__, repeats=3, batch=0, workers=2, minutes=0)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--sizes", nargs="+", choices=("tiny", "full"), default=["tiny", "full"])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -340,11 +356,15 @@ def main(words=None):
         return print(table(json.loads(args.table.read_text())))
     device = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     args.out = args.out or RESULTS / (re.sub(r"\W+", "-", device).strip("-").lower() + ".json")
-    report = json.loads(args.out.read_text()) if args.out.exists() else {"device": device, "models": {}}
+    report, begun = json.loads(args.out.read_text()) if args.out.exists() else {"device": device, "models": {}}, time.monotonic()
     for size in args.sizes:
         for name in (MODELS[model][size] for model in args.models):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:  # memory is counted from nothing
-                report["models"][name] = alone.submit(measure, name, size, args).result()
+                entry = alone.submit(measure, name, size, args, begun).result()
+            before, new = report["models"].get(name, {}), {row["part"] for row in entry["rows"]}
+            if before.get("machine") == entry["machine"]:
+                entry["rows"] = [row for row in before["rows"] if row["part"] not in new] + entry["rows"]
+            report["models"][name] = entry
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(report, indent=1) + "\n")  # after each: the next one may take all memory
     print(table(report))
