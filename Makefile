@@ -20,7 +20,8 @@ DEMO := runs/demo
 demo: .venv/installed
 	$(BIN)/ris-nb data shapes $(DEMO)/data
 	$(BIN)/ris-nb predict $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --out $(DEMO)/magnet_tiny
-	$(BIN)/ris-nb train --root $(DEMO)/data --model lavt_tiny --pretrained --out $(DEMO)/lavt_tiny --force
+	$(BIN)/ris-nb data pack $(DEMO)/data --image-size 64 --out $(DEMO)/data.pack
+	$(BIN)/ris-nb train --root $(DEMO)/data --pack $(DEMO)/data.pack --model lavt_tiny --pretrained --out $(DEMO)/lavt_tiny --force
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --out $(DEMO)/val
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split testC --out $(DEMO)/testC
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --shuffle-seed 0 --out $(DEMO)/val_shuffled
