@@ -70,12 +70,16 @@ def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tup
 def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
     """Answer an evaluation batch (see `answer_batch`) and compare with the truth. `images` are the positions of the batch's images in the data set."""
     which = range(len(batch)) if batch.which is None else batch.which.tolist()
-    records, asked = [], Counter()
-    for b, (mask, truth, n) in enumerate(zip(*answer_batch(model, batch, pairs), which, strict=True)):
-        intersection, union = intersection_union(mask, truth)
-        share, absent = int(truth.count_nonzero()) / truth.numel(), not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
-        records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b],
-                              int(intersection), int(union), share, absent, not mask.any()))
+    records, asked, counts = [], Counter(), []
+    masks, truths = answer_batch(model, batch, pairs)
+    for mask, truth in zip(masks, truths, strict=True):
+        truth = truth.to(mask.device)
+        counts.append(torch.stack([*intersection_union(mask, truth), truth.sum(), mask.sum()]))
+    for b, (n, counted) in enumerate(zip(which, torch.stack(counts).tolist(), strict=True)):  # one wait for the device
+        intersection, union, true, marked = counted
+        absent = not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
+        records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b], intersection, union,
+                              true / truths[b].numel(), absent, marked == 0))
         asked[n] += 1
     return records
 
