@@ -70,13 +70,10 @@ def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tup
 def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
     """Answer an evaluation batch (see `answer_batch`) and compare with the truth. `images` are the positions of the batch's images in the data set."""
     which = range(len(batch)) if batch.which is None else batch.which.tolist()
-    records, asked, counts = [], Counter(), []
-    masks, truths = answer_batch(model, batch, pairs)
-    for mask, truth in zip(masks, truths, strict=True):
-        truth = truth.to(mask.device)
-        counts.append(torch.stack([*intersection_union(mask, truth), truth.sum(), mask.sum()]))
-    for b, (n, counted) in enumerate(zip(which, torch.stack(counts).tolist(), strict=True)):  # one wait for the device
-        intersection, union, true, marked = counted
+    (masks, truths), records, asked = answer_batch(model, batch, pairs), [], Counter()
+    counts = torch.stack([torch.stack([*intersection_union(mask, true := truth.to(mask.device)), true.sum(), mask.sum()])
+                          for mask, truth in zip(masks, truths, strict=True)]).tolist()  # one wait for the device
+    for b, (n, (intersection, union, true, marked)) in enumerate(zip(which, counts, strict=True)):
         absent = not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
         records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b], intersection, union,
                               true / truths[b].numel(), absent, marked == 0))
