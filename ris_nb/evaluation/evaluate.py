@@ -55,10 +55,8 @@ def cut(batch: Batch, pairs: int) -> list[Batch]:
 
 # %% ../../nbs/09_evaluation.ipynb #016b
 def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names.
-
-    `pairs`: the most expressions that the model answers at once (default: all).
-    """
+    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names. `pairs`: the most that it
+    answers at once (default: all)."""
     squares = [tuple(batch.image.shape[-2:])] * len(batch)
     sizes, truths = (squares, batch.mask) if model.resolution == "model" else (batch.size, batch.truth)
     masks = []
