@@ -44,7 +44,7 @@ from ris_nb.data.tokenizer import build_vocabulary
 from ris_nb.evaluation.cases import show_answers
 from ris_nb.evaluation.floors import Floor
 from ris_nb.models.magnet import MagNet
-from ris_nb.registry import create_model, load_model, register_model
+from ris_nb.registry import _shipped, create_model, load_model, register_model
 from ris_nb.settings import nested
 from ris_nb.training.state import read_log
 
@@ -681,6 +681,28 @@ def test_an_empty_answer_is_said(run, tmp_path, monkeypatch):
     assert code == 0 and err == "" and out.startswith("there is none: ") and "0.0% of the photo" in out
     code, out, err = ris("compare", tmp_path / "night.png", "the red circle", "--models", run, "--out", tmp_path)
     assert code == 0 and err == "" and out.startswith("there is none: ") and out.count("\n") == 2
+
+
+def test_all_shipped_models_are_compared_and_named(tmp_path, monkeypatch):
+    """Without --models all of them answer; the picture, like the line printed, says where there is none. --help names them all."""
+    from ris_nb.evaluation import cases
+    names, said = _shipped(), {}
+    scene = make_scene(0, split="val", index=3)
+    nothing = next(e.text for e in refer(scene, "refshapes_plural") if e.kind == "none")
+    Image.fromarray(scene.image).save(tmp_path / "scene.png")
+    draw = show_answers
+
+    def look(models, photo, expression):
+        figure = draw(models, photo, expression)
+        said.update({name: figure.axes[4 * row + 3].get_xlabel() for row, name in enumerate(models)})
+        return figure
+    monkeypatch.setattr(cases, "show_answers", look)
+    code, out, err = ris("compare", tmp_path / "scene.png", nothing, "--out", tmp_path)
+    assert code == 0 and err == "" and list(said) == names and {"cris_tiny", "rela_tiny"} < set(names)
+    assert said["rela_tiny"] == "there is none" and "there is none: rela_tiny finds nothing" in out and said["sag_tiny"].startswith("marks ")
+    for command in ("compare", "explore", "predict", "evaluate", "listen", "train"):
+        text = " ".join(ris(command, "--help")[1].split())
+        assert all(name in text for name in names), command
 
 
 # Fine-tuning, plans, and a run that fails

@@ -28,7 +28,7 @@ from ris_nb.explore.panel import SIDE, Panel, bars, coloured, png, scene_at, sho
 from ris_nb.explore.shatter import ShatterPanel, draw_slots, shatter_panel, slot_colours, slot_names, with_slots
 from ris_nb.models.c3_loss import c3_loss
 from ris_nb.models.entity_slots import QuerySlots
-from ris_nb.registry import create_model, load_model, shipped_checkpoint
+from ris_nb.registry import _shipped, create_model, load_model, shipped_checkpoint
 from ris_nb.studies.sag import sag_for
 
 MODELS = ("lavt_tiny", "magnet_tiny", "sag_tiny")
@@ -114,6 +114,18 @@ def test_each_input_of_ask_changes_what_it_should(ask):
     number = ask["number"].value
     ask["another"].click()
     assert ask["number"].value == number + 1
+
+
+def test_the_page_asks_all_shipped_models_and_says_there_is_none():
+    panel = explore_().children[0]
+    assert list(panel.viewers) == _shipped() and {"cris_tiny", "rela_tiny"} < set(panel.viewers)
+    panel["number"].value = 3
+    nothing = next(text for text, mask in scene_at("val", 3)[2].items() if not mask.any())
+    panel["expression"].value = nothing
+    assert panel.said["rela_tiny"] == "there is none, right" and "there is none, right" in panel["rela_tiny caption"].value
+    assert panel.said["sag_tiny"].endswith("wrong: there is none")
+    below = [text.get_text() for ax in panel.figure().axes for text in ax.texts]
+    assert [text.splitlines()[0] for text in below] == list(panel.said.values())
 
 
 def test_a_lower_threshold_marks_more(ask):

@@ -23,8 +23,8 @@ __all__ = []
 class Compare(Several):
     """Put one expression to several models and draw their answers, a row each: slots where a model has some, score and mask.
 
-    Writes PHOTO_answers.png. Where no model is named, lavt_tiny, magnet_tiny and sag_tiny answer, which come with the library
-    and know RefShapes and nothing else.
+    Writes PHOTO_answers.png; below each mask stands how much of the photo it marks, or "there is none". Where no model is named, all
+    that come with the library answer: cris_tiny, lavt_tiny, magnet_tiny, rela_tiny and sag_tiny. They know RefShapes and nothing else.
 
     examples:
       ris-nb compare data/images/refshapes/val_000000.png "the red triangle"
@@ -43,7 +43,8 @@ def run_compare(flags: Compare) -> int:
     """Write the picture."""
     not_empty(flags, models="model")
     if flags.models is None and not flags.released:
-        flags.models = ("lavt_tiny", "magnet_tiny", "sag_tiny")
+        from ris_nb.registry import _shipped
+        flags.models = tuple(_shipped())
     import matplotlib.pyplot as plt
     from ris_nb.checkpoint import replacing
     from ris_nb.data.images import read_image

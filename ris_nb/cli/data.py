@@ -279,6 +279,6 @@ def run_pack(flags: MakePack) -> int:
     from ris_nb.data.sources import open_data
     data = open_data(flags.root, flags.dataset, flags.split_by)
     referrals = [referral for split in flags.splits or data.splits for referral in data.referrals(split)]
-    write_pack(referrals, flags.root, flags.image_size, flags.out, flags.workers, progress=True)
+    write_pack(referrals, data.root, flags.image_size, flags.out, flags.workers, progress=True)
     print(f"{flags.out}: {len(referrals):,} referrals to {len({r.image_path for r in referrals}):,} photos, {flags.out.stat().st_size:,} bytes")
     return 0

@@ -81,14 +81,14 @@ def run_evaluate(flags: Evaluate) -> int:
     within(flags, batch_size=(1, MAX_BATCH), workers=(0, MAX_WORKERS), shuffle_seed=SEEDS)
     model, home = named_model(flags), home_of(flags)
     from ris_nb.data.batches import ReferralDataset
-    from ris_nb.data.pack import Pack
+    from ris_nb.data.pack import open_pack
     from ris_nb.evaluation.evaluate import evaluate
     from ris_nb.data.sources import open_data
     accelerator = machine()
     model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
     dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True,
-                              pack=None if flags.pack is None else Pack(flags.pack, flags.root))
+                              pack=open_pack(flags.pack, data))
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",
                       split=flags.split, checkpoint=flags.checkpoint or flags.model or f"released {flags.released}")
     report.machine["precision"] = flags.precision

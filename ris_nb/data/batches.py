@@ -35,6 +35,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def _squash(image: Image.Image, size: int, method: Image.Resampling) -> np.ndarray:
     return np.array(image if image.size == (size, size) else image.resize((size, size), method))
 
+
+def squashes(transform: Transform) -> bool:
+    """Whether images and masks are squashed as by `Transform` itself: only then can images stay bytes, and a pack be used."""
+    kind = type(transform)
+    return issubclass(kind, Transform) and kind.image is Transform.image and kind.mask is Transform.mask
+
 # %% ../../nbs/04_batches.ipynb #020
 class Transform:
     """Squash to `size` x `size` pixels and normalise: bilinear for images, nearest for masks, nothing random.
@@ -59,12 +65,6 @@ class Transform:
         """Bool array (H, W) -> bool tensor (S, S)."""
         pixels = Image.fromarray(np.asarray(mask, dtype=bool).view(np.uint8))
         return torch.from_numpy(_squash(pixels, self.size, Image.Resampling.NEAREST)).bool()
-
-# %% ../../nbs/04_batches.ipynb #045s
-def squashes(transform: Transform) -> bool:
-    """Whether images and masks are squashed as by `Transform` itself: only then can images stay bytes, and a pack be used."""
-    kind = type(transform)
-    return issubclass(kind, Transform) and kind.image is Transform.image and kind.mask is Transform.mask
 
 # %% ../../nbs/04_batches.ipynb #045
 def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer, transform: Transform,
@@ -100,6 +100,18 @@ def _checked(referrals: Iterable[Referral], masks: bool) -> list[Referral]:
         if masks and not referral.has_mask:
             raise RISError(f"{name}: has no mask; use data with masks, or a model that trains without them")
     return referrals
+
+class AsBytes(Dataset):
+    """A data set as loaders read it: images stay bytes where it can give them so."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset, self._item = dataset, getattr(dataset, "raw", dataset.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
+        return self._item(index)
 
 # %% ../../nbs/04_batches.ipynb #050
 class ReferralDataset(Dataset):
@@ -148,19 +160,6 @@ def collate(items: Sequence[Batch]) -> Batch:
     if len(joined["ids"]) != len(items):
         joined["which"] = torch.arange(len(items)).repeat_interleave(torch.tensor([len(item) for item in items]))
     return Batch(**joined)
-
-# %% ../../nbs/04_batches.ipynb #055b
-class AsBytes(Dataset):
-    """A data set as loaders read it: images stay bytes where it can give them so."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset, self._item = dataset, getattr(dataset, "raw", dataset.__getitem__)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Batch:
-        return self._item(index)
 
 # %% ../../nbs/04_batches.ipynb #060
 class DrawSampler(Sampler):

@@ -23,7 +23,7 @@ from ..checkpoint import replacing
 from ..contract import RISError
 from .batches import Transform, squashes
 from .images import read_image
-from .refer import Referral
+from .refer import Referral, Referrals
 
 # %% auto #0
 __all__ = ['write_pack', 'Pack']
@@ -153,3 +153,8 @@ class Pack:
         place = self._masks[mask_key(referral, self.root)]
         counts = self._runs[self._ends[place - 1] if place else 0:self._ends[place]].tobytes()
         return torch.from_numpy(coco_mask.decode({"size": [self.size] * 2, "counts": counts}).T.view(bool))
+
+# %% ../../nbs/workshop/pack.ipynb #p05b
+def open_pack(path: str | Path | None, data: Referrals) -> Pack | None:
+    """The pack of a data set in the file `path`; None where none is named."""
+    return None if path is None else Pack(path, data.root)

@@ -59,7 +59,6 @@ def _polygon_runs(polygons: list, height: int, width: int) -> list[dict]:
     parts = [part.tolist() for part in parts if len(part) >= 6]
     return coco_mask.frPyObjects(parts, height, width) if parts else []
 
-# %% ../../nbs/03_refer.ipynb #045a
 def _mask_runs(segmentation: list | dict, height: int, width: int, absent: bool = False) -> list[dict]:
     """The parts of a COCO segmentation (one RLE, or a list of polygons, RLEs and mask files) as compressed RLEs.
 
@@ -243,7 +242,6 @@ def _image_folder(root: Path, dataset: str) -> Path:
     looked = ", ".join(str(root / name) for name in names)
     raise RISError(f"the images of {dataset} are missing: looked for {looked}; {_how_to_get(root, dataset)}")
 
-# %% ../../nbs/03_refer.ipynb #063a
 def _sentence(entry: dict, kind: str = "") -> Sentence:
     text = entry["raw"] if "raw" in entry else entry["sent"]
     if not isinstance(text, str): raise ValueError("a sentence is no string")

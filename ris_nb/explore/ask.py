@@ -68,11 +68,12 @@ READS = {True: "attention of the marked pixels", False: "what goes without the w
 
 
 def draw_answer(picture: np.ndarray, model: RISModel, found: Answer, word: int = -1, threshold: float = 0.5,
-                truth: np.ndarray | None = None) -> tuple[np.ndarray, str]:
-    """A picture (H, W, 3) with the answer's mask, or with the map of one word, and what to write below (HTML)."""
+                truth: np.ndarray | None = None) -> tuple[np.ndarray, str, str]:
+    """A picture (H, W, 3) with the answer's mask, or with the map of one word; the answer in words; and what to write below (HTML)."""
     mask = model.masks(found.output, [picture.shape[:2]], threshold)[0].numpy()
-    caption = (" " if mask.any() else ": ") + in_words(mask, truth) + coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
-    return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), caption
+    said = in_words(mask, truth)
+    caption = (" " if mask.any() else ": ") + said + coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
+    return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), said, caption
 
 
 def same_place(pieces: Sequence[str], piece: str, place: int) -> int:
@@ -96,7 +97,8 @@ def row_of_pictures(pictures: dict[str, np.ndarray], below: dict[str, str], titl
 
 # %% ../../nbs/workshop/explore_ask.ipynb #042
 class AskPanel(Panel):
-    """Several models before one picture: see `ask_panel`. `answers`: what they said last, `pictures`: what is shown, by name."""
+    """Several models before one picture: see `ask_panel`. By name, `answers`: what they said last, `said`: how much of the picture they
+    mark, or that there is none, `pictures`: what is shown."""
 
     def __init__(self, viewers: dict[str, Viewer], photo: Image.Image | None = None):
         self.viewers, self.photo, self.pictures = viewers, photo, {}
@@ -109,7 +111,7 @@ class AskPanel(Panel):
         _, photo, known = offer_examples(self.parts)
         if self["source"].value == "photo":
             photo, known = (self.photo if self.photo and not self["upload"].value else self.read(self["upload"].value)), {}
-        text, self.answers = self["expression"].value, {}
+        text, self.answers, self.said = self["expression"].value, {}, {}
         try:
             self.answers = {name: self.ask[name](viewer, photo, text) for name, viewer in self.viewers.items()}
             self.say(*dict.fromkeys(line for viewer in self.viewers.values() for line in unread(viewer.model.tokenizer, text)))
@@ -128,12 +130,13 @@ class AskPanel(Panel):
             drawn, caption = (picture, "")
             if name in self.answers:
                 found = self.answers[name]
-                drawn, caption = draw_answer(picture, viewer.model, found, same_place(found.pieces, self["words"].label, word), threshold, truth)
+                place = same_place(found.pieces, self["words"].label, word)
+                drawn, self.said[name], caption = draw_answer(picture, viewer.model, found, place, threshold, truth)
             self[name].value, self[f"{name} caption"].value, self.pictures[name] = png(drawn), f"<b>{name}</b>{caption}", drawn
 
     def figure(self) -> Figure:
-        """The pictures as they are now, with each word's share."""
-        below = {name: textwrap.fill("  ".join(f"{w} {s:.0%}" for w, s in zip(found.pieces, found.shares.tolist())), 40)
+        """The pictures as they are now, with the answer in words and each word's share."""
+        below = {name: self.said[name] + "\n" + textwrap.fill("  ".join(f"{w} {s:.0%}" for w, s in zip(found.pieces, found.shares.tolist())), 40)
                  for name, found in self.answers.items()}
         return row_of_pictures(self.pictures, below, f"“{self['expression'].value}”: {self['words'].label}")
 

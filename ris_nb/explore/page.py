@@ -16,6 +16,7 @@ from .losses import loss_panel
 from .shatter import ShatterPanel, shatter_panel
 from ..models.base import RISModel
 from ..models.entity_slots import EntitySlots
+from ..registry import _shipped
 
 # %% auto #0
 __all__ = []
@@ -23,9 +24,9 @@ __all__ = []
 # %% ../../nbs/25_explore.ipynb #096
 def explore(models: Mapping[str, RISModel] | None = None) -> widgets.Tab:
     """The four panels in tabs. models: trained models of yours, by name, for "Ask" and, if one has entity slots, for "Shatter and gather";
-    the others are those that come with the library."""
+    the others are those that come with the library, in "Ask" all of them."""
     models = models or {}
     slots = next((Viewer(model) for model in models.values() if isinstance(getattr(getattr(model, "entities", None), "slots", None), EntitySlots)), None)
-    panels = {"Ask": ask_panel(models) if models else ask_panel(), "Fill in the word": fill_panel(),
+    panels = {"Ask": ask_panel(models or _shipped()), "Fill in the word": fill_panel(),
               "Shatter and gather": ShatterPanel(slots) if slots else shatter_panel(), "Loss lab": loss_panel()}
     return widgets.Tab(list(panels.values()), titles=list(panels))

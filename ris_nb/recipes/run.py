@@ -18,7 +18,7 @@ from tyro.conf import Suppress, arg
 from ..checkpoint import replacing
 from ..contract import RISError
 from ..data.batches import ReferralDataset
-from ..data.pack import Pack
+from ..data.pack import open_pack
 from ..data.refer import Referrals
 from ..data.tokenizer import SPECIAL, build_vocabulary
 from ..evaluation.evaluate import evaluate, share_loader
@@ -54,7 +54,7 @@ class RunSettings:
     network: Suppress[dict] = field(default_factory=dict)
     """Arguments of the model by name, in place of its own defaults; those in a group as a table, or by their paths ("vision.width")."""
     from_: Annotated[str | None, arg(name="from", metavar="MODEL")] = None
-    """Fine-tune a trained model: a run's folder, a model that comes with the library (lavt_tiny, magnet_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub. Weights, vocabulary and settings are that model's."""
+    """Fine-tune a trained model: a run's folder, a model that comes with the library (cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub. Weights, vocabulary and settings are that model's."""
     pretrained: bool = False
     """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for the tiny models part of the library."""
     image_size: int | None = None
@@ -107,11 +107,6 @@ def _create(name: str, settings: RunSettings, arguments: dict) -> RISModel:
                        "see the arguments of its class") from error
 
 # %% ../../nbs/workshop/run.ipynb #070a
-def open_pack(settings: RunSettings, data: Referrals) -> Pack | None:
-    """The pack that the settings name."""
-    return None if settings.pack is None else Pack(settings.pack, data.root)
-
-
 def validation(settings: RunSettings, config: TrainConfig, data: Referrals, model: RISModel, processes: int = 1) -> Callable | None:
     """The function that scores a model during training, or None where there is nothing to score it on.
 
@@ -128,7 +123,7 @@ def validation(settings: RunSettings, config: TrainConfig, data: Referrals, mode
         raise RISError(f"--patience {config.patience} counts validations, and there is nothing to score on: name a split, as in --val val")
     if split == "none":
         return None
-    dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True, pack=open_pack(settings, data))
+    dataset = ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True, pack=open_pack(settings.pack, data))
     images = max(1, config.batch_size // config.accumulate // processes)  # at a time: as many as pairs in training
     loader = share_loader(dataset, images, config.workers)  # its workers stay
     return lambda model: evaluate(model, dataset, progress=False, loader=loader).scores()
@@ -230,7 +225,7 @@ def _model_and_pairs(data: Referrals, settings: RunSettings, seed: int) -> tuple
         referrals = per_sentence(referrals)
     model = recipe_model(settings, data, referrals, seed) if settings.recipe else build_model(settings, referrals, seed)
     model.freeze(settings.freeze)
-    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks, pack=open_pack(settings, data))
+    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks, pack=open_pack(settings.pack, data))
 
 # %% ../../nbs/workshop/run.ipynb #077a
 def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: Iterable[str | Path] = ()) -> list[dict]:
