@@ -174,9 +174,9 @@ def chromium():
 
 
 def sample(site):
-    """All pages but most of the workshop and of the exercises, which are made in the same way."""
-    few = [path for folder in ("workshop", "exercises") for path in sorted((site / folder).glob("*.html"))[::10]]
-    whole = [path for folder in (".", "library", "teaching") for path in sorted((site / folder).glob("*.html"))]
+    """All pages but most of the workshop, of the exercises and of those for teaching, which are made in the same way."""
+    few = [path for folder, step in (("workshop", 10), ("exercises", 10), ("teaching", 3)) for path in sorted((site / folder).glob("*.html"))[1::step]]
+    whole = [path for folder in (".", "library") for path in sorted((site / folder).glob("*.html"))]
     return [path.relative_to(site).as_posix() for path in [*whole, *few]]
 
 
