@@ -55,8 +55,10 @@ def cut(batch: Batch, pairs: int) -> list[Batch]:
 
 # %% ../../nbs/09_evaluation.ipynb #016b
 def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names. `pairs`: the most that it
-    answers at once (default: all)."""
+    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names.
+
+    `pairs`: the most expressions that the model answers at once (default: all).
+    """
     squares = [tuple(batch.image.shape[-2:])] * len(batch)
     sizes, truths = (squares, batch.mask) if model.resolution == "model" else (batch.size, batch.truth)
     masks = []
@@ -68,13 +70,12 @@ def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tup
 def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
     """Answer an evaluation batch (see `answer_batch`) and compare with the truth. `images` are the positions of the batch's images in the data set."""
     which = range(len(batch)) if batch.which is None else batch.which.tolist()
-    (masks, truths), records, asked = answer_batch(model, batch, pairs), [], Counter()
-    counts = torch.stack([torch.stack([*intersection_union(mask, true := truth.to(mask.device)), true.sum(), mask.sum()])
-                          for mask, truth in zip(masks, truths, strict=True)]).tolist()  # one wait for the device
-    for b, (n, (intersection, union, true, marked)) in enumerate(zip(which, counts, strict=True)):
-        absent = not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
-        records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b], intersection, union,
-                              true / truths[b].numel(), absent, marked == 0))
+    records, asked = [], Counter()
+    for b, (mask, truth, n) in enumerate(zip(*answer_batch(model, batch, pairs), which, strict=True)):
+        intersection, union = intersection_union(mask, truth)
+        share, absent = int(truth.count_nonzero()) / truth.numel(), not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
+        records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b],
+                              int(intersection), int(union), share, absent, not mask.any()))
         asked[n] += 1
     return records
 
