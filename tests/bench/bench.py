@@ -139,10 +139,11 @@ class Bench:
         return {"part": part, "variant": variant, "batch": self.size, **rate, **seconds, **figures}
 
     def product(self, dtype):
-        """A product of two square matrices of that type, and its FLOPs."""
-        n = 8192 if self.device == "cuda" else 512
+        """Products of two square matrices of that type, and their FLOPs: enough that a CPU's clock of its threads, which goes by
+        milliseconds, can time them."""
+        n, times = (8192, 1) if self.device == "cuda" else (2048, 4 if dtype == torch.bfloat16 else 1)
         a, b = torch.randn(2, n, n, device=self.device).to(dtype)
-        return (lambda: a @ b), 2 * n**3
+        return (lambda: [a @ b for _ in range(times)]), 2 * n**3 * times
 
     def against_product(self, call, flops, dtype, repeats):
         """Seconds of `call`, clock and CPU; its FLOPs; and its share of the rate of a lone product, timed in turns with it."""

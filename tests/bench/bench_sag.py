@@ -25,6 +25,7 @@ from parity import Case, make_weight
 from plain_sag import plain_sag, released_shapes, sag_inputs
 from test_sag_sizes import computed
 
+from ris_nb.contract import Batch
 from ris_nb.models.released_sag import UNUSED, released_sag_key
 from ris_nb.models.sag import SaG
 
@@ -34,13 +35,14 @@ NOISE = 1e-6  # gradients this small beside the largest are zero but for roundin
 
 
 class Side:
-    """One way to compute a step: `forward() -> tensors`, among them c3 and recon_loss, and the weights by our names."""
+    """One way to compute a step: `forward() -> tensors`, among them c3 and recon_loss, and the weights by our names; `everything`:
+    a forward that also gives what isn't needed for a step, to be compared."""
 
-    def __init__(self, forward, weights):
-        self.forward, self.weights = forward, weights
+    def __init__(self, forward, weights, everything=None):
+        self.forward, self.weights, self.everything = forward, weights, everything or forward
 
-    def step(self):
-        found = self.forward()
+    def step(self, everything=False):
+        found = self.everything() if everything else self.forward()
         (found["c3"] + found["recon_loss"]).backward()
         return {key: value.detach() for key, value in found.items()}
 
@@ -53,8 +55,14 @@ def make_sides(state, image, ids, eps):
     model = SaG.from_released(state)
     state = {key: value.clone().requires_grad_() for key, value in state.items()}
     model.to(image.dtype)
+    batch = Batch(image, ids, ids != 0)
+
+    def losses():  # as in training: all that `answers` compares besides would be computed twice
+        found = model.losses(model(batch, noise=eps), batch)
+        return {"c3": found["c3"], "recon_loss": found["reconstruction"]}
+
     return {"plain": Side(lambda: plain_sag(state, {}, image, ids, eps), {released_sag_key(key): value for key, value in state.items()}),
-            "ris_nb": Side(lambda: computed(model, image, ids, eps), dict(model.named_parameters()))}
+            "ris_nb": Side(losses, dict(model.named_parameters()), lambda: computed(model, image, ids, eps))}
 
 
 def worst(found, expected, floor=0.0):
@@ -67,7 +75,7 @@ def worst(found, expected, floor=0.0):
 def answers(side):
     """Outputs and gradients of one step."""
     side.clear()
-    return side.step(), {key: weight.grad for key, weight in side.weights.items() if weight.grad is not None}
+    return side.step(everything=True), {key: weight.grad for key, weight in side.weights.items() if weight.grad is not None}
 
 
 def differences(found, expected):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benching import RESULTS
 
-HEAD = ("work", "against", "before", "after", "times faster", "floor", "times the floor", "memory", "machine")
+HEAD = ("work", "against", "before", "after", "times faster", "floor", "times the floor", "memory, error", "machine")
 
 
 def seconds(value):
