@@ -236,7 +236,7 @@ RECIPES |= {
     "lavt_tiny": _tiny("lavt_tiny", 8, "encoder.vision", TINY_RECIPE),
     "magnet_tiny": _tiny("magnet_tiny", 13, "encoder.vision", TINY_RECIPE, steps=4000, validate_every=1000),
     "sag_tiny": _tiny("sag_tiny", 17, "vision", TINY_RECIPE, steps=1000, lr=5e-4),
-    "cris_tiny": _tiny("cris_tiny", 19, "encoder.stages", TINY_RECIPE, steps=800),
+    "cris_tiny": _tiny("cris_tiny", 19, "encoder.stages", TINY_RECIPE, steps=2400),
     "rela_tiny": _tiny("rela_tiny", 20, "encoder", TINY_RECIPE, dataset="refshapes_plural", steps=400, warmup=50, val="none"),
 }
 
