@@ -48,7 +48,8 @@ chromium:
 		&& DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 		|| { echo "Chromium can't be installed here: ask for the package chromium; the tests in a browser are skipped without it"; exit 1; }
 
-# Speed and memory of every model on this machine, the paper's sizes too: up to an hour and 16 GB on a laptop; on a GPU add BENCH="--minutes 10".
+# Speed and memory of every model on this machine, the paper's sizes too: up to an hour and 16 GB on a laptop.
+# On a GPU, ten minutes are enough for the first script alone: python tests/bench/bench.py --minutes 10.
 bench: .venv/installed
 	$(BIN)/python tests/bench/bench.py $(BENCH)
 	for part in magnet sag data scale summary; do $(BIN)/python tests/bench/bench_$$part.py || exit 1; done

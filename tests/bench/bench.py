@@ -8,7 +8,7 @@
 Each model is measured in a process of its own. The parts: the data path, in the training process and in `--workers` others;
 forward; a training step, as `fit` makes it, and switch by switch on a GPU (or with --ladder); evaluation; and a short training
 through `fit`, with the share of its time in which it waits for data. Rows of models and parts that are not measured stay in the file.
-On a GPU `--minutes 10` is the whole of it, both sizes and all switches: what has not begun by then is left out, and said.
+With `--minutes 10` no part of a model begins later than that; what is left out is said.
 
 In a row, seconds are medians, per batch: on the clock, which is what a user waits, and of CPU (all threads, and the data path's
 workers), which still means something on a machine that others use, too. "peak" is the most memory that the process, or on a GPU
