@@ -40,8 +40,7 @@ def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], location
     locations (B, Q, heads, levels, points, 2): x and y, 0 to 1 over the map from edge to edge; weights (B, Q, heads, levels,
     points). Returns (B, Q, heads * d). Values are read bilinearly, with zeros outside (Deformable DETR, ICLR 2021, section 4.1).
     """
-    learning = any(x.requires_grad for x in (value, locations, weights))
-    sample = gathered_sample if value.device.type == "cpu" and not learning else grid_sampled
+    sample = gathered_sample if value.device.type == "cpu" and value.shape[-1] >= 16 else grid_sampled
     return sample(value, shapes, locations, weights)
 
 # %% ../../nbs/12_mask_decoder.ipynb #045
