@@ -82,30 +82,25 @@ def _bags(plan: _Plan, locations: Tensor, weights: Tensor, base: Tensor) -> tupl
     return (rows + base).view(-1, 1, plan.corners.shape[1]) + plan.corners, _shares(part, weights)
 
 # %% ../../nbs/workshop/deformable.ipynb #038
-class _TableGradient(torch.autograd.Function):
-    """sums (n, d) as they are; on the way back the gradient of their table (R, d), of which sum i adds up rows[i], (n, k) int32,
-    by shares[i], (n, k)."""
+class _WeightedRows(torch.autograd.Function):
+    """table (R, d), rows (n, k) int32, shares (n, k) -> for each n the sum of its k rows of the table, by their shares (n, d)."""
 
     @staticmethod
-    def forward(ctx, sums: Tensor, table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, shares)
-        ctx.length = len(table)
-        return sums.view_as(sums)
+    def forward(ctx, table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        ctx.save_for_backward(table, rows, shares)
+        return F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         from scipy.sparse import csr_array
-        rows, shares = ctx.saved_tensors
+        (table, rows, shares), grad = ctx.saved_tensors, grad.contiguous()
+        of_shares, few = torch.empty_like(shares), max(1, 2**19 // (rows.shape[1] * table.shape[1]))  # 2 MB looked up at once
+        for out, some, g in zip(of_shares.split(few), rows.split(few), grad.split(few)):
+            torch.linalg.vecdot(F.embedding(some, table), g[:, None], out=out)
         ends = np.arange(0, rows.numel() + 1, rows.shape[1], dtype=np.int32)
-        matrix = csr_array((shares.numpy().ravel(), rows.numpy().ravel(), ends), shape=(len(rows), ctx.length))
-        return grad, torch.from_numpy(matrix.T @ grad.numpy()), None, None
-
-
-def _weighted_rows(table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-    """table (R, d), rows (n, k) int32, shares (n, k) -> for each n the sum of its k rows of the table, by their shares (n, d)."""
-    sums = F.embedding_bag(rows, table.detach(), per_sample_weights=shares, mode="sum")
-    return _TableGradient.apply(sums, table, rows, shares.detach())
+        matrix = csr_array((shares.numpy().ravel(), rows.numpy().ravel(), ends), shape=(len(rows), len(table)))
+        return torch.from_numpy(matrix.T @ grad.numpy()), None, of_shares
 
 # %% ../../nbs/workshop/deformable.ipynb #039
 @torch.compiler.disable  # torch.compile can't look into SciPy
@@ -116,4 +111,4 @@ def gathered_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations:
     base = torch.arange(B, dtype=torch.int32) * (table.shape[1] * heads)
     plan = _plan(tuple(map(tuple, shapes)), heads, points, value.dtype)
     rows, shares = _bags(plan, locations.flatten(0, 1), weights.flatten(0, 1), base.repeat_interleave(Q)[:, None])
-    return _weighted_rows(table.view(-1, d), rows.flatten(1), shares.flatten(1)).view(B, Q, -1)
+    return _WeightedRows.apply(table.view(-1, d), rows.flatten(1), shares.flatten(1)).view(B, Q, -1)

@@ -5,6 +5,7 @@
 # %% ../../nbs/workshop/compute.ipynb #imp-e
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Callable
@@ -105,3 +106,13 @@ def compiling():
             raise
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RISError(f"compile: torch can't compile this model ({line.strip()[:150]}); train without it") from error
+
+# %% ../../nbs/workshop/compute.ipynb #k2
+def keep_freed_memory() -> None:
+    """From now on this process keeps the memory that it frees, for its next tensors; where the C library is not glibc, nothing happens."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and it shrinks only when 2 GiB at its end are free

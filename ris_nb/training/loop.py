@@ -20,7 +20,7 @@ from ..checkpoint import replacing
 from ..contract import RISError
 from ..distributed import sync_batchnorm
 from ..models.base import evaluating
-from .compute import (check_device, check_scale, compiling, compute_output, in_precision, make_scaler, matmuls,
+from .compute import (check_device, check_scale, compiling, compute_output, in_precision, keep_freed_memory, make_scaler, matmuls,
                                      use_checkpointing)
 from .config import TrainConfig
 from .ema import EMA
@@ -199,6 +199,7 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> 
     check_trackers(config.trackers)
     accelerator = make_accelerator(config.precision)
     check_device(config.precision, config.compile, accelerator.device)
+    keep_freed_memory()
     if config.checkpointing:
         use_checkpointing(model)
     open_run(folder, config, resume)

@@ -46,6 +46,7 @@ from ris_nb.data.tokenizer import build_vocabulary
 from ris_nb.data.writer import make_refshapes
 from ris_nb.evaluation.evaluate import evaluate
 from ris_nb.registry import create_model
+from ris_nb.training.compute import keep_freed_memory
 from ris_nb.training.config import TrainConfig
 from ris_nb.training.loop import LossStep, fit
 from ris_nb.training.optim import optimizer_step, param_groups
@@ -211,6 +212,7 @@ def forward_rows(bench):
 
 
 def step_rows(bench):
+    keep_freed_memory()  # as `fit` does
     bench.pupil.train()
     for variant in variants(bench):
         batch, config = laid_out(bench, variant), TrainConfig(lr=1e-6)
