@@ -104,11 +104,14 @@ class _WeightedRows(torch.autograd.Function):
 
 # %% ../../nbs/workshop/deformable.ipynb #039
 @torch.compiler.disable  # torch.compile can't look into SciPy
-def gathered_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """`deformable_sample` of `mask_decoder` on a CPU, by weighted sums of table rows; arguments as there."""
+def gathered_sample(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, size: int = 4096) -> Tensor:
+    """`deformable_sample` of `mask_decoder` on a CPU, by weighted sums of table rows, for `size` queries at a time; arguments as there."""
     (B, Q, heads, _, points), d = weights.shape, value.shape[-1]
     table = _bordered(value.flatten(2), shapes)  # (B, cells, heads * d)
-    base = torch.arange(B, dtype=torch.int32) * (table.shape[1] * heads)
-    plan = _plan(tuple(map(tuple, shapes)), heads, points, value.dtype)
-    rows, shares = _bags(plan, locations.flatten(0, 1), weights.flatten(0, 1), base.repeat_interleave(Q)[:, None])
-    return _WeightedRows.apply(table.view(-1, d), rows.flatten(1), shares.flatten(1)).view(B, Q, -1)
+    base = (torch.arange(B, dtype=torch.int32) * (table.shape[1] * heads)).repeat_interleave(Q)[:, None]
+    table, plan = table.view(-1, d), _plan(tuple(map(tuple, shapes)), heads, points, value.dtype)
+    sums = []
+    for some in zip(locations.flatten(0, 1).split(size), weights.flatten(0, 1).split(size), base.split(size)):
+        rows, shares = _bags(plan, *some)
+        sums.append(_WeightedRows.apply(table, rows.flatten(1), shares.flatten(1)))
+    return torch.cat(sums).view(B, Q, -1)
