@@ -18,18 +18,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as run_lengths
 from safetensors.torch import save_model as save_weights
 from torch import nn
 
 from ..checkpoint import replacing
-from ..data.batches import ReferralDataset, make_batch
+from ..data.batches import ReferralDataset, collate, make_batch
 from ..data.shapes import COLOURS, SHAPES, SIZES, Phrase, Scene, denote, is_minimal, make_scene, say
 from ..data.sources import open_data
 from ..data.tokenizer import SPECIAL
 from ..data.toy_phrases import say_toys
 from ..data.toy_speaker import refer_toys
 from ..data.toys import TOY_COLOURS, TOY_KINDS, TOY_SIZES, ToyScene, make_toys
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import answer_batch, evaluate
 from ..models.base import evaluating
 from ..models.mask_grounding import TINY_PREDICTOR, Grounded
 from ..registry import create_model
@@ -223,12 +224,20 @@ def law_model(name: str, language: str, condition: str) -> nn.Module:
     return model if CONDITIONS[condition] is None else Grounded(model, **{**GAME, **CONDITIONS[condition]})
 
 # %% ../../nbs/workshop/study_law.ipynb #s10
+@torch.no_grad()
+def first_masks(model: nn.Module, data: ReferralDataset, scenes: int = 3) -> list[str]:
+    """The mask of the first sentence about each of the first scenes, as the counts of COCO's run lengths."""
+    with evaluating(model):
+        masks = [answer_batch(model, collate([data[i]]))[0][0] for i in range(scenes)]
+    return [run_lengths.encode(np.asfortranarray(mask.numpy(), dtype=np.uint8))["counts"].decode() for mask in masks]
+
+
 def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> dict[str, Callable[[int, Path], dict]]:
     """The study's variants for `run_study`, LAVT's first. The data are written below `root` where they are missing, from `scenes` scenes
     for training, by default the world's own number, and 200 for the tests.
 
-    The figures of a run: steps; seconds (of processor time, in training); oIoU and mIoU of the test "iid" and of the world's two others;
-    and with a game those of `play` on the val scenes of its language. Its predictor then lies beside the model, in predictor.safetensors.
+    The figures of a run: steps; seconds (of processor time, in training); oIoU and mIoU of the test "iid" and of the world's two others,
+    of the last also "masks" (see `first_masks`); and with a game those of `play` on the val scenes of its language. Its predictor then lies beside the model, in predictor.safetensors.
     """
     val = 200 if scenes is None else scenes
 
@@ -252,6 +261,7 @@ def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> 
                 dataset = ReferralDataset(asked.referrals("val"), model.tokenizer, model.transform, every=True)
                 scores = evaluate(model, dataset, progress=False).scores()
                 figures |= {f"{test} {score}": scores[score] for score in ("oIoU", "mIoU")}
+            figures["masks"] = first_masks(model, dataset)
             if isinstance(model, Grounded) and model.weight:
                 save_weights(model.predictor, str(folder / "predictor.safetensors"))  # a checkpoint has none
                 figures |= play(model, language, [world.make(0, split="val", index=i) for i in range(val)])
