@@ -17,7 +17,7 @@ from ris_nb.registry import create_model
 def test_memory_is_counted():
     a, b = torch.ones(1000, 1000), torch.ones(1000, 1000, requires_grad=True)
     kept, (square, product) = saved_bytes(lambda: ((a * b).square(), a @ b), [b])
-    assert kept == 2 * 4e6  # a, which the products need, and a * b, which the square does; b is a weight
+    assert kept == {"": 2 * 4e6}  # a, which the products need, and a * b, which the square does; b is a weight
     before, peak = peak_memory(lambda: torch.ones(50_000_000))
     assert 190e6 < peak - before < 230e6  # pages that were held and free may be used again
 
@@ -90,6 +90,9 @@ def test_switch_by_switch(small, monkeypatch):
     assert [row["variant"] for row in rows] == [*names, "checkpointed"]
     plain, *_, last, checkpointed = rows
     assert checkpointed["kept_gib"] < 0.8 * plain["kept_gib"]
+    assert sum(plain["kept_mib"].values()) == pytest.approx(1024 * plain["kept_gib"])
+    stages = [sum(mib for block, mib in row["kept_mib"].items() if "vision.stages" in block) for row in (plain, checkpointed)]
+    assert 5 * stages[1] < stages[0]  # what is computed again isn't kept
     assert len({row["gflop"] for row in rows}) == 1  # of the work there is to do, however it is done
 
 

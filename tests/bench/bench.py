@@ -12,7 +12,7 @@ With `--minutes 10` no part of a model begins later than that; what is left out 
 
 In a row, seconds are medians, per batch: on the clock, which is what a user waits, and of CPU (all threads, and the data path's
 workers), which still means something on a machine that others use, too. "peak" is the most memory that the process, or on a GPU
-its tensors, took, weights and all; "kept" what autograd keeps for the way back, weights aside. "matrix share" holds the FLOPs
+its tensors, took, weights and all; "kept" what autograd keeps for the way back, weights aside; "kept_mib" the same by block. "matrix share" holds the FLOPs
 of the products and attentions in the plain call (what checkpointing computes twice counts once) against the rate of a lone
 product of the same type, measured in turns with it: on a CPU by seconds of CPU, on a GPU by the clock. "floor" is what these FLOPs
 would take at that rate. "error" is the largest change of a score by bfloat16, as a share of the largest score, "flipped" the share
@@ -211,6 +211,12 @@ def forward_rows(bench):
         yield bench.row("forward", variant.name, peak_gib=peak / 2**30, **found)
 
 
+def by_block(kept):
+    """Mebibytes, most first: of each block that keeps a hundredth of the whole or more, and of the rest."""
+    large = {block or "losses": count / 2**20 for block, count in kept.most_common() if count >= kept.total() / 100}
+    return {**large, "the rest": kept.total() / 2**20 - sum(large.values())}
+
+
 def step_rows(bench):
     keep_freed_memory()  # as `fit` does
     bench.pupil.train()
@@ -234,10 +240,10 @@ def step_rows(bench):
         bench.step_flops = bench.step_flops or flops_of(backward)
         step()  # AdamW's averages are there from now on
         with attention(variant):
-            kept, _ = saved_bytes(lambda: call(batch), bench.pupil.parameters())
+            kept, _ = saved_bytes(lambda: call(batch), bench.pupil.parameters(), bench.pupil)
         _, peak = peak_memory(step, bench.device)
         found = bench.against_product(step, bench.step_flops, torch.bfloat16 if variant.bf16 else torch.float32, bench.args.repeats)
-        yield bench.row("training step", variant.name, peak_gib=peak / 2**30, kept_gib=kept / 2**30, **found)
+        yield bench.row("training step", variant.name, peak_gib=peak / 2**30, kept_gib=kept.total() / 2**30, kept_mib=by_block(kept), **found)
         del optimizer
         bench.pupil.zero_grad()
     if hasattr(bench.host, "set_grad_checkpointing"):
@@ -319,7 +325,7 @@ def measure(name, size, args, begun):
                 print(f"{name}: {args.minutes} minutes are over, {part} is left out", flush=True)
                 continue
             for row in PARTS[part](bench):
-                print(name, *(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in row.items()), flush=True)
+                print(name, *(f"{key} {value:.3g}" if isinstance(value, float) else value for key, value in row.items() if key != "kept_mib"), flush=True)
                 rows.append(row)
     return {"machine": machine(args.threads, args.device), "data": bench.source, "image_size": bench.host.image_size,
             "parameters": sum(p.numel() for p in bench.pupil.parameters()), "repeats": args.repeats, "rows": rows}

@@ -117,7 +117,8 @@ def main():
 
     memory, flops = defaultdict(dict), {}
     for name, side in sides.items():
-        memory[name]["saved"], found = saved_bytes(side.forward, side.weights.values())
+        kept, found = saved_bytes(side.forward, side.weights.values())
+        memory[name]["saved"] = kept.total()
         del found
         before, most = peak_memory(side.step)
         memory[name]["peak"] = most - before

@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 
@@ -95,19 +95,30 @@ def peak_memory(call, device="cpu"):
     return before, resident("VmHWM")
 
 
-def saved_bytes(call, weights):
-    """Bytes of the distinct storages that autograd saves during `call`, without those of the weights; and its result."""
-    known, kept = {w.untyped_storage().data_ptr() for w in weights}, {}
+def saved_bytes(call, weights, model=None):
+    """Bytes of the distinct storages that autograd saves during `call`, without those of the weights, and its result. The bytes are a
+    Counter: by the block of `model` that saves them first, "" for what none does, or without a model for everything."""
+    known, kept, inside, handles = {w.untyped_storage().data_ptr() for w in weights}, Counter(), [""], []
 
     def pack(x):
         storage = x.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+            known.add(storage.data_ptr())  # autograd holds it until the end of the call: no other gets this address
+            kept[inside[-1]] += storage.nbytes()
         return x
 
-    with saved_tensors_hooks(pack, lambda x: x):
-        result = call()
-    return sum(kept.values()), result
+    for path, module in model.named_modules() if model else ():
+        if path:
+            block = re.sub(r"(\.\d+)\..*", r"\1", path)  # a list's member, all parts of it together
+            handles += [module.register_forward_pre_hook(lambda *_, block=block: inside.append(block)),
+                        module.register_forward_hook(lambda *_: inside.pop() and None, always_call=True)]
+    try:
+        with saved_tensors_hooks(pack, lambda x: x):
+            result = call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept, result
 
 
 def options(doc, result=None, **defaults):
