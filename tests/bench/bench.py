@@ -240,7 +240,7 @@ def step_rows(bench):
         bench.step_flops = bench.step_flops or flops_of(backward)
         step()  # AdamW's averages are there from now on
         with attention(variant):
-            kept, _ = saved_bytes(lambda: call(batch), bench.pupil.parameters(), bench.pupil)
+            kept = saved_bytes(lambda: call(batch), bench.pupil.parameters(), bench.pupil)[0]  # what autograd kept is free again
         _, peak = peak_memory(step, bench.device)
         found = bench.against_product(step, bench.step_flops, torch.bfloat16 if variant.bf16 else torch.float32, bench.args.repeats)
         yield bench.row("training step", variant.name, peak_gib=peak / 2**30, kept_gib=kept.total() / 2**30, kept_mib=by_block(kept), **found)
