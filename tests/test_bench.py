@@ -40,7 +40,7 @@ def sane(entry, parts):
     rows = entry["rows"]
     assert {row["part"] for row in rows} == parts
     for row in rows:
-        assert all(math.isfinite(value) and value >= 0 for value in row.values() if not isinstance(value, str)), row
+        assert all(math.isfinite(value) and value >= 0 for value in row.values() if not isinstance(value, (str, dict))), row
         assert row["items_per_second"] > 0 and row["cpu_seconds"] > 0
         assert 0 <= row.get("waiting", 0) <= 1 and 0 < row.get("matrix_share", 1) <= 1.2, row
         assert 0.1 < row.get("peak_gib", 1) < 20, row

@@ -297,7 +297,7 @@ def test_rela_learns_there_is_none_from_a_folder(desks, tmp_path, capsys, monkey
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     out = str(tmp_path / "run")
     assert main(["data", "check", str(desks), "--strict"]) == 0
-    assert main(["train", "--root", str(desks), "--model", "rela_tiny", "--out", out, "--steps", "150", "--batch-size", "16", "--set", "loss.no_target=1"]) == 0
+    assert main(["train", "--root", str(desks), "--model", "rela_tiny", "--pretrained", "--out", out, "--steps", "150", "--batch-size", "16", "--set", "loss.no_target=1"]) == 0
     assert main(["evaluate", "--root", str(desks), "--split", "val", "--checkpoint", out]) == 0
     assert "24 expressions (10 fit nothing)" in capsys.readouterr().out
     report = Report.load(tmp_path / "run/val/report.json")

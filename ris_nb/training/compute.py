@@ -115,4 +115,4 @@ def keep_freed_memory() -> None:
     except OSError:
         return
     libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and it shrinks only when 2 GiB at its end are free
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: and it never shrinks

@@ -105,7 +105,7 @@ def saved_bytes(call, weights, model=None):
         if storage.data_ptr() not in known:
             known.add(storage.data_ptr())  # autograd holds it until the end of the call: no other gets this address
             kept[inside[-1]] += storage.nbytes()
-        return x
+        return x.detach()  # x itself, where it is a step's result, would hold the step that holds it, for ever
 
     for path, module in model.named_modules() if model else ():
         if path:
