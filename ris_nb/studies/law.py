@@ -237,7 +237,8 @@ def law_study(root: str | Path, steps: int = 600, scenes: int | None = None) -> 
     for training, by default the world's own number, and 200 for the tests.
 
     The figures of a run: steps; seconds (of processor time, in training); oIoU and mIoU of the test "iid" and of the world's two others,
-    of the last also "masks" (see `first_masks`); and with a game those of `play` on the val scenes of its language. Its predictor then lies beside the model, in predictor.safetensors.
+    of the last also "masks" (see `first_masks`); and with a game those of `play` on the val scenes of its language. Its predictor then
+    lies beside the model, in predictor.safetensors.
     """
     val = 200 if scenes is None else scenes
 
