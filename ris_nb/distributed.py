@@ -57,14 +57,22 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         y = (x.float() - mean[:, None, None]) * (var + self.eps).rsqrt()[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
-        return y.to(x.dtype)
+        return self.after(y.to(x.dtype))
+
+    def after(self, x):  # a norm that does more, such as timm's, does it here
+        return x
 
 # %% ../nbs/workshop/distributed.ipynb #069
 def sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Turn every `nn.BatchNorm2d` of `model` into a `SyncBatchNorm2d`, in place, and return it; parameters and their names stay."""
+    """Let every `nn.BatchNorm2d` and every `BatchNormAct2d` of timm's in `model` see the whole batch, as `SyncBatchNorm2d` does.
+
+    In place; parameters and their names stay. Returns the model.
+    """
+    from timm.layers import BatchNormAct2d  # here, because importing it takes a second
+    both = {"after": lambda self, x: self.act(self.drop(x))}
+    synced = {nn.BatchNorm2d: SyncBatchNorm2d, BatchNormAct2d: type("SyncBatchNormAct2d", (SyncBatchNorm2d, BatchNormAct2d), both)}
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d
+        module.__class__ = synced.get(type(module), type(module))
     return model
 
 # %% ../nbs/workshop/distributed.ipynb #071b

@@ -23,12 +23,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ris_nb.contract import Batch, Output, RISError
 from ris_nb.data.tokenizer import SPECIAL
-from ris_nb.distributed import SyncBatchNorm2d, sync_batchnorm
+from ris_nb.distributed import sync_batchnorm
 from ris_nb.models.base import RISModel
 from ris_nb.registry import create_model, load_model
 from ris_nb.training import loop as training, trackers
@@ -519,14 +520,14 @@ def test_the_global_batch_is_the_same_for_any_number_of_processes():
     assert all(sorted(indices[k:k + 21]) == list(range(21)) for k in range(0, 168, 21))
 
 
-def batchnorm(rank, folder):
+def batchnorm(rank, folder, norm):
     accelerator = make_accelerator()
     world = accelerator.num_processes
     x = 3 + 5 * torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     target = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(1))
     # unequal shares: 4 images for one process, 2 for the other
     mine = slice(None) if world == 1 else slice(0, 4) if rank == 0 else slice(4, 6)
-    bn = SyncBatchNorm2d(4) if world > 1 else nn.BatchNorm2d(4)
+    bn = sync_batchnorm(norm(4)) if world > 1 else norm(4)
     part = x[mine].clone().requires_grad_()
     for _ in range(2):
         y = bn(part)
@@ -534,9 +535,10 @@ def batchnorm(rank, folder):
     torch.save((y.detach(), part.grad, bn.state_dict(), bn.eval()(part).detach()), folder / f"{world}-{rank}.pt")
 
 
-def test_sync_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path):
-    in_processes(1, batchnorm, tmp_path)
-    in_processes(2, batchnorm, tmp_path)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d])
+def test_sync_batchnorm_is_batchnorm_of_the_whole_batch(tmp_path, norm):
+    in_processes(1, batchnorm, tmp_path, norm)
+    in_processes(2, batchnorm, tmp_path, norm)
     y, grad, state, frozen = torch.load(tmp_path / "1-0.pt")
     (y0, g0, s0, f0), (y1, g1, s1, f1) = (torch.load(tmp_path / f"2-{rank}.pt") for rank in (0, 1))
     assert torch.allclose(torch.cat([y0, y1]), y, atol=1e-5) and torch.allclose(torch.cat([f0, f1]), frozen, atol=1e-5)
