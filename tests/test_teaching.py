@@ -10,7 +10,7 @@ from test_course import CHAPTERS, each_chapter
 from test_exercises import NBS, run
 
 from ris_nb.course.check import verdict
-from ris_nb.course.editions import exercises_of, instructor_edition, nbgrader_edition, read_notebook, student_edition, student_exercises, text_of
+from ris_nb.course.editions import RELATIVE, exercises_of, instructor_edition, nbgrader_edition, read_notebook, student_edition, student_exercises, text_of
 from ris_nb.course.slides import slides_notebook, slides_of, slides_page
 from ris_nb.course.syllabus import ROUTES, chapter_minutes, minutes_table, route_table, running_seconds
 
@@ -98,6 +98,15 @@ def test_tests_are_complete(path):
     assert sum("### BEGIN HIDDEN TESTS" in text for text in texts) >= len(found) / 2
     for text in texts:
         assert ("<!-- BEGIN SOLUTION -->" in text) == ("<!-- BEGIN RUBRIC -->" in text) == bool(re.search(r"Rubric \(\d+ points?\)", text))
+
+
+@pytest.mark.parametrize("edition", [student_edition, instructor_edition, nbgrader_edition])
+def test_links_of_an_edition_lead_somewhere(tmp_path, edition):
+    pages = [*edition(NBS, tmp_path / "out").rglob("*.ipynb")]
+    links = [(page, link[1]) for page in pages for cell in read_notebook(page)["cells"] if cell["cell_type"] == "markdown"
+             for link in RELATIVE.finditer(re.sub(r"\$[^$]+\$", "", text_of(cell)))]
+    assert pages and (links or edition is nbgrader_edition)
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
 def test_exams_are_not_for_students(tmp_path):

@@ -238,26 +238,26 @@ def points_table(nbs: Path, chapters: tuple[str, ...] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_slides(chapter: Path, folder: Path) -> None:
+def write_slides(notebook: dict, folder: Path, name: str) -> None:
     """Write a chapter's slides into a folder: as an HTML page that needs no network, and as a notebook for `jupyter nbconvert --to slides`."""
-    slides = slides_of(read_notebook(chapter))
-    write_notebook(folder / chapter.name, slides_notebook(slides))
-    with replacing(folder / f"{chapter.stem}.html") as part:
+    slides = slides_of(notebook)
+    write_notebook(folder / f"{name}.ipynb", slides_notebook(slides))
+    with replacing(folder / f"{name}.html") as part:
         part.write_text(slides_page(slides), encoding="utf-8")
 
 
 def instructor_edition(nbs: Path, out: Path, chapters: tuple[str, ...] = ()) -> Path:
     """Write the folder for whoever teaches: chapters, exercises, exams and pages with everything in them, slides, and the table of points."""
-    pairs = chapters_and_exercises(nbs, chapters)
+    nbs = nbs.resolve()
+    pairs, pages = chapters_and_exercises(nbs, chapters), teaching_pages(nbs, chapters)
+    paths = [*(path for pair in pairs for path in pair), *pages]
+    kept = {*paths, *(nbs.parent / "data" / "results").iterdir()}
     out = empty_folder(out)
-    for chapter, exercises in pairs:
-        for path in (chapter, exercises):
-            (out / path.relative_to(nbs.parent)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, out / path.relative_to(nbs.parent))
-        write_slides(chapter, out / "slides")
-    for page in teaching_pages(nbs, chapters):
-        (out / "nbs" / "teaching").mkdir(parents=True, exist_ok=True)
-        shutil.copy(page, out / "nbs" / "teaching" / page.name)
+    notebooks = {path: with_links(read_notebook(path), path, nbs.parent, kept) for path in paths}
+    for path, notebook in notebooks.items():
+        write_notebook(out / path.relative_to(nbs.parent), notebook)
+    for chapter, _ in pairs:
+        write_slides(notebooks[chapter], out / "slides", chapter.stem)
     shutil.copytree(nbs.parent / "data" / "results", out / "data" / "results")
     (out / "points.md").write_text(points_table(nbs, chapters), encoding="utf-8")
     return out
