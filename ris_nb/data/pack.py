@@ -114,7 +114,7 @@ class Pack:
             facts = file.metadata() or {}
             self.size, photos, masks = int(facts["size"]), json.loads(facts["photos"]), json.loads(facts["masks"])
             self._ends, self._sums, self._runs = (file.get_tensor(name).numpy() for name in ("ends", "sums", "runs"))
-            self._squares = file.get_slice("pixels")
+            self._squares = file.get_tensor("pixels")  # nothing is read before it is asked for
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else "is no pack, or broken off"
             raise RISError(f"{self.path}: {reason}; `ris-nb data pack` makes one") from None

@@ -21,6 +21,7 @@ from ris_nb.data.pack import Pack, write_pack
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import Tokenizer, build_vocabulary
 from ris_nb.data.writer import make_refshapes
+from ris_nb.training.compute import keep_freed_memory
 
 
 def loaders(folder, size, items, batch):
@@ -56,6 +57,7 @@ def main(words=None):
     parser.add_argument("--items", type=int, help="pictures of an epoch; default 4,000 small or 320 large ones")
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as every training does
     report = {"machine": machine(args.threads), "repeats": args.repeats, "sizes": {}}
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
