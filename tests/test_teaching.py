@@ -100,27 +100,34 @@ def test_tests_are_complete(path):
         assert ("<!-- BEGIN SOLUTION -->" in text) == ("<!-- BEGIN RUBRIC -->" in text) == bool(re.search(r"Rubric \(\d+ points?\)", text))
 
 
-@pytest.mark.parametrize("edition", [student_edition, instructor_edition, nbgrader_edition])
-def test_links_of_an_edition_lead_somewhere(tmp_path, edition):
-    pages = [*edition(NBS, tmp_path / "out").rglob("*.ipynb")]
+@pytest.fixture(scope="module")
+def editions(tmp_path_factory):
+    """The whole course, in three editions: name -> folder."""
+    makers = {"student": student_edition, "instructor": instructor_edition, "nbgrader": nbgrader_edition}
+    return {name: make(NBS, tmp_path_factory.mktemp("editions") / name) for name, make in makers.items()}
+
+
+@pytest.mark.parametrize("edition", ["student", "instructor", "nbgrader"])
+def test_links_of_an_edition_lead_somewhere(editions, edition):
+    pages = [*editions[edition].rglob("*.ipynb")]
     links = [(page, link[1]) for page in pages for cell in read_notebook(page)["cells"] if cell["cell_type"] == "markdown"
              for link in RELATIVE.finditer(re.sub(r"\$[^$]+\$", "", text_of(cell)))]
-    assert pages and (links or edition is nbgrader_edition)
+    assert pages and (links or edition == "nbgrader")
     assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
 
 
-def test_exams_are_not_for_students(tmp_path):
-    there = {kind: sorted(path.stem for path in (make(NBS, tmp_path / kind) / folder).rglob("*.ipynb") if path.stem in ("midterm", "final", "instructor", "self_test"))
-             for kind, make, folder in (("student", student_edition, "nbs/teaching"), ("instructor", instructor_edition, "nbs/teaching"), ("nbgrader", nbgrader_edition, "source"))}
+def test_exams_are_not_for_students(editions):
+    there = {kind: sorted(path.stem for path in (editions[kind] / folder).rglob("*.ipynb") if path.stem in ("midterm", "final", "instructor", "self_test"))
+             for kind, folder in (("student", "nbs/teaching"), ("instructor", "nbs/teaching"), ("nbgrader", "source"))}
     assert there["student"] == ["self_test"] and {"final", "midterm", "self_test"} <= {*there["instructor"]} and there["nbgrader"] == ["final", "midterm"]
     for exam, facts in {"midterm": (90, 32, "**ninety minutes**, thirty-two points"), "final": (120, 37, "**two hours**, thirty-seven points")}.items():
-        marks = [cell["metadata"]["nbgrader"] for cell in read_notebook(tmp_path / "nbgrader" / "source" / exam / f"{exam}.ipynb")["cells"] if cell["metadata"]]
+        marks = [cell["metadata"]["nbgrader"] for cell in read_notebook(editions["nbgrader"] / "source" / exam / f"{exam}.ipynb")["cells"] if cell["metadata"]]
         exercises = exercises_of(read_notebook(TEACHING / f"{exam}.ipynb"))
         points = sum(exercise.points + exercise.written for exercise in exercises)
         assert sum(mark.get("points", 0) for mark in marks) == points and len({mark["grade_id"] for mark in marks}) == len(marks)
         text = "".join(text_of(cell) for cell in read_notebook(TEACHING / f"{exam}.ipynb")["cells"])
         assert (sum(exercise.minutes for exercise in exercises), points) == facts[:2] and facts[2] in text
-    stub = json.dumps(read_notebook(tmp_path / "student" / "nbs" / "teaching" / "self_test.ipynb"))
+    stub = json.dumps(read_notebook(editions["student"] / "nbs" / "teaching" / "self_test.ipynb"))
     assert "BEGIN SOLUTION" not in stub and "NotImplementedError" in stub
 
 
