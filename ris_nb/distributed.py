@@ -72,7 +72,8 @@ def sync_batchnorm(model: nn.Module) -> nn.Module:
     both = {"after": lambda self, x: self.act(self.drop(x))}
     synced = {nn.BatchNorm2d: SyncBatchNorm2d, BatchNormAct2d: type("SyncBatchNormAct2d", (SyncBatchNorm2d, BatchNormAct2d), both)}
     for module in model.modules():
-        module.__class__ = synced.get(type(module), type(module))
+        if type(module) in synced:
+            module.__class__ = synced[type(module)]
     return model
 
 # %% ../nbs/workshop/distributed.ipynb #071b
