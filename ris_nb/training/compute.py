@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -33,22 +34,27 @@ def compute_output(model: Callable[[Batch], Output], batch: Batch, precision: st
     return replace(output, **convert_to_fp32(vars(output)))
 
 
+def _forward_in(model: nn.Module, precision: str, batch: Batch, *args, **kwargs) -> Output:
+    return compute_output(partial(type(model).forward, model), batch, precision, *args, **kwargs)
+
+
 def use_precision(model: nn.Module, precision: str) -> nn.Module:
-    """From now on `model(batch)` is computed in `precision`, by `compute_output`. Returns the model."""
+    """From now on `model(batch)` is computed in `precision`, by `compute_output`, and so by copies. Returns the model."""
     vars(model).pop("forward", None)  # the class's own is there again
-    forward = model.forward
     if precision in AUTOCAST:
-        model.forward = lambda batch, *args, **kwargs: compute_output(forward, batch, precision, *args, **kwargs)
+        model.forward = partial(_forward_in, model, precision)  # no closure: a deep copy's computes with the copy's weights
     return model
 
 
 @contextmanager
 def in_precision(model: nn.Module, precision: str):
-    """`use_precision` for the length of a block: a validation as in training."""
+    """`use_precision` for the length of a block: a validation as in training. Afterwards it is as before."""
+    before = {name: value for name, value in vars(model).items() if name == "forward"}
     try:
         yield use_precision(model, precision)
     finally:
         use_precision(model, "no")
+        vars(model).update(before)
 
 # %% ../../nbs/workshop/compute.ipynb #014
 @contextmanager
