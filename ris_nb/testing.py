@@ -167,6 +167,8 @@ def _check_freeze(model: RISModel, batch: Batch) -> None:
         return
     model.freeze(parts[:1])
     _expect(not any(p.requires_grad for p in model.get_submodule(parts[0]).parameters()), model, f"{parts[0]} trains although it is frozen")
+    _expect(not model.train().get_submodule(parts[0]).training, model,
+            f"train() wakes the dropout of {parts[0]}, which is frozen: a train of your own must call RISModel's")
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = load_model(folder)

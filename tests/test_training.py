@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import time
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -23,17 +24,19 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ris_nb.contract import Batch, Output, RISError
 from ris_nb.data.tokenizer import SPECIAL
 from ris_nb.distributed import sync_batchnorm
-from ris_nb.models.base import RISModel
+from ris_nb.models.base import RISModel, evaluating
+from ris_nb.models.mask_grounding import Grounded
 from ris_nb.registry import create_model, load_model
 from ris_nb.training import loop as training, trackers
 from ris_nb.training.config import TrainConfig
+from ris_nb.training.ema import EMA
 from ris_nb.training.launch import check_launch, check_reached, make_accelerator
 from ris_nb.training.loop import LossStep, accumulate_gradients, fit
 from ris_nb.training.sampling import GlobalBatches, training_loader
@@ -283,6 +286,47 @@ def test_workers_and_validation_change_nothing(unbroken):
     assert same(unbroken(replace(CONFIG, workers=2))[0]["model"], plain)
     assert same(unbroken(replace(CONFIG, validate_every=0))[0]["model"], plain)
     assert not same(unbroken(replace(CONFIG, accumulate=2, clip=0.1))[0]["model"], plain)
+
+
+class FrozenToy(TrainedToy):
+    """Its first part holds whatever moves without a gradient: running statistics, dropout, drop path."""
+
+    def __init__(self, vocabulary=SPECIAL, **shared):
+        super().__init__(vocabulary=vocabulary)
+        self.frozen = tuple(shared.get("freeze", ()))
+        self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.5), DropPath(0.5))
+
+    def forward(self, batch):
+        return super().forward(replace(batch, image=self.stem(batch.image)))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at the start", "later"])
+def test_a_frozen_part_stands_still(tmp_path, late):
+    torch.manual_seed(7)
+    model = FrozenToy(freeze=() if late else ["stem"])
+    if late:
+        model.train().freeze(["stem"])
+    before = deepcopy(model.state_dict())
+    drawn = []
+    model.stem.register_forward_hook(lambda stem, images, out: drawn.append(not torch.equal(out, stem[1](stem[0](images[0])))))
+    config = replace(CONFIG, ema=0.5, weight_decay=0.5)
+    fit(model, Colours(), config, tmp_path, validate=noisy_validate, progress=False)
+    state, kept = torch.load(tmp_path / "state.pt", weights_only=True), load_model(tmp_path)
+    averaged = {name.removeprefix("module."): value for name, value in state["ema"].items()}
+    for found in (model.state_dict(), kept.state_dict(), state["model"], averaged):
+        moved = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, found[name])}
+        assert moved == {"words", "first", "bn", "last", "scale"}
+    assert drawn == [False] * config.steps
+
+
+def test_frozen_parts_stand_still_in_the_harness_and_in_copies():
+    harness = create_model("magnet_tiny", vocabulary=[*SPECIAL, "a", "b", "c"]).for_training()
+    assert isinstance(harness, Grounded)
+    with evaluating(harness.train()):  # which gives each part its mode back
+        harness.host.freeze(["encoder.text"])
+    for model in (harness, deepcopy(harness), EMA(harness, 0.9).module, deepcopy(harness).train()):
+        assert model.training and model.host.encoder.vision.training
+        assert not any(part.training for part in model.host.encoder.text.modules())
 
 
 # Several processes

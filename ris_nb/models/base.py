@@ -27,7 +27,7 @@ __all__ = ['evaluating', 'RISModel']
 # %% ../../nbs/workshop/model.ipynb #072
 @contextmanager
 def evaluating(model: nn.Module):
-    """`model` in evaluation mode for the length of a block; afterwards each part has its own mode back."""
+    """`model` in evaluation mode for the length of a block; afterwards each part has its own mode back, but what was frozen meanwhile."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -35,6 +35,8 @@ def evaluating(model: nn.Module):
     finally:
         for part, training in modes:
             part.training = training
+        for part in model.modules():
+            getattr(part, "_hold_frozen", lambda: None)()  # of a `RISModel`
 
 # %% ../../nbs/workshop/model.ipynb #n04
 class Contract(Checkpointed):
@@ -105,9 +107,22 @@ class _Freezing(Contract):
                 parts = ", ".join(name for name, _ in self.named_children())
                 raise RISError(f"{type(self).__name__} has no part {name!r} {use}; its parts are {parts}, and theirs are named after a dot")
 
+    def _hold_frozen(self) -> None:
+        """Put the frozen parts into evaluation mode: no running statistic moves in them, no dropout or drop path is drawn."""
+        for name, part in self.named_modules(remove_duplicate=False):
+            if name in self.frozen:
+                part.eval()
+
+    def train(self, mode: bool = True):
+        """As `nn.Module.train`, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self._hold_frozen()
+        return self
+
     def freeze(self, names: Iterable[str]) -> None:
-        """From now on these submodules don't train; a saved model remembers it. Raises `RISError`, and changes nothing, where
-        there is no such part or nothing would be left that trains."""
+        """From now on these submodules stand still: their weights and running statistics, without dropout or drop path, in training
+        mode, too. A saved model remembers it. Raises `RISError`, and changes nothing, where there is no such part or nothing would
+        be left that trains."""
         names = [*names]
         self._check_parts(names, "to freeze")
         stay = {parameter for name in names for parameter in self.get_submodule(name).parameters()}
@@ -118,6 +133,7 @@ class _Freezing(Contract):
         for parameter in stay:
             parameter.requires_grad_(False)
         self.frozen = tuple(dict.fromkeys((*self.frozen, *names)))
+        self._hold_frozen()
         if self._takes("freeze"):
             self._hub_mixin_config["freeze"] = list(self.frozen)
 
@@ -128,8 +144,8 @@ class RISModel(_Freezing):
 
     image_size: side of the square that the model sees. vocabulary: as for `read_vocabulary`; its pieces go into the
     config. max_words: ids an expression. mean, std: those of the image encoder's pretraining. resolution: where the
-    model's paper measures masks, on the "model"'s square or on the "original" image. freeze: names of submodules that don't
-    train. lr_factors: what the learning rate is multiplied by in the submodules named; of nested ones the inner counts.
+    model's paper measures masks, on the "model"'s square or on the "original" image. freeze: names of submodules that stand
+    still. lr_factors: what the learning rate is multiplied by in the submodules named; of nested ones the inner counts.
     A subclass's own arguments must be JSON values, for `save_pretrained` writes them to config.json.
     """
 

@@ -158,7 +158,7 @@ class PretrainedCLIPSeg(FromTransformers):
     def __init__(self, network: Mapping = {}, image_size: int = 352, vocabulary=BERT_UNCASED, max_words: int = 77, mean=IMAGENET_MEAN,
                  std=IMAGENET_STD, resolution: str = "original", freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         super().__init__(network, image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
-        self.network.clip.requires_grad_(False)
+        self.frozen = tuple(dict.fromkeys((*self.frozen, "network.clip")))  # as its authors train it
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> list[Tensor]:
