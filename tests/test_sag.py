@@ -2,6 +2,8 @@
 import math
 import os
 import socket
+import zipfile
+from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -173,6 +175,47 @@ def test_sizes_are_read_off_the_weights(tmp_path):
     assert SaG.from_released(state, **known).entities.iterations == 6
     assert (model.vision.depth, model.vision.width, model.vision.patch_embed.img_size) == (2, 192, (480, 480))
     assert model.seeded_noise.shape == (6, 32) and not model.training
+
+
+@pytest.mark.parametrize("core", ["numpy.core", "numpy._core"])
+def test_a_checkpoint_of_the_training_script_is_read(core, tmp_path):
+    """SaG's script keeps its arguments and a numpy.float64 beside the weights; numpy 1 and 2 name what makes it otherwise."""
+    state = released_state(load_case("sag_tiny"))
+    torch.save({"args": Namespace(lr=5e-5), "iou": np.float64(0.34), "best": np.int64(7), "epoch": 49, "model": state}, tmp_path / "saved.pth")
+    with zipfile.ZipFile(tmp_path / "saved.pth") as saved, zipfile.ZipFile(tmp_path / "best.pth", "w") as renamed:
+        ours = f"c{np.float64(0).__reduce__()[0].__module__}\nscalar".encode()
+        for name in saved.namelist():
+            part = saved.read(name)
+            assert not name.endswith("data.pkl") or ours in part
+            renamed.writestr(name, part.replace(ours, f"c{core}.multiarray\nscalar".encode()))
+    known = dict(slots=dict(per_gaussian=3), text=dict(heads=4), image_size=112)
+    model, direct = SaG.from_released(tmp_path / "best.pth", **known), SaG.from_released(state, **known)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values(), strict=True))
+
+
+class Hostile:
+    """Unpickling one runs code: it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("wrap, named", [
+    (lambda evil: evil, "holds .*mkdir, and what is no tensor"), (lambda evil: Namespace(lr=evil), "holds .*mkdir"),
+    (lambda evil: np.array([evil], dtype=object), "holds numpy.*_reconstruct"), (lambda evil: np.float64(0.34), "")])
+def test_a_checkpoint_that_would_run_code_is_refused(wrap, named, tmp_path):
+    extra = {"iou": np.float64(0.34), "args": wrap(Hostile(tmp_path / "made"))}
+    torch.save({"model": released_state(load_case("sag_tiny")), **extra}, tmp_path / "best.pth")
+    if named:
+        with pytest.raises(RISError, match=named) as caught:
+            SaG.from_released(tmp_path / "best.pth")
+        assert "\n" not in str(caught.value)
+    else:
+        SaG.from_released(tmp_path / "best.pth", slots=dict(per_gaussian=3), text=dict(heads=4), image_size=112)
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("change, message", [

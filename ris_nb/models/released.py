@@ -10,7 +10,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from math import isqrt
 from pathlib import Path
+from pickle import UnpicklingError
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,8 +27,8 @@ def read_released(source: Mapping | str | Path) -> dict[str, Tensor]:
     """The tensors of a released checkpoint, by name; parts {"model": {"a": ...}} are flattened to {"model.a": ...}.
 
     `source` is a state dict, a dict of them, or the path of a torch or .safetensors file. Nothing but tensors and plain
-    values is unpickled; what is no state dict (an optimizer, an epoch) is left out. Raises `RISError` for a file that is
-    missing, broken or holds anything else.
+    values, numpy's numbers among them, is unpickled; what is no state dict (an optimizer, an epoch) is left out.
+    Raises `RISError` for a file that is missing, broken or holds anything else.
     """
     state = {}
     for name, part in (source if isinstance(source, Mapping) else _read_file(Path(source))).items():
@@ -37,15 +39,27 @@ def read_released(source: Mapping | str | Path) -> dict[str, Tensor]:
     return state
 
 # %% ../../nbs/workshop/released.ipynb #071a
+def _harmless() -> list:
+    """What the authors' files hold besides tensors and plain values, none of which runs code: the arguments of a script, and
+    numpy's numbers. numpy 2 has renamed the function that makes a number; a file from before or after is read with either."""
+    scalar, codes = np.float64(0).__reduce__()[0], np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"
+    return [Namespace, np.dtype, *{type(np.dtype(code)) for code in codes},
+            *((scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
 def _read_file(path: Path) -> Mapping:
     if not path.is_file():
         raise RISError(f"{path}: no such checkpoint; check the path")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([Namespace]):  # LAVT's training script stores its arguments too
+        with torch.serialization.safe_globals(_harmless()):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken or hostile file makes the readers raise almost anything
+        foreign = isinstance(error, UnpicklingError) and re.search(r"GLOBAL (\S+) (?:was not|whose module)", str(error))
+        if foreign:
+            raise RISError(f"{path}: holds {foreign[1]}, and what is no tensor and no plain value may run code, so it isn't read; "
+                           "save its state dict alone, where you trust it") from None
         raise RISError(f"{path}: cannot be read as weights ({type(error).__name__}); download it again") from error
     if not isinstance(found, Mapping):
         raise RISError(f"{path}: holds a {type(found).__name__}, not a state dict")
