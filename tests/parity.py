@@ -59,7 +59,6 @@ def released_state(case: Case) -> dict[str, torch.Tensor]:
     """A state dict with the released network's names, filled by the rule. Integer buffers are left at zero."""
     whole = ("relative_position_index", "num_batches_tracked")
     return {key: torch.zeros(shape, dtype=torch.int64) if key.endswith(whole)
-            else torch.zeros(shape) if not shape  # a scalar stays as built: ReLA's lang_weight, which is 0 then
             else make_weight(case.spec["weight_seed"], key, shape) for key, shape in case.spec["keys"].items()}
 
 

@@ -84,9 +84,21 @@ def gradient_norms(model, keys):
 
 
 def test_tiny_parity(case, state):
-    model = ReLA.from_released(state, bert_heads=12, decoder_heads=4)
+    model = ReLA.from_released(state, text=dict(heads=12), decoder=dict(heads=4))
     assert sum(p.numel() for p in model.parameters()) == case.spec["parameters"]
     assert_parity(case, model, full=False, limit=1e-4)
+
+
+def test_the_released_network_never_loads_one_weight(case, state):
+    """The reference was filled with all weights of the rule, and computed with a `lang_weight` of 0 all the same."""
+    trained = state["sem_seg_head.predictor.lang_weight"]
+    sizes = dict(text=dict(heads=12), decoder=dict(heads=4))
+    switched = ReLA.from_released(state, trained_language_weight=True, **sizes)
+    assert switched.regions.language.weight == trained != 0 == ReLA.from_released(state, **sizes).regions.language.weight
+    image, ids, words = make_inputs(case)
+    with torch.no_grad():
+        off = (switched(Batch(image, ids, words)).extra["minimap"] - case["minimap"]).abs().max()
+    assert off > 1e-3 * case["minimap"].abs().max()  # ten times what test_tiny_parity allows
 
 
 @pytest.mark.slow
@@ -131,26 +143,26 @@ def test_from_released_reads_files(state, tmp_path, layout):
         torch.save({f"module.{key}": value for key, value in state.items()}, path)
     else:
         save_file(state, path)
-    model, direct = ReLA.from_released(str(path), decoder_heads=4), ReLA.from_released(state, decoder_heads=4)
+    model, direct = ReLA.from_released(str(path), decoder=dict(heads=4)), ReLA.from_released(state, decoder=dict(heads=4))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values(), strict=True))
 
 
 def test_from_released_names_what_does_not_fit(state):
     key = "sem_seg_head.predictor.lang_weight"
     with pytest.raises(RISError, match="1 unknown: sem_seg_head.predictor.class_embed.weight"):
-        ReLA.from_released(state | {"sem_seg_head.predictor.class_embed.weight": torch.zeros(1)}, decoder_heads=4)
+        ReLA.from_released(state | {"sem_seg_head.predictor.class_embed.weight": torch.zeros(1)}, decoder=dict(heads=4))
     with pytest.raises(RISError, match="1 missing: regions.language.weight"):
-        ReLA.from_released({k: v for k, v in state.items() if k != key}, decoder_heads=4)
+        ReLA.from_released({k: v for k, v in state.items() if k != key}, decoder=dict(heads=4))
     with pytest.raises(RISError, match="1 misshapen: .*lang_proj.weight"):
-        ReLA.from_released(state | {"sem_seg_head.predictor.lang_proj.weight": torch.zeros(64, 767)}, decoder_heads=4)
+        ReLA.from_released(state | {"sem_seg_head.predictor.lang_proj.weight": torch.zeros(64, 767)}, decoder=dict(heads=4))
     with pytest.raises(RISError, match="not a released ReLA: it has no entry"):
         ReLA.from_released(released_state(load_case("lavt_tiny")))
     with pytest.raises(RISError, match="heads"):
-        ReLA.from_released(state, decoder_heads=7)
+        ReLA.from_released(state, decoder=dict(heads=7))
 
 
 def test_a_released_model_saves_and_loads_but_takes_no_words(state, case, tmp_path):
-    model = ReLA.from_released(state, bert_heads=12, decoder_heads=4)
+    model = ReLA.from_released(state, text=dict(heads=12), decoder=dict(heads=4))
     model.save_pretrained(tmp_path)
     image, ids, words = make_inputs(case)
     with torch.no_grad():

@@ -39,7 +39,7 @@ def released(image, settings):
         for key in list(names):
             parts = key.split(".")
             names.update({".".join([*parts[:i], str(layer), *parts[i + 1:]]): None for i, part in enumerate(parts) if part == "0" and i > 1})
-    found = {key: make_weight(11, key, own[name].shape) if own[name].ndim else torch.tensor(0.7)
+    found = {key: make_weight(11, key, own[name].shape) if own[name].ndim else torch.tensor(0.7)  # `lang_weight`
              for key in names if (name := released_rela_key(key)) in own}
     # its fusion has 1x1 convolutions where ours has matrices
     return model, {key: value[..., None] if ".fusion." in key and value.ndim == 2 else value for key, value in found.items()}
@@ -83,16 +83,18 @@ def test_plain_arithmetic():
                  {key: case[key] for key in case.arrays if key not in ("image", "ids", "mask")}, 1e-4)
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_any_size(name):
+@pytest.mark.parametrize("name, trained", [*((name, False) for name in SIZES), ("small", True)])
+def test_any_size(name, trained):
+    """Also with the trained `lang_weight`, which the released network never loads."""
     image, settings = SIZES[name]
     same, state = released(image, settings)
     state = {key: value.double() for key, value in state.items()}  # no processor's rounding
     image, ids, words = inputs(image)
-    model = ReLA.from_released(state, bert_heads=3, decoder_heads=settings["decoder"]["heads"], decoder=dict(groups=settings["decoder"]["groups"])).double()
+    model = ReLA.from_released(state, text=dict(heads=3), decoder={name: settings["decoder"][name] for name in ("heads", "groups")},
+                               trained_language_weight=trained).double()
     assert {key: value.shape for key, value in model.state_dict().items()} == {key: value.shape for key, value in same.state_dict().items()}
     with torch.inference_mode():
-        expected = plain_rela(state, settings["decoder"]["heads"], 3, image.double(), ids, words, settings["decoder"]["groups"])
+        expected = plain_rela(state, settings["decoder"]["heads"], 3, image.double(), ids, words, settings["decoder"]["groups"], 0.7 if trained else 0.0)
     ours = computed(model, Batch(image.double(), ids, words))
     assert_equal(ours, expected)
 

@@ -239,18 +239,20 @@ class ReLA(RISModel):
         self.pixel_decoder.set_grad_checkpointing(enable)
 
     @classmethod
-    def from_released(cls, state: Mapping | str | Path, bert_heads: int | None = None, decoder_heads: int = 8, **overrides) -> ReLA:
+    def from_released(cls, state: Mapping | str | Path, *, trained_language_weight: bool = False, **overrides) -> ReLA:
         """A checkpoint of the authors' code as ours, in evaluation mode; sizes are read off the weights.
 
         `state`: a state dict with names `backbone...`, `sem_seg_head...`, `text_encoder...`, or the path of a file of it (torch or
-        .safetensors). Weights don't tell the heads of BERT (default width / 64) and of the regions, nor `image_size` (default 480) or
-        `vocabulary` (without one, the model computes on ids but takes no texts); `overrides` are arguments of `ReLA` and win.
-        Raises `RISError` naming the first entries that are unknown, missing or misshapen.
+        .safetensors). The authors' network saves its `lang_weight` and doesn't load it again, so it is 0 wherever they evaluate, and
+        here; `trained_language_weight` takes it as it was trained. `overrides` are arguments of `ReLA` and win. Weights don't tell
+        `text.heads` (default width / 64), `decoder.heads` (default 8), `image_size` (default 480) or `vocabulary` (without one, the
+        model computes on ids but takes no texts). Raises `RISError` naming the first entries that are unknown, missing or misshapen.
         """
         state = released_rela(state)
-        heads = {"decoder.heads": decoder_heads, **({"text.heads": bert_heads} if bert_heads else {})}
-        model = cls(**cls.settings({"vocabulary": SPECIAL}, released_rela_sizes(state), heads, overrides))
+        model = cls(**cls.settings({"vocabulary": SPECIAL}, released_rela_sizes(state), overrides))
         load_released(model, state, released_rela_key)
+        if not trained_language_weight:
+            nn.init.zeros_(model.regions.language.weight)
         return model.eval()
 
 # %% ../../nbs/20_rela.ipynb #x6s

@@ -55,7 +55,7 @@ def pixel_decoder(state, maps, groups):
     return conv2d(state, f"{name}.mask_features", F.relu(group_norm(state, f"{name}.layer_1.norm", fine, groups))), levels
 
 
-def region_decoder(state, levels, features, l, heads):
+def region_decoder(state, levels, features, l, heads, language_weight):
     """Levels (B, D, H, W), coarsest first, features (B, D, h, w), words l (B, L, E) -> logits (B, 2, h, w), minimap, no-target, region masks."""
     name = "sem_seg_head.predictor"
     B = len(features)
@@ -84,7 +84,7 @@ def region_decoder(state, levels, features, l, heads):
         x = layer_norm(state, f"{name}.RIA_layers.{i}.norm", x + y)
         if i == 0:
             y = attention(state, f"{name}.RLA_lang_att.multihead_attn", x, words, words, heads)
-            x = x + 0.1 * state[f"{name}.lang_weight"].sigmoid() * layer_norm(state, f"{name}.RLA_lang_att.norm", x + y)
+            x = x + 0.1 * torch.tensor(language_weight).sigmoid() * layer_norm(state, f"{name}.RLA_lang_att.norm", x + y)
         y = attention(state, f"{name}.RLA_vision.{i}.self_attn", x + place, x + place, x, heads)
         x = layer_norm(state, f"{name}.RLA_vision.{i}.norm", x + y)
         layer = f"{name}.transformer_ffn_layers.{i}"
@@ -97,10 +97,12 @@ def region_decoder(state, levels, features, l, heads):
     return torch.einsum("bad,bdhw->bahw", answer, features), minimap, mlp("nt_embed", r, 2).mean(1), masks
 
 
-def plain_rela(state: dict[str, Tensor], heads: int, bert_heads: int, image: Tensor, ids: Tensor, words: Tensor, groups: int = 32) -> dict[str, Tensor]:
+def plain_rela(state: dict[str, Tensor], heads: int, bert_heads: int, image: Tensor, ids: Tensor, words: Tensor, groups: int = 32,
+               language_weight: float = 0.0) -> dict[str, Tensor]:
     """What the released ReLA computes in evaluation mode, under the names of the references in `parity`, all cells of it.
 
     `state`: a released state dict; heads of the regions and of BERT and the groups of the group norms leave no trace in it.
+    language_weight: 0, because the released network never loads its `lang_weight`, whatever the state dict says.
     image (B, 3, S, S), ids (B, L) int64, words (B, L) bool. Returns lang, res2.., mask_features, pred_masks, minimap, nt_label, all_masks, prob.
     """
     m = words.to(image.dtype)
@@ -122,7 +124,7 @@ def plain_rela(state: dict[str, Tensor], heads: int, bert_heads: int, image: Ten
             gate = torch.tanh(linear(state, f"{name}.res_gate.2", F.relu(linear(state, f"{name}.res_gate.0", f))))
             x, H, W = merge(state, f"{name}.downsample", x + gate * f, H, W)
     features, levels = pixel_decoder(state, maps, groups)
-    logits, minimap, no_target, masks = region_decoder(state, levels, features, l, heads)
+    logits, minimap, no_target, masks = region_decoder(state, levels, features, l, heads, language_weight)
     found = {f"res{k + 2}": m for k, m in enumerate(maps)} | {"lang": l.mT, "mask_features": features, "pred_masks": logits, "minimap": minimap}
     prob = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).sigmoid()
     return found | {"nt_label": no_target, "all_masks": masks, "prob": prob}
