@@ -1,9 +1,9 @@
-# Two commands cover most needs: `make demo` (train, evaluate and look at a model) and `make test` (everything the project promises).
+# Two commands cover most needs: `make demo` (train, evaluate and look at a model) and `make test` (what the project promises, each promise once).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: demo test test-quick test-colab chromium bench lab site export clean
+.PHONY: demo test test-slow chromium bench lab site export clean
 
 # One environment serves all targets; a stamp file per extra remembers what has been installed for the present settings.ini.
 .venv/installed: settings.ini setup.py
@@ -27,20 +27,17 @@ demo: .venv/installed
 	$(BIN)/ris-nb evaluate --checkpoint $(DEMO)/lavt_tiny --root $(DEMO)/data --split val --shuffle-seed 0 --out $(DEMO)/val_shuffled
 	$(BIN)/ris-nb compare $(DEMO)/data/images/refshapes/val_000000.png "the red triangle" --models $(DEMO)/lavt_tiny lavt_tiny magnet_tiny sag_tiny --out $(DEMO)
 
-# Notebooks by the rules of nbdev (tests/test_notebooks.py), and the tests a notebook should not carry.
 # One thread a process: two processes side by side are faster on two cores than one process with two threads.
+# What each test costs is in build/test_seconds.json afterwards.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal -q --durations=15
 
+# Every promise once: all chapters by the rules of nbdev, equality with the authors' code, kills and bad lines, two processes, the wheel.
 test: .venv/installed-dev
-	$(PYTEST)
-
-# Without what is marked as slow: full sizes, browsers, benchmarks, trainings on four processes.
-test-quick: .venv/installed-dev
 	$(PYTEST) -m "not slow"
 
-# Every chapter as Colab opens it: from a wheel, with nothing of the repository beside it. `make test` does this for five of them.
-test-colab: .venv/installed-dev
-	RIS_NB_COLAB=all OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_colab.py -q --durations=0 --durations-min=1
+# What that leaves out: the site, browsers, every chapter as Colab opens it, nbgrader, exams, studies, benchmarks, full sizes, the sweep of kills.
+test-slow: .venv/installed-dev
+	$(PYTEST) -m slow
 
 # Chapter 25 is tested in a browser as well, where there is one: Debian's package, which root alone can install.
 chromium:

@@ -82,6 +82,7 @@ def small(tmp_path):
     return bench.Bench("magnet_tiny", "tiny", args, tmp_path)
 
 
+@pytest.mark.slow
 def test_switch_by_switch(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module: module)  # needs a compiler, and minutes
     names = ["float32, nothing fused", "+ bf16", "+ fused attention", "+ fused adamw", "+ channels last", "+ compile"]

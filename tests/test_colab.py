@@ -1,7 +1,4 @@
-"""A chapter alone, as Colab opens it: an empty folder, an environment without the library, and the chapter's own first cell.
-
-`make test` tries five chapters, each for something that only it needs; `make test-colab` tries all of them, in about seven minutes.
-"""
+"""A chapter alone, as Colab opens it: an empty folder, an environment without the library, and the chapter's own first cell."""
 from __future__ import annotations
 
 import io
@@ -21,9 +18,6 @@ from ris_nb.course.editions import COLAB, REPOSITORY, SITE, SOURCE, read_noteboo
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-
-FEW = ["01_task", "07_lavt", "19_cris", "24_full_scale", "25_explore"]
-ALONE = [path.stem for path in CHAPTERS] if os.environ.get("RIS_NB_COLAB") == "all" else FEW
 
 RUN = """
 import os, sys
@@ -65,9 +59,12 @@ def test_an_upload_is_read_as_either_ipywidgets_gives_it():
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory) -> Path:
+def bare(shared) -> Path:
     """The Python of an environment that has what this one has, but for the library; and a package google.colab that notes what is asked of it."""
-    folder = tmp_path_factory.mktemp("bare")
+    return shared("bare", make_bare) / "env" / "bin" / "python"
+
+
+def make_bare(folder: Path) -> None:
     borrowed, fake = folder / "borrowed", folder / "fake"
     borrowed.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():
@@ -80,12 +77,11 @@ def bare(tmp_path_factory) -> Path:
     python = folder / "env" / "bin" / "python"
     site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True).stdout.strip()
     Path(site, "borrowed.pth").write_text(f"{borrowed}\n{fake}\n")
-    return python
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [path.stem for path in CHAPTERS])
 def test_a_chapter_runs_alone(name, bare, wheel, tmp_path):  # noqa: F811
     alone = tmp_path / "content"
     write_notebook(alone / f"{name}.ipynb", with_first_cell(read_notebook(NBS / f"{name}.ipynb"), f"{wheel}[colab]"))

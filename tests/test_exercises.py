@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 SOURCES = sorted((NBS / "exercises").glob("*.ipynb"))
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+each_student = pytest.mark.parametrize("student", ["", pytest.param("ada", marks=pytest.mark.slow)], ids=["nobody", "ada"])  # ada's constants are her own
 
 
 def run(notebook: dict, monkeypatch, hidden: bool = False) -> dict:
@@ -39,16 +40,17 @@ def run(notebook: dict, monkeypatch, hidden: bool = False) -> dict:
     return names
 
 
+@each_student
 @each_source
-def test_solutions_pass_their_checks_and_the_hidden_ones(path, monkeypatch):
+def test_solutions_pass_their_checks_and_the_hidden_ones(path, student, monkeypatch):
     notebook = read_notebook(path)
-    for student in ("", "ada"):  # constants of one's own
-        monkeypatch.setenv("RIS_NB_STUDENT", student)
-        names = run(notebook, monkeypatch, hidden=True)
-        found = [verdict(exercise.number, names) for exercise in exercises_of(notebook)]
-        assert [one for one in found if not one] == []
+    monkeypatch.setenv("RIS_NB_STUDENT", student)
+    names = run(notebook, monkeypatch, hidden=True)
+    found = [verdict(exercise.number, names) for exercise in exercises_of(notebook)]
+    assert [one for one in found if not one] == []
 
 
+@pytest.mark.slow
 @each_source
 def test_stubs_fail_their_checks(path, monkeypatch):
     notebook = read_notebook(path)
@@ -134,9 +136,7 @@ def nbgrader(*words: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-ASSIGNMENTS = {"ch07": NBS / "exercises" / "07_lavt.ipynb"}
-if os.environ.get("RIS_NB_EXAMS"):  # a minute more; for whoever has changed an exam
-    ASSIGNMENTS |= {name: NBS / "teaching" / f"{name}.ipynb" for name in ("midterm", "final")}
+ASSIGNMENTS = {"ch07": NBS / "exercises" / "07_lavt.ipynb", **{name: NBS / "teaching" / f"{name}.ipynb" for name in ("midterm", "final")}}
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
-"""Every notebook runs from top to bottom by the rules of nbdev: cells flagged in settings.ini's `tst_flags` are skipped."""
+"""Every notebook runs from top to bottom by the rules of nbdev: cells flagged in settings.ini's `tst_flags` are skipped.
+
+The slow tier has the exercises and exams, whose solutions test_exercises and test_teaching run with more tests than here,
+and the workshop's pages that train for long, measure, or repeat what a chapter or a test has already proved.
+"""
 from __future__ import annotations
 
 import multiprocessing
@@ -7,12 +11,15 @@ import signal
 import sys
 from configparser import ConfigParser
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+SLOW = ["exercises/*", "teaching/self_test", "teaching/midterm", "teaching/final", "workshop/study_*", "workshop/cli_study", "workshop/grounding_hosts",
+        "workshop/pretraining", "workshop/speed", "workshop/repainting", "workshop/toy_speaker"]
 
 
 def skip_flags() -> list[str]:
@@ -41,8 +48,14 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+def each(path: Path):
+    name = path.relative_to(ROOT / "nbs").as_posix()
+    slow = any(fnmatch(name, f"{pattern}.ipynb") for pattern in SLOW)
+    return pytest.param(path, id=name, marks=[pytest.mark.slow] if slow else [])
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT / "nbs")))
+@pytest.mark.parametrize("path", [each(path) for path in NOTEBOOKS])
 def test_notebook_runs(path, tmp_path):
     # A process of its own, so that no notebook passes on what another one left behind.
     process = multiprocessing.get_context("forkserver").Process(target=run, args=(path, tmp_path / "log", dict(os.environ)))

@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from filelock import FileLock
 
 import ris_nb
 from ris_nb.course.editions import read_notebook, text_of
@@ -30,21 +29,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The folder of a fresh build; several processes of one run share it."""
-    shared = tmp_path_factory.getbasetemp()
-    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "site"
-    shared.mkdir(exist_ok=True)
-    log = shared / "log"
-    with FileLock(shared / "lock"):
-        if not log.exists():
-            env = {**os.environ, "PYTHONPATH": str(ROOT)}
-            pages = subprocess.run([sys.executable, "nbs/site/pages.py", shared / "pages"], cwd=ROOT, env=env, capture_output=True, text=True)
-            sphinx = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", shared / "doctrees", "-c", "nbs/site", shared / "pages", shared / "html"],
-                                    cwd=ROOT, env=env, capture_output=True, text=True)
-            log.write_text(pages.stderr + sphinx.stderr + f"{pages.returncode} {sphinx.returncode}")
-    assert log.read_text() == "0 0"
-    return shared / "html"
+def site(shared):
+    """The folder of a fresh build."""
+    folder = shared("site", build)
+    assert (folder / "log").read_text() == "0 0"
+    return folder / "html"
+
+
+def build(folder: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pages = subprocess.run([sys.executable, "nbs/site/pages.py", folder / "pages"], cwd=ROOT, env=env, capture_output=True, text=True)
+    sphinx = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", folder / "doctrees", "-c", "nbs/site", folder / "pages", folder / "html"],
+                            cwd=ROOT, env=env, capture_output=True, text=True)
+    (folder / "log").write_text(pages.stderr + sphinx.stderr + f"{pages.returncode} {sphinx.returncode}")
 
 
 class Page(HTMLParser):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 from test_course import CHAPTERS, each_chapter
-from test_exercises import NBS, run
+from test_exercises import each_student, NBS, run
 
 from ris_nb.course.check import verdict
 from ris_nb.course.editions import RELATIVE, exercises_of, instructor_edition, nbgrader_edition, read_notebook, student_edition, student_exercises, text_of
@@ -75,16 +75,22 @@ def test_a_project_has_steps_and_a_rubric_that_add_up(path):
     assert all(word in text for word in ("**Question.**", "**You need**", "**Hand in**", "## Start here", "## Rubric"))
 
 
+@each_student
 @each_test
-def test_solutions_pass_and_stubs_fail(path, monkeypatch):
+def test_solutions_pass(path, student, monkeypatch):
     notebook = read_notebook(path)
-    numbers = [exercise.number for exercise in exercises_of(notebook)]
-    for student in ("", "ada"):
-        monkeypatch.setenv("RIS_NB_STUDENT", student)
-        names = run(notebook, monkeypatch, hidden=True)
-        assert [verdict(number, names) for number in numbers if not verdict(number, names)] == []
+    monkeypatch.setenv("RIS_NB_STUDENT", student)
+    names = run(notebook, monkeypatch, hidden=True)
+    found = [verdict(exercise.number, names) for exercise in exercises_of(notebook)]
+    assert [one for one in found if not one] == []
+
+
+@pytest.mark.slow
+@each_test
+def test_stubs_fail(path, monkeypatch):
+    notebook = read_notebook(path)
     names = run(student_exercises(notebook), monkeypatch)
-    assert [number for number in numbers if verdict(number, names)] == []
+    assert [exercise.number for exercise in exercises_of(notebook) if verdict(exercise.number, names)] == []
 
 
 @each_test
@@ -101,10 +107,10 @@ def test_tests_are_complete(path):
 
 
 @pytest.fixture(scope="module")
-def editions(tmp_path_factory):
+def editions(shared):
     """The whole course, in three editions: name -> folder."""
     makers = {"student": student_edition, "instructor": instructor_edition, "nbgrader": nbgrader_edition}
-    return {name: make(NBS, tmp_path_factory.mktemp("editions") / name) for name, make in makers.items()}
+    return {name: shared(f"{name}s_edition", lambda folder: make(NBS, folder / "out")) / "out" for name, make in makers.items()}
 
 
 @pytest.mark.parametrize("edition", ["student", "instructor", "nbgrader"])

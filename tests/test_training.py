@@ -212,7 +212,10 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
+FAST_KILLS = "before the first save", "while the state is written", "between log and state"  # the others belong to the slow tier
+
+
+@pytest.mark.parametrize("kill", [pytest.param(kill, id=name, marks=[] if name in FAST_KILLS else pytest.mark.slow) for name, kill in KILLS.items()])
 def test_a_kill_at_any_moment_leaves_no_trace(tmp_path, unbroken, kill):
     folder = tmp_path / "run"
     assert finish(folder, CONFIG, kill) == -signal.SIGKILL
@@ -225,6 +228,7 @@ def test_a_kill_at_any_moment_leaves_no_trace(tmp_path, unbroken, kill):
     assert not list(folder.glob("*.tmp")) + list(folder.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"workers": 2}, {"accumulate": 2, "clip": 0.1}, {"precision": "bf16"}],
                          ids=["workers", "accumulation", "bf16"])
 def test_killed_thrice_with(tmp_path, unbroken, change):
@@ -263,6 +267,7 @@ def test_killed_thrice_with_all_that_a_run_can_carry(tmp_path, unbroken):
     assert sorted(by_step) == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
     config, folder = replace(CONFIG, steps=150, save_every=1, log_every=1, validate_every=0), tmp_path / "run"
     kills = 0

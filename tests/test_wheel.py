@@ -74,13 +74,15 @@ def required(roots: list[str]) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
+def built(shared) -> Path:
     """A folder with the source distribution and the wheel that was made from it."""
-    out = tmp_path_factory.mktemp("built")
+    return shared("built", build)
+
+
+def build(out: Path) -> None:
     source = out / "source"  # a copy, since two test processes that build in one folder get into each other's way
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "__pycache__", "screenshots"))
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source], check=True, capture_output=True)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,7 @@ def test_an_extra_brings_what_notebooks_import(about, extra, notebooks):
     assert not missing, f"{missing}: not among what `pip install 'ris_nb[{extra}]'` installs"
 
 
+@pytest.mark.slow
 def test_wheel_imports_without_developer_tools(wheel, about, tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
