@@ -24,10 +24,8 @@ from ris_nb.models.base import RISModel
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    make_refshapes(root, counts={"val": 40})
-    data = open_data(root)
+def drawn(shared):
+    data = open_data(shared("listening", lambda root: make_refshapes(root, counts={"val": 40})))
     scenes, val = open_scenes(data), data.referrals("val")
     return val, scenes, find_changes(val, scenes)
 

@@ -62,8 +62,8 @@ def test_splits_speak_of_what_they_should():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_refshapes(tmp_path_factory.mktemp("data"), "refshapes_plural", {"train": 12, "testC": 6}, seed=9)
+def root(shared):
+    return shared("none_many", lambda folder: make_refshapes(folder, "refshapes_plural", {"train": 12, "testC": 6}, seed=9))
 
 
 def test_the_written_root_is_read_back(root):

@@ -60,14 +60,16 @@ def bag_ris(pretrained=False, **settings):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder outside the repository, with data, the model's file and one trained run."""
-    place = tmp_path_factory.mktemp("own")
+def place(shared):
+    """A folder outside the repository, with data, the model's file and one trained run; one, as a process takes the name of a model from one file alone."""
+    return shared("own_model", make_place)
+
+
+def make_place(place):
     (place / "bag.py").write_text(BAG)
     assert ris("data", "shapes", place / "data", "--counts", "train", 4, "val", 3)[0] == 0
     code, out, err = alone([*training(place), "--out", place / "run"], place / "trained")  # with as many threads as the run that is stopped
     assert code == 0, err
-    return place
 
 
 def training(place, *flags):

@@ -71,8 +71,8 @@ def refused(words, *needles):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_refshapes(tmp_path_factory.mktemp("recipes") / "data", counts={"train": 5, "val": 3})
+def root(shared):
+    return shared("recipes", lambda folder: make_refshapes(folder / "data", counts={"train": 5, "val": 3})) / "data"
 
 
 @pytest.fixture

@@ -118,8 +118,8 @@ def test_sentences_fit_the_length_that_models_read():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return make_reftoys(tmp_path_factory.mktemp("data"), "reftoys_plural", {"train": 12, "testR": 6}, seed=9)
+def root(shared):
+    return shared("toy_speaker", lambda folder: make_reftoys(folder, "reftoys_plural", {"train": 12, "testR": 6}, seed=9))
 
 
 def test_the_written_root_is_read_back(root):
