@@ -413,12 +413,24 @@ def test_a_parameter_that_no_loss_reaches_is_named_before_the_first_step(tmp_pat
 
 REACHED = {"lavt": ("lavt_tiny", {}), "layer norms, dice": ("lavt_tiny", dict(norm="layer", dice=1.0)), "magnet": ("magnet_tiny", {}),
            "nothing hidden": ("magnet_tiny", {"grounding.weight": 0.0}), "no alignment": ("magnet_tiny", {"alignment.weight": 0.0}),
+           "no extra loss": ("magnet_tiny", {"alignment.weight": 0.0, "grounding.weight": 0.0}),
            "simple decoder": ("magnet_tiny", {"decoder.kind": "simple", "alignment.weight": 0.0}), "released": ("magnet_tiny", dict(released=True)),
            "no word chosen": ("magnet_tiny", {"grounding.rate": 0.0}), "words alone": ("magnet_tiny", {"grounding.at_least_one": True, "grounding.see": ()}),
            "sag": ("sag_tiny", {}), "no slots": ("sag_tiny", {"slots.discovery": False, "loss.reconstruction": 0.0}),
            "no fusion": ("sag_tiny", {"fusion.attention": False}), "no C3": ("sag_tiny", {"loss.c3": 0.0}),
            "no reconstruction": ("sag_tiny", {"loss.reconstruction": 0.0}), "one Gaussian": ("sag_tiny", {"slots.gaussians": 1, "slots.per_gaussian": 12}),
            "random slots": ("sag_tiny", {"slots.kind": "random"})}
+
+
+def magnet_alone(rank, folder):
+    torch.manual_seed(7)
+    model = create_model("magnet_tiny", image_size=32, vocabulary=[*SPECIAL, "a", "b", "c"], **{"alignment.weight": 0.0, "grounding.weight": 0.0})
+    fit(model.for_training(), Colours(32), TrainConfig(steps=2, batch_size=4), folder, progress=False)
+
+
+def test_magnet_without_its_extra_losses_trains_on_two_processes(tmp_path):
+    in_processes(2, magnet_alone, tmp_path)
+    assert read_log(tmp_path)[-1]["step"] == 2
 
 
 @pytest.mark.parametrize("name, settings", REACHED.values(), ids=REACHED)

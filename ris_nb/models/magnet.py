@@ -187,7 +187,11 @@ class MagNet(RISModel):
 
     def for_training(self) -> nn.Module:
         """The network in its training harness, `Grounded`; or itself where the weight of Mask Grounding is 0."""
-        return Grounded(self, **self.grounding) if self.grounding["weight"] else self
+        if self.grounding["weight"]:
+            return Grounded(self, **self.grounding)
+        if not self.alignment["weight"]:  # then no loss reads the words after the last stage
+            self.encoder.language_alignments[-1].requires_grad_(False)
+        return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what goes into each block of Swin and each layer of the pixel decoder, and compute what is
