@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+from platform import node
 
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
@@ -21,7 +23,7 @@ from .contract import RISError
 from .settings import Nested
 
 # %% auto #0
-__all__ = ['replacing', 'Checkpointed']
+__all__ = ['cannot_write', 'replacing', 'Checkpointed']
 
 # %% ../nbs/workshop/checkpoint.ipynb #033x
 HUB_ERRORS = (OSError, HFValidationError, *HfHubHTTPError.__bases__)  # of files, of names, and of the network by whatever client
@@ -43,6 +45,27 @@ def out_of_reach(what: str, error: Exception, instead: str) -> RISError:
     return RISError(f"{what} can't be fetched from the Hugging Face Hub ({reason}); {instead}")
 
 # %% ../nbs/workshop/checkpoint.ipynb #069
+def cannot_write(path: Path, error: Exception) -> RISError:
+    """The `RISError` for a file that can't be written: which, why, and the way out."""
+    reason = getattr(error, "strerror", None) or (str(error).splitlines()[0] if str(error) else type(error).__name__)
+    file = next((part for part in path.parents if part.is_file()), None)
+    way = (f"{file} is a file, choose another folder" if file else "choose another name" if path.is_dir()
+           else "what was there is kept, free some space or choose another folder")
+    return RISError(f"can't write {path}: {reason}; {way}")
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes of this machine left of a file that they were writing at `path`."""
+    for left in path.parent.glob(f".{escape(path.name)}.{escape(node())}-*.tmp") if os.name == "posix" else ():
+        process = left.name.removesuffix(".tmp").rpartition("-")[2]
+        try:
+            os.kill(int(process), 0)  # sends nothing; tells whether there is such a process
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):
+            pass  # not ours, or somebody else's and alive
+
+
 @contextmanager
 def replacing(path: str | Path):
     """Yield a temporary path beside `path`; when the block ends well, that file takes the place of `path`.
@@ -50,19 +73,16 @@ def replacing(path: str | Path):
     A kill or a full disk at any moment leaves the file that was there. `RISError` says what can't be written and why.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same: what a kill leaves, the next save overwrites
+    temporary = path.with_name(f".{path.name}.{node()}-{os.getpid()}.tmp")  # two processes never write the same one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch.save's way to say "disk full"
-        reason = getattr(error, "strerror", None) or (str(error).splitlines()[0] if str(error) else type(error).__name__)
-        file = next((part for part in path.parents if part.is_file()), None)
-        way = (f"{file} is a file, choose another folder" if file else "choose another name" if path.is_dir()
-               else "what was there is kept, free some space or choose another folder")
-        raise RISError(f"can't write {path}: {reason}; {way}") from error
+        raise cannot_write(path, error) from error
     finally:
         try:
             temporary.unlink(missing_ok=True)

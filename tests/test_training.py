@@ -40,7 +40,7 @@ from ris_nb.training.ema import EMA
 from ris_nb.training.launch import check_launch, check_reached, make_accelerator
 from ris_nb.training.loop import LossStep, accumulate_gradients, fit
 from ris_nb.training.sampling import GlobalBatches, training_loader
-from ris_nb.training.state import kept_weights, read_log
+from ris_nb.training.state import holding, kept_weights, read_log
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # bit for bit is a promise for the CPU
 SERVER = multiprocessing.get_context("forkserver")
@@ -284,6 +284,67 @@ def test_killed_from_outside_at_moments_that_nobody_chose(tmp_path, unbroken):
     assert finish(folder, config) == 0
     assert same(outcome(folder), unbroken(config))
     assert [line["step"] for line in read_log(folder)] == list(range(1, 151))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_training_into_a_folder_gets_one_line(tmp_path, unbroken, workers):
+    config, folder = replace(CONFIG, steps=2000, schedule="constant", save_every=1, log_every=1, validate_every=0, workers=workers), tmp_path / "run"
+    first = start(folder, config)
+    while not (folder / "state.pt").exists():
+        assert first.is_alive()
+        time.sleep(0.01)
+    assert finish(folder, config) == 2
+    assert folder.with_suffix(".error").read_text() == f"{folder}: another training is writing there; wait until it ends, or choose another folder"
+    assert first.is_alive()
+    first.kill()
+    first.join(240)
+    (folder / ".state.pt.elsewhere-7.tmp").write_text("what a kill on another machine left")
+    step = torch.load(folder / "state.pt", weights_only=True)["step"]
+    assert finish(folder, replace(config, steps=step + 2)) == 0  # at once: the lock is gone, whatever loader workers do
+    assert not list(folder.glob(".*"))
+
+
+def locked_out(rank, folder):
+    try:
+        fit(toy(), Colours(), CONFIG, folder, progress=False)
+    except RISError as error:
+        (folder / f"{rank}.error").write_text(str(error))
+
+
+def test_all_processes_hear_of_a_locked_folder(tmp_path):
+    with holding(tmp_path):
+        in_processes(2, locked_out, tmp_path)
+        for rank in (0, 1):
+            assert "another training is writing there" in (tmp_path / f"{rank}.error").read_text()
+        assert not (tmp_path / "train.json").exists()
+
+
+def test_an_error_closes_trackers_and_unlocks(tmp_path, monkeypatch):
+    finished = []
+    monkeypatch.setattr(trackers.CSVTracker, "finish", lambda self: finished.append(self))
+    config = replace(CONFIG, trackers=("csv",))
+    with pytest.raises(RISError, match="step 3 is not finite"):
+        fit(toy(broken_at=3), Colours(), config, tmp_path / "run", progress=False)
+    assert len(finished) == 1
+    fit(toy(), Colours(), config, tmp_path / "run", resume=True, progress=False)
+    assert len(finished) == 2 and not list((tmp_path / "run").glob(".*"))
+
+
+def test_samples_per_second_leave_out_validation_and_saving(tmp_path, monkeypatch):
+    def slow(model):
+        time.sleep(1.0)
+        return {"oIoU": 0.5}
+
+    def slow_save(*args):
+        time.sleep(0.5)
+        return save(*args)
+
+    save = training.save_state
+    monkeypatch.setattr(training, "save_state", slow_save)
+    begin = time.perf_counter()
+    log = fit(toy(), Colours(), replace(CONFIG, log_every=1, save_every=2, validate_every=2), tmp_path, validate=slow, progress=False)
+    seconds = CONFIG.steps * CONFIG.batch_size / log[-1]["samples_per_second"]
+    assert seconds < time.perf_counter() - begin - 7  # six validations and five saves lay before the last line
 
 
 def test_workers_and_validation_change_nothing(unbroken):

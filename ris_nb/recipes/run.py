@@ -33,7 +33,7 @@ from ..training.launch import make_accelerator
 from ..training.loop import fit
 from ..training.optim import param_groups
 from ..training.sampling import training_loader
-from ..training.state import open_run
+from ..training.state import holding, open_run
 from ..training.trackers import check_trackers
 
 # %% auto #0
@@ -191,8 +191,8 @@ def leave_folder(folder: Path) -> None:
     if not any((folder / name).exists() for name in ("state.pt", "model.safetensors")):
         for name in ("train.json", "command.json", "log.jsonl", "log.csv", "wandb_id.txt"):
             (folder / name).unlink(missing_ok=True)
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}:
+            shutil.rmtree(folder)
 
 # %% ../../nbs/workshop/run.ipynb #077
 def check_start(model: RISModel, dataset: ReferralDataset, config: TrainConfig, world: int, device: torch.device) -> None:
@@ -241,12 +241,13 @@ def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: 
     validate = validation(settings, config, data, model, accelerator.num_processes)
     learner = model.for_training()
     check_start(learner, dataset, config, accelerator.num_processes, accelerator.device)
-    if accelerator.is_main_process:
-        claim_folder(folder_of(settings), settings, config, command_of(settings, data, imports))
-    accelerator.wait_for_everyone()
-    try:
-        return fit(learner, dataset, config, folder_of(settings), validate, settings.resume)
-    except RISError:
+    with holding(folder_of(settings)):
         if accelerator.is_main_process:
-            leave_folder(folder_of(settings))
-        raise
+            claim_folder(folder_of(settings), settings, config, command_of(settings, data, imports))
+        accelerator.wait_for_everyone()
+        try:
+            return fit(learner, dataset, config, folder_of(settings), validate, settings.resume)
+        except RISError:
+            if accelerator.is_main_process:
+                leave_folder(folder_of(settings))
+            raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,8 @@ from .launch import check_reached, make_accelerator, together
 from .meter import Clocked, Meter, check_finite
 from .optim import loss_factor, optimizer_step, param_groups
 from .sampling import seed_step, training_loader
-from .state import append_log, drop_weights, keep_weights, kept_weights, load_state, open_run, read_log, save_state
+from .state import (append_log, drop_weights, holding, keep_weights, kept_weights, load_state, open_run, read_log,
+                                   save_state)
 from .trackers import check_trackers, open_trackers
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     trackers: list = field(default_factory=list)  # TensorBoard and others, where asked for
     began: tuple[float, int] = (0.0, 0)  # the time and the step at which this process began
+    paused: float = 0.0  # seconds since then that went into validating and saving
     batches: Clocked | None = None  # the loader's, and how long the loop waited for them
 
     @property
@@ -142,8 +144,8 @@ def start_run(run: Run) -> None:
 # %% ../../nbs/08_training.ipynb #104
 def measure(run: Run) -> dict[str, float]:
     """The means since the last measurement and the learning rate of this step; since the start, the samples a second and
-    "waiting", the share of the time in which the first process had no batch to work on. In fp16 the scale of the loss, too."""
-    seconds, steps = time.perf_counter() - run.began[0], run.step - run.began[1]
+    "waiting", the share of the time in which the first process had no batch to work on, both without validating and saving. In fp16 the scale of the loss, too."""
+    seconds, steps = time.perf_counter() - run.began[0] - run.paused, run.step - run.began[1]
     scale = {"scale": run.scaler.get_scale()} if run.scaler.is_enabled() else {}
     return {**run.meter.read(run.accelerator), "lr": max(group["lr"] for group in run.optimizer.param_groups), **scale,
             "samples_per_second": float(f"{steps * run.config.batch_size / seconds:.3g}"),
@@ -185,23 +187,26 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
     if logs or saves or validates:
         check_finite(run.meter, run.accelerator, (run.folder / "state.pt").exists())
         check_scale(run.scaler, run.step)
-    record = measure(run) if logs else {}
+    record, pause = measure(run) if logs else {}, time.perf_counter()
     if validates:
         record.update(score_run(run, validate))
     if record:
         report(run, record, bar)
     if saves or validates:
         save_run(run)
+    run.paused += time.perf_counter() - pause
 
 # %% ../../nbs/08_training.ipynb #113
-def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> tuple[Run, nn.Module]:
-    """All that `fit` needs, checked and brought to where the run stands: the run and the loss module."""
+def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool,
+            closing: ExitStack) -> tuple[Run, nn.Module]:
+    """The run and the loss module, checked and brought to where the run stands; the folder's lock and the trackers end with `closing`."""
     check_trackers(config.trackers)
     accelerator = make_accelerator(config.precision)
     check_device(config.precision, config.compile, accelerator.device)
     keep_freed_memory()
     if config.checkpointing:
         use_checkpointing(model)
+    closing.enter_context(holding(folder))
     open_run(folder, config, resume)
     loader = training_loader(dataset, config, rank=accelerator.process_index, world=accelerator.num_processes)
     if accelerator.num_processes > 1:
@@ -212,6 +217,7 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool) -> 
     run = Run(folder, config, accelerator, model, optimizer, len(dataset), make_scaler(config.precision, accelerator.device),
               EMA(model, config.ema) if config.ema else None)
     start_run(run)
+    for tracker in run.trackers: closing.callback(tracker.finish)
     loader.batch_sampler.start = run.step
     run.batches = Clocked(loader)
     return run, loss_step
@@ -244,14 +250,14 @@ def fit(model, dataset, config: TrainConfig, run_dir, validate=None, resume=Fals
     if config.patience and validate is None:
         raise RISError(f"patience {config.patience} counts validations, and nothing validates: leave it out, or give validate")
     config = config.for_samples(len(dataset))
-    run, loss_step = prepare(model, dataset, config, Path(run_dir), resume)
-    batches, hidden = iter(run.batches), not progress or not run.accelerator.is_main_process
-    model.train()
-    bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=hidden)
-    with together(run), compiling(), matmuls(config.precision), bar:
-        while not run.done:
-            finish_step(run, take_step(run, loss_step, batches), validate, bar)
-        run.accelerator.wait_for_everyone()
-    if run.ema: model.load_state_dict(run.ema.module.state_dict())
-    for tracker in run.trackers: tracker.finish()
+    with ExitStack() as closing:
+        run, loss_step = prepare(model, dataset, config, Path(run_dir), resume, closing)
+        batches, hidden = iter(run.batches), not progress or not run.accelerator.is_main_process
+        model.train()
+        bar = tqdm(total=config.steps, initial=run.step, desc="train", unit="step", disable=hidden)
+        with together(run), compiling(), matmuls(config.precision), bar:
+            while not run.done:
+                finish_step(run, take_step(run, loss_step, batches), validate, bar)
+            run.accelerator.wait_for_everyone()
+        if run.ema: model.load_state_dict(run.ema.module.state_dict())
     return read_log(run_dir)

@@ -5,18 +5,24 @@
 # %% ../../nbs/workshop/state.ipynb #imp-e
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import threading
+import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
-from ..checkpoint import replacing
+from ..checkpoint import cannot_write, replacing
 from ..contract import RISError
+from ..distributed import gather, processes
 from .config import TrainConfig
 
 # %% auto #0
@@ -105,6 +111,58 @@ def open_run(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         if changed:
             raise RISError(f"{run_dir}: was started with another config ({', '.join(changed)}); "
                            "resume with the old values or choose another folder")
+
+# %% ../../nbs/workshop/state.ipynb #lk2
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_held = threading.local()  # the folders that this thread holds: a block inside another doesn't ask again
+
+
+def _take_lock(folder: Path) -> FileLock | None:
+    """Locks a folder and removes what kills left in it; None, and a warning, where its file system has no locks.
+    RISError: another training holds it, or it can't be written."""
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)  # a soft lock would outlive a kill
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RISError(f"{folder}: another training is writing there; wait until it ends, or choose another folder") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise cannot_write(folder / ".lock", error) from error
+        warnings.warn(f"{folder}: its file system has no locks; see to it yourself that no second training writes there", stacklevel=2)
+        (folder / ".lock").unlink(missing_ok=True)
+        return None
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    return lock
+
+
+@contextmanager
+def holding(run_dir: Path):
+    """No other training may write into `run_dir` inside the block: the first process holds its lock, the others wait for its word.
+
+    The lock ends with its process. RISError, in each process: another training holds it, or the folder can't be written.
+    """
+    folder = Path(run_dir).resolve()
+    held = vars(_held).setdefault("folders", set())
+    if folder in held:
+        yield
+        return
+    lock = fault = None
+    try:
+        lock = _take_lock(Path(run_dir)) if processes()[0] == 0 else None
+    except RISError as error:
+        fault = str(error)
+    try:
+        if fault := gather([fault])[0]:
+            raise RISError(fault)
+        held.add(folder)
+        yield
+    finally:
+        held.discard(folder)
+        if lock:
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has no name any more
+            lock.release()
 
 # %% ../../nbs/workshop/state.ipynb #090b
 def kept_weights(run_dir: Path) -> dict[int, Path]:

@@ -70,6 +70,7 @@ def open_trackers(names: Sequence[str], run_dir: Path, step: int, config: dict) 
                 tracker = WandBTracker("ris_nb", name=Path(run_dir).name, dir=str(run_dir), id=wandb_id(run_dir), resume="allow", config=config)
             getattr(tracker, "start", lambda: None)()  # before 1.8, accelerate's started when they were made
         except Exception as error:
+            for opened in trackers: opened.finish()
             if name != "wandb" or not isinstance(error, import_module("wandb").Error):
                 raise
             reason = str(error).partition("\n")[0][:150]
