@@ -4,8 +4,10 @@ The same model through a package with an entry point, as `pip install` would lea
 """
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -82,19 +84,39 @@ def alone(words, folder, before=None):
     return finish(start(words, folder, before), folder)
 
 
-def test_a_stopped_run_goes_on_without_import(place, tmp_path):
+def test_a_stopped_run_goes_on_with_the_same_file(place, tmp_path):
     words = training(place, "--out", tmp_path / "run")
     ended, out, err = finish(start(words, tmp_path / "first", Slow()), tmp_path / "first", signal.SIGKILL, tmp_path / "run/state.pt")
     assert ended == -signal.SIGKILL
-    cut = words.index("--import")
-    code, out, err = alone([*words[:cut], *words[cut + 2:], "--resume"], tmp_path / "second")
+    cut, digest = words.index("--import"), hashlib.sha256((place / "bag.py").read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "run/command.json").read_text())["import"] == {str((place / "bag.py").resolve()): digest}
+    check_refusal(*alone([*words[:cut], *words[cut + 2:], "--resume"], tmp_path / "none"), f"bag.py (sha256 {digest[:16]})", "--import bag.py")
+    other, moved = tmp_path / "other/bag.py", tmp_path / "moved.py"
+    other.parent.mkdir()
+    other.write_text((place / "bag.py").read_text() + "\nchanged = True\n")
+    words[cut + 1] = other
+    check_refusal(*alone([*words, "--resume"], tmp_path / "changed"), f"bag.py (sha256 {digest[:16]}), and this bag.py has ")
+    shutil.copy(place / "bag.py", moved)  # another path is fine
+    words[cut + 1] = moved
+    code, out, err = alone([*words, "--resume"], tmp_path / "second")
     assert code == 0, err
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", place / "run"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     settings = json.loads((tmp_path / "run/config.json").read_text())
     assert settings["class"] == "BagRIS" and settings["width"] == 8
     assert json.loads((tmp_path / "run/command.json").read_text())["set"] == {"width": 8}
+    words[cut + 1] = place / "bag.py"
     refused([*words, "--resume", "--set", "grounded=true"], "--set was", "resume with the old values")
+
+
+def test_a_folder_from_elsewhere_runs_no_code(tmp_path):
+    run, trap = tmp_path / "run", tmp_path / "run/trap.py"
+    run.mkdir()
+    trap.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for kept in ([str(trap)], {str(trap): "ab" * 32}):  # as 0.2 kept it, and as it is now
+        (run / "command.json").write_text(json.dumps({"import": kept}))
+        refused(["train", "--root", tmp_path, "--out", run, "--resume"], "began with the file trap.py", "never asked for code")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_every_command_takes_it(place, tmp_path, monkeypatch):

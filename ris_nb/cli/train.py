@@ -22,8 +22,7 @@ from ..data.sources import open_data
 from ..recipes.expectation import expectation
 from ..recipes.recipe import plan
 from ..recipes.recipes import COUNTED_FROM, find_recipe
-from ..recipes.run import DEFAULT_MODEL, RunSettings, folder_of, read_command, train
-from ..registry import import_file
+from ..recipes.run import DEFAULT_MODEL, RunSettings, check_imports, folder_of, train
 from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.trackers import check_trackers
 
@@ -119,12 +118,6 @@ def check_train(flags: Train) -> None:
         raise UsageError(f"--from takes model, weights, image size and vocabulary from {flags.from_}; leave out {' and '.join(settled)}")
     check_trackers(flags.training.trackers)
 
-
-def remembered(flags: Train) -> tuple[str, ...]:
-    """The files with models that the run in the folder was started with, where it is resumed without naming them."""
-    path = folder_of(flags) / "command.json"
-    return tuple(read_command(path).get("import", ())) if flags.resume and not flags.import_ and path.is_file() else flags.import_
-
 # %% ../../nbs/workshop/cli_train.ipynb #078
 def settings_of(flags: Train) -> str:
     """The settings of a run, a line each: of a recipe with their sources and what to expect, else what the flags and defaults give."""
@@ -161,12 +154,11 @@ def run_train(flags: Train) -> int:
         return 0
     if flags.from_ is None:
         flags.model = flags.model or DEFAULT_MODEL
-    imports = remembered(flags)
-    for path in imports:
-        import_file(path)
+    if flags.resume:
+        check_imports(folder_of(flags), flags.import_)
     data = open_data(flags.root, flags.dataset, flags.split_by)
     accelerator = machine(flags.training.precision)
-    history = train(data, flags, flags.training, imports)
+    history = train(data, flags, flags.training, flags.import_)
     if accelerator.is_main_process:
         print(ending(folder_of(flags), history[-1], flags, "val" if "val" in data.splits else flags.split))
     accelerator.end_training()

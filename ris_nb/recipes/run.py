@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -146,7 +148,7 @@ def recipe_model(settings: RunSettings, data: Referrals, referrals: list, seed: 
     return model
 
 # %% ../../nbs/workshop/run.ipynb #074
-LOOSE = ("import",)  # what may differ when a run goes on: a file may have moved
+LOOSE = ("import",)  # what `check_imports` compares
 
 
 def check_command(path: Path, command: dict) -> None:
@@ -164,6 +166,28 @@ def read_command(path: Path) -> dict:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise RISError(f"{path}: can't be read as the settings of a run; delete it if the flags are the run's own") from error
+
+
+def hash_files(paths: Iterable[str | Path]) -> dict[str, str]:
+    """The SHA-256 of each of the files that is there, by its path."""
+    files = [Path(path).resolve() for path in paths]
+    return {str(file): sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+def check_imports(folder: Path, imports: Iterable[str | Path]) -> None:
+    """`RISError` where the run in `folder` began with a file that is not among `imports` with the same content: it names file and hash.
+
+    The folder's word is only compared. Importing what it names would run the code of whoever made the folder.
+    """
+    path, given = folder / "command.json", hash_files(imports)
+    began = read_command(path).get("import") if path.is_file() else None
+    for file, digest in (began.items() if isinstance(began, dict) else [(file, None) for file in began or ()]):  # 0.2 kept no hashes
+        name = re.sub(r"[^\w.-]", "?", Path(str(file)).name)
+        other = {Path(path).name: found for path, found in given.items()}
+        if digest not in other.values() if digest else name not in other:
+            found = f", and this {name} has {other[name][:16]}" if name in other else ""
+            raise RISError(f"{folder}: began with the file {name}{f' (sha256 {str(digest)[:16]})' if digest else ''}{found}: "
+                           f"give that file, --import {name}; a run's folder is never asked for code")
 
 # %% ../../nbs/workshop/run.ipynb #073
 RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*",
@@ -209,7 +233,7 @@ def command_of(settings: RunSettings, data: Referrals, imports: Iterable[str | P
     """What command.json keeps of a run."""
     named = {name: getattr(settings, name) for name in ("recipe", "split", "val", "model", "pretrained", "each", "image_size", "vocabulary")}
     return {"dataset": data.dataset, "split_by": data.split_by, "from": settings.from_, "freeze": list(settings.freeze), **named,
-            "set": settings.network, "import": [str(Path(path).resolve()) for path in imports]}
+            "set": settings.network, "import": hash_files(imports)}
 
 
 def folder_of(settings: RunSettings) -> Path:
@@ -231,10 +255,12 @@ def _model_and_pairs(data: Referrals, settings: RunSettings, seed: int) -> tuple
 def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: Iterable[str | Path] = ()) -> list[dict]:
     """Train what the settings say on a split of the data; returns the lines of the run's log. The folder of the run keeps the rest.
 
-    imports: files that define the model (`import_file`), remembered in the folder. Raises `RISError` before the folder is touched.
+    imports: files that define the model (`import_file`), whose hashes the folder keeps: see `check_imports`. Raises `RISError` before the folder is touched.
     """
     if settings.from_ is None:
         settings = replace(settings, model=settings.model or DEFAULT_MODEL)
+    if settings.resume:
+        check_imports(folder_of(settings), imports)
     model, dataset = _model_and_pairs(data, settings, config.seed)
     config = config.for_samples(len(dataset))
     accelerator = make_accelerator(config.precision)
