@@ -221,11 +221,15 @@ def _read_config(source: str | Path, file: Path) -> dict:
 # %% ../nbs/workshop/registry.ipynb #n10b
 def load_model(source: str | Path) -> RISModel:
     """A saved model, in evaluation mode on the CPU. `source`: a folder that `save_pretrained` wrote, the name of a trained
-    model that comes with the library, or a repository on the Hugging Face Hub, "owner/name"; looked for in this order.
+    model that comes with the library, or a repository on the Hugging Face Hub, "owner/name"; looked for in this order. Or weights
+    that a paper's authors released, as for `released_model`: "released:magnet_refcoco", or the path of a file.
 
     Raises `RISError` where there is no checkpoint, a broken one, or one of a class that isn't known.
     """
     place, name = Path(source), str(source)
+    if name.startswith("released:") or not place.is_dir() and name.endswith((".pth", ".pt", ".bin", ".safetensors")):
+        released = import_module("ris_nb.recipes.released")  # by its name: it imports all models, and they import this module
+        return released.released_model(name.removeprefix("released:"))
     if not place.exists() and name in _shipped():
         place = shipped_checkpoint(name)
     config = _read_config(source, place / "config.json" if place.exists() or isinstance(source, Path) else _fetch_config(name))

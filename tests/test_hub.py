@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from huggingface_hub import constants
 from parity import load_case, released_state
 from PIL import Image
 from safetensors.torch import save_file
+from test_magnet_sizes import config as magnet_sizes, released as magnet_state
 from test_rivals import SMALL, small_network
 from timm.models import _registry
 from transformers import BertConfig, BertModel
 
 from ris_nb.contract import RISError
 from ris_nb.data.tokenizer import build_vocabulary, read_vocabulary
+from ris_nb.data.writer import make_refshapes
 from ris_nb.encoders.language import TextEncoder
 from ris_nb.encoders.vision import Swin, ViT
 from ris_nb.models.base import RISModel
@@ -32,6 +35,7 @@ from ris_nb.models.lavt import LAVT
 from ris_nb.models.magnet import MagNet
 from ris_nb.models.released_magnet import fetch_released
 from ris_nb.models.sag import VIT_S
+from ris_nb.recipes.released import RELEASED, released_model
 from ris_nb.registry import _MODELS, create_model, load_model
 from ris_nb.settings import BERT_BASE, SWIN_B, nested
 
@@ -63,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in listed]
             return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json") if tree else self.answer(404, X_Error_Code="RepoNotFound")
         match = re.match(r"/(.+)/resolve/[^/]+/(.+)", self.path)
-        name = f"{match[1]}/{match[2]}" if match else ""
+        name = unquote(f"{match[1]}/{match[2]}") if match else ""  # a plus is %2B there
         if name not in files:
             there = match and any(file.startswith(match[1] + "/") for file in files)
             return self.answer(404, X_Error_Code="EntryNotFound" if there else "RepoNotFound")
@@ -233,8 +237,64 @@ def test_released_weights(hub, tmp_path):
     assert fetch_released("yxchng/one").read_bytes() == (tmp_path / "magnet.pth").read_bytes()
     same(MagNet.from_released("yxchng/two/b.pth", image_size=64), MagNet.from_released(tmp_path / "magnet.pth", image_size=64))
     assert "a.pth, b.pth" in one_line(lambda: fetch_released("yxchng/two"))
-    assert "no such file" in one_line(lambda: fetch_released("yxchng/one/other.pth"))
+    missing = one_line(lambda: fetch_released("yxchng/one/other.pth"))
+    assert "no such file" in missing and "name one of those that it has: weights.pth" in missing
     assert "no such repository" in one_line(lambda: fetch_released("yxchng/three"))
+
+
+@pytest.fixture
+def released_files(hub, tmp_path):
+    """A small MagNet with random weights and BERT's words under each name of the authors' files."""
+    spec = magnet_sizes(decoder_width=64, decoder_heads=8, decoder_groups=8, bert=dict(vocab_size=30_522, hidden_size=64, num_attention_heads=1))
+    torch.save({"model": magnet_state(spec)}, tmp_path / "weights.pth")
+    for name in ("magnet_refcoco", "magnet_refcoco+", "magnet_refcocog_umd", "magnet_refcocog_google", "magnet_all"):
+        hub.files[f"yxchng/magnet_weights/{name}.pth"] = (tmp_path / "weights.pth").read_bytes()
+    return tmp_path / "weights.pth"
+
+
+def test_released_weights_by_their_names(hub, released_files, monkeypatch):
+    assert len(RELEASED) == 5 and {f"yxchng/magnet_weights/{name}.pth" for name in RELEASED} == set(hub.files)
+    for name in RELEASED:
+        model = released_model(name)
+        assert hub.asked[-1][1].startswith("/yxchng/magnet_weights/resolve/main/") and not model.training
+        assert model.image_size == (448 if name == "magnet_all" else 480) and len(model.vocabulary) == 30_522
+    same(load_model("released:magnet_all"), model)
+    same(load_model(str(released_files)), model)
+    assert load_model("released:magnet_all").image_size == 448 and load_model(released_files).image_size == 480
+    asked = len(hub.asked)
+    assert "divided twice; name magnet_refcocog_umd or magnet_refcocog_google" in one_line(lambda: load_model("released:magnet_refcocog"))
+    assert "there are magnet_refcoco, magnet_refcoco+, " in one_line(lambda: released_model("magnet_refcocoo"))
+    assert "no such checkpoint" in one_line(lambda: load_model(released_files.with_name("other.pth")))
+    assert len(hub.asked) == asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert released_model("magnet_refcoco").image_size == 480  # fetched once, it is there without a network
+
+
+def test_a_name_whose_file_is_gone_lists_those_that_are_there(hub, released_files):
+    del hub.files["yxchng/magnet_weights/magnet_refcoco.pth"]
+    missing = one_line(lambda: released_model("magnet_refcoco"))
+    assert "yxchng/magnet_weights/magnet_refcoco.pth" in missing and "name one of those that it has: magnet_refcoco+.pth, magnet_refcocog_umd.pth" in missing
+
+
+def test_released_weights_train_on(hub, released_files, tmp_path, monkeypatch):
+    """From the authors' weights to a run of one's own: BERT's vocabulary, a new word predictor, and a folder that loads and resumes."""
+    from ris_nb.cli.main import main
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(RELEASED, "magnet_refcoco", {"image_size": 64, "grounding": {"width": 32, "layers": 1, "heads": 2, "ffn": 32}})
+    make_refshapes(tmp_path / "shapes", counts={"train": 6}, seed=0)
+    command = "train --root shapes --from released:magnet_refcoco --batch-size 2 --val none --lr 1e-4 --steps"
+    assert main(f"{command} 1".split()) == 0
+    first, start = load_model("runs/magnet_refcoco_tuned"), load_model("released:magnet_refcoco")
+    assert first.image_size == 64 and len(first.vocabulary) == 30_522 and first.vocabulary == start.vocabulary
+    moved = [name for (name, a), b in zip(first.named_parameters(), start.parameters(), strict=True) if not torch.equal(a, b)]
+    assert any(name.startswith("encoder.vision") for name in moved)
+    assert max((a - b).abs().max() for a, b in zip(first.parameters(), start.parameters(), strict=True)) < 1e-2  # a step away
+    log = (tmp_path / "runs/magnet_refcoco_tuned/log.jsonl").read_text()
+    assert "grounding" in log  # the word predictor, which the authors' file doesn't have
+    assert first.predict([np.zeros((40, 50, 3), np.uint8)], ["the dog"])[0].shape == (40, 50)
+    assert main(f"{command} 1 --out again".split()) == 0
+    same(load_model("again"), first)  # also the word predictor begins as the seed says
+    assert main(["train", "--root", "shapes", "--from", str(released_files), "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("name", SMALL)

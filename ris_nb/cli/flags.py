@@ -42,13 +42,17 @@ class Answering(Own):
     checkpoint: Annotated[str | None, arg(metavar="MODEL")] = None
     """A run's folder, the name of a model that comes with the library (cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[str | None, arg(metavar="NAME")] = None
-    """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
+    """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog_umd, magnet_refcocog_google, magnet_all; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
     vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
     """With --released: the words, a Hub id or the path of a vocab.txt. Default: the authors'."""
     model: Annotated[str | None, arg(metavar="NAME")] = None
     """Or a network that others trained, fetched once from the Hugging Face Hub: clipseg, maskclip (CLIP, read as MaskCLIP does), groupvit."""
     precision: Literal["no", "bf16"] = "no"
     """bf16: matrix products in bfloat16, faster on GPUs and on processors with AMX or AVX512_BF16; answers change at the edges, if at all."""
+
+    def __post_init__(self):
+        if self.released is None and (self.checkpoint or "").startswith("released:"):  # as `train --from` has it
+            self.released, self.checkpoint = self.checkpoint.removeprefix("released:"), None
 
 
 def _named_model(flags: Answering):

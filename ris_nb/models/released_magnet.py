@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ..checkpoint import HUB_ERRORS, out_of_reach
@@ -31,7 +32,7 @@ def list_weights(repository: str) -> list[str]:
 def fetch_released(place: str) -> Path:
     """A file of weights from the Hugging Face Hub: "owner/repository/file", or "owner/repository" if it holds only one.
 
-    Raises `RISError` where it can't be had or the repository holds several, which are named.
+    Raises `RISError` where it can't be had, or the repository holds several or others, which are named.
     """
     owner, repository, *file = place.split("/", 2)
     repository = f"{owner}/{repository}"
@@ -40,8 +41,18 @@ def fetch_released(place: str) -> Path:
         if len(files) == 1:
             return Path(hf_hub_download(repository, files[0]))
     except HUB_ERRORS as error:
-        raise out_of_reach(f"{place}: it is no such file and", error, "go online, or give the path of a checkpoint") from error
-    raise RISError(f"{repository} holds {len(files)} files of weights ({', '.join(files[:5])}); name one: {repository}/FILE")
+        there = _others(repository) if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError) else []
+        instead = f"name one of those that it has: {', '.join(there)}" if there else "go online, or give the path of a checkpoint"
+        raise out_of_reach(f"{place}: it is no such file and", error, instead) from error
+    raise RISError(f"{repository} holds {len(files)} files of weights ({', '.join(files[:9])}); name one: {repository}/FILE")
+
+
+def _others(repository: str) -> list[str]:
+    """The files of weights in a repository, the first nine; none where it can't be asked."""
+    try:
+        return list_weights(repository)[:9]
+    except HUB_ERRORS:
+        return []
 
 # %% ../../nbs/workshop/released_magnet.ipynb #a059
 def released_image_alignment_key(key: str) -> str | None:

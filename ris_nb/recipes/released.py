@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
 from ..data.tokenizer import CLIP_BPE
 from ..models.base import RISModel
@@ -18,42 +17,43 @@ from ..models.lavt import LAVT
 from ..models.magnet import MagNet
 from ..models.rela import ReLA
 from ..models.released import read_released
-from ..models.released_magnet import RELEASED_WEIGHTS, fetch_released, list_weights
+from ..models.released_magnet import RELEASED_WEIGHTS, fetch_released
 from ..models.sag import SaG
 
 # %% auto #0
 __all__ = ['released_model']
 
 # %% ../../nbs/workshop/authors_weights.ipynb #064
-RELEASED = {  # name -> what the names of the files in the authors' repository say of the data set
-    "magnet_refcoco": r"refcoco(?!\+|p|_?plus|g)",
-    "magnet_refcoco+": r"refcoco(\+|p|_?plus)",
-    "magnet_refcocog": r"refcocog|g_?-?ref",
+RELEASED = {  # name -> settings that its weights don't tell; in the authors' repository the file is NAME.pth
+    "magnet_refcoco": {}, "magnet_refcoco+": {}, "magnet_refcocog_umd": {}, "magnet_refcocog_google": {}, "magnet_all": {"image_size": 448},
 }
 
 
-def find_released(name: str) -> str:
-    """The place of a checkpoint of `RELEASED` on the Hub, "owner/repository/file". `RISError` where it isn't clear which file it is."""
-    try:
-        files = list_weights(RELEASED_WEIGHTS)
-    except HUB_ERRORS as error:
-        raise out_of_reach(f"{name}: {RELEASED_WEIGHTS}", error, "go online, or give the path of a checkpoint") from error
-    found = [file for file in files if re.search(RELEASED[name], Path(file).name.lower())]
-    if len(found) != 1:
-        raise RISError(f"{len(found)} of the files of {RELEASED_WEIGHTS} may be {name}; name one: " +
-                       ", ".join(f"{RELEASED_WEIGHTS}/{file}" for file in (found or files)[:6]))
-    return f"{RELEASED_WEIGHTS}/{found[0]}"
+def find_released(source: str) -> str:
+    """The place of a checkpoint: of a name in `RELEASED`, "owner/repository/file" on the Hub; anything else as it is.
+
+    `RISError` for a word that is neither a name nor a file.
+    """
+    if source in RELEASED:
+        return f"{RELEASED_WEIGHTS}/{source}.pth"
+    if source == "magnet_refcocog":  # the name of 0.2
+        raise RISError("magnet_refcocog: RefCOCOg was divided twice; name magnet_refcocog_umd or magnet_refcocog_google")
+    if re.fullmatch(r"[\w+-]+", source) and not Path(source).exists():
+        raise RISError(f"{source}: no such file, and no released weights of this name; there are {', '.join(RELEASED)}")
+    return source
 
 # %% ../../nbs/workshop/authors_weights.ipynb #067
 def released_model(source: str, vocabulary: str | Sequence[str] | None = None, **overrides) -> RISModel:
     """A checkpoint of the authors of LAVT, MagNet, SaG, CRIS or ReLA as a model of ours, in evaluation mode; which, its entries tell.
 
     source: a name in `RELEASED`, the path of a file, or "owner/repository/file" on the Hugging Face Hub. vocabulary: by
-    default that of the authors, "clip-bpe" for CRIS and "bert-base-uncased" for the others. overrides: see `MagNet.from_released` and its siblings. Raises `RISError` where it can't be had or is none of them.
+    default that of the authors, "clip-bpe" for CRIS and "bert-base-uncased" for the others. overrides: see `MagNet.from_released`
+    and its siblings. What training needs besides, such as MagNet's word predictor, is new. Raises `RISError` where it can't be had
+    or is none of them.
     """
     marks = {"image_model.": MagNet, "model.backbone.": LAVT, "encoders.img_enc.": SaG,
              "neck.txt_proj.": CRIS, "sem_seg_head.": ReLA}  # in the names of entries
-    place = find_released(source) if source in RELEASED else source
+    place, overrides = find_released(source), {**RELEASED.get(source, {}), **overrides}
     on_the_hub = not Path(place).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+/.+", place) and not place.startswith(".")
     state = read_released(fetch_released(place) if on_the_hub else place)
     for mark, kind in marks.items():

@@ -56,7 +56,7 @@ class RunSettings:
     network: Suppress[dict] = field(default_factory=dict)
     """Arguments of the model by name, in place of its own defaults; those in a group as a table, or by their paths ("vision.width")."""
     from_: Annotated[str | None, arg(name="from", metavar="MODEL")] = None
-    """Fine-tune a trained model: a run's folder, a model that comes with the library (cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub. Weights, vocabulary and settings are that model's."""
+    """Fine-tune a trained model: a run's folder, a model that comes with the library (cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), OWNER/NAME on the Hugging Face Hub, or weights that a paper's authors released: released:magnet_refcoco, or a file of yours. Weights, vocabulary and settings are that model's."""
     pretrained: bool = False
     """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for the tiny models part of the library."""
     image_size: int | None = None
@@ -86,6 +86,7 @@ def build_model(settings: RunSettings, referrals: list, seed: int = 0, **network
     network: other arguments of the model by their paths, as a recipe has them; those of the settings come first.
     """
     if settings.from_ is not None:
+        torch.manual_seed(seed)  # for what a trained model gets anew, such as a word predictor
         return load_model(settings.from_)
     name, vocabulary, own = settings.model or DEFAULT_MODEL, settings.vocabulary, False
     if vocabulary is None and settings.pretrained:
@@ -236,9 +237,13 @@ def command_of(settings: RunSettings, data: Referrals, imports: Iterable[str | P
             "set": settings.network, "import": hash_files(imports)}
 
 
+def _name_of(source: str) -> str:
+    return Path(source.removeprefix("released:")).name.removesuffix(".pth")
+
+
 def folder_of(settings: RunSettings) -> Path:
     """The run's folder: the one that is asked for, or one under runs/ with the name of the recipe or of the model."""
-    named = Path(settings.recipe).stem if settings.recipe else settings.model or f"{Path(settings.from_).name}_tuned"
+    named = Path(settings.recipe).stem if settings.recipe else settings.model or f"{_name_of(settings.from_)}_tuned"
     return settings.out or Path("runs") / named
 
 # %% ../../nbs/workshop/run.ipynb #077b
