@@ -201,6 +201,10 @@ train --root data --out run --resume --model speck --steps 3 --batch-size 4 --va
 {RUN} --from ''
 {RUN} --from photo.png
 {RUN} --from data
+{RUN} --from released:
+{RUN} --from released:magnet_refcocog
+{RUN} --from released:magnet_refcoco
+{RUN} --from nothing.pth
 {RUN} --from cut_run
 {RUN} --from run --model lavt_tiny
 {RUN} --from run --pretrained
@@ -330,6 +334,8 @@ predict photo.png red --checkpoint run --released magnet_refcoco
 predict photo.png red --released ''
 predict photo.png red --released magnet_refcoco
 predict photo.png red --released magnet_refcocoo
+predict photo.png red --released magnet_refcocog
+predict photo.png red --checkpoint released:magnet_refcocog
 predict photo.png red --released text.jpg
 predict photo.png red --checkpoint run --out ''
 predict photo.png red --checkpoint run --out text.jpg
