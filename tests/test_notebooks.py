@@ -1,7 +1,7 @@
 """Every notebook runs from top to bottom by the rules of nbdev: cells flagged in settings.ini's `tst_flags` are skipped.
 
 The slow tier has the exercises and exams, whose solutions test_exercises and test_teaching run with more tests than here,
-and the workshop's pages that train for long, measure, or repeat what a chapter or a test has already proved.
+and those pages of the workshop that take more than three seconds: they train, measure, or prove again what a test file proves.
 """
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
-SLOW = ["exercises/*", "teaching/self_test", "teaching/midterm", "teaching/final", "workshop/study_*", "workshop/cli_study", "workshop/grounding_hosts",
-        "workshop/pretraining", "workshop/speed", "workshop/repainting", "workshop/toy_speaker"]
+SLOW = ["exercises/*", "teaching/self_test", "teaching/midterm", "teaching/final", *(f"workshop/{name}" for name in (
+    "cli_*", "course_slides", "deformable", "explore_fill", "fast_maps", "grounding_hosts", "listening", "pretraining", "probes", "repainting", "scenes",
+    "speed", "study_*", "toy_speaker", "toys", "writer"))]
 
 
 def skip_flags() -> list[str]:
