@@ -79,9 +79,10 @@ def pytest_runtest_makereport():
 
 
 def pytest_runtest_logreport(report):
-    for kind, costs in _costs.items():
-        costs[report.nodeid] += report.costs[kind]
-    _costs["processor"]["collecting"] += report.costs["collecting"]
+    costs = getattr(report, "costs", {})  # a worker that crashed has left none
+    for kind in _costs:
+        _costs[kind][report.nodeid] += costs.get(kind, 0.0)
+    _costs["processor"]["collecting"] += costs.get("collecting", 0.0)
 
 
 def pytest_terminal_summary(terminalreporter, config):
