@@ -5,11 +5,12 @@
 # %% ../nbs/workshop/contract.ipynb #imp-e
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 # %% auto #0
@@ -44,6 +45,12 @@ def normalised(pixels: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
     """(..., 3, H, W) uint8 -> float32: (pixel - shift) * factor, both (3, 1, 1)."""
     return pixels.float().sub_(shift).mul_(factor)
 
+
+def without_waiting(values: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A list as a tensor on `device`. A GPU fetches it from page-locked memory, so that neither waits for the other."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
 # %% ../nbs/workshop/contract.ipynb #042
 @dataclass
 class Batch:
@@ -68,13 +75,26 @@ class Batch:
     truth: list[np.ndarray] | None = None   # B of (h, w) bool
     encoded: Any = None                     # whatever the model's encode_image returns
     normalise: tuple[Tensor, Tensor] | None = None  # (shift, factor), in a loader's batch
+    counted: tuple[Tensor, int] | None = None  # the `words` for which `longest` was counted before they moved to a GPU
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def longest(self) -> int:
+        """The length of the longest sentence, at least 1: what a model needs to read. On a GPU, where counting would make the host wait,
+        it is known for the words that `to` has moved; for others it is L."""
+        if self.counted and self.counted[0] is self.words:
+            return self.counted[1]
+        if self.words.device.type != "cpu":
+            return self.words.shape[1]
+        return int((self.words.any(0) * torch.arange(1, 1 + self.words.shape[1])).amax().clamp(min=1))
+
     def to(self, device, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`, its images as floats; the lists stay."""
         moved = self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if moved.words.device.type != "cpu":
+            moved.counted = moved.words, self.longest
         if self.normalise is None:
             return moved
         statistics = (tensor.to(device, non_blocking=non_blocking) for tensor in self.normalise)

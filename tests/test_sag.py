@@ -572,16 +572,25 @@ def test_mirrored_negatives():
     with torch.no_grad():
         torch.manual_seed(0)
         z, own, same = model.compare(output, batch)
-        assert own.tolist() == [0, 0, 1, 2] and z.shape[0] == 3 + 2  # images 0 and 2 are mirrored
-        assert same.tolist() == [[False] * 5, [False] * 3 + [True, False], [False] * 5, [False] * 5]
+        assert own.tolist() == [0, 0, 1, 2] and z.shape[0] == 3 + 3
+        assert same[:, :3].any().item() is False  # of image 1, which has no side, the mirrored one is no negative for anybody
+        assert same[:, 3:].tolist() == [[False, True, False], [True, True, False], [False, True, False], [False, True, False]]
         torch.manual_seed(0)
-        turned = model.encode_image(batch.image[[0, 2]].flip(-1))[1]
+        turned = model.encode_image(batch.image.flip(-1))[1]
         close(z[3:], model.fusion.all_pairs(output.extra["text"], *model.fusion.project(turned))[0])
         close(z[:3], plain.compare(plain(batch, noise), batch)[0])
         assert model.losses(output, batch)["c3"] > plain.losses(plain(batch, noise), batch)["c3"]
         assert model.eval().compare(output, batch)[2] is None  # in training alone
-    batch.expression = ["a box"] * 4
-    assert model.train().compare(output, batch)[0].shape[0] == 3
+        batch = replace(batch, ids=batch.ids[1:], words=batch.words[1:], which=None, expression=["a box", "far right", "the left box"])
+        output, model = model(batch, noise), model.train()
+        torch.manual_seed(0)
+        z, own, same = model.compare(output, batch)
+        assert own.tolist() == [0, 1, 2] and same.shape == (3, 3 + 2) and not same.any()  # images 1 and 2 alone are mirrored
+        torch.manual_seed(0)
+        turned = model.encode_image(batch.image[1:].flip(-1))[1]
+        close(z[3:], model.fusion.all_pairs(output.extra["text"], *model.fusion.project(turned))[0])
+        batch.expression = ["a box"] * 3
+        assert model.compare(output, batch)[0].shape[0] == 3
 
 
 def test_study(scenes, tmp_path):

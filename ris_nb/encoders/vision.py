@@ -5,6 +5,7 @@
 # %% ../../nbs/06_vision.ipynb #003
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache, partial
 
 import timm
@@ -14,6 +15,7 @@ from timm.layers import PatchEmbed, trunc_normal_
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import HUB_ERRORS, out_of_reach
 from ..contract import RISError
@@ -110,6 +112,13 @@ class SwinBlock(SwinTransformerBlock):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 # %% ../../nbs/06_vision.ipynb #046
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, again: bool) -> Tensor:
+    """The blocks one after the other. `again`: for the backward pass only what goes into each is kept, and its inside computed again."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+    return x
+
+
 def init_weights(module: nn.Module) -> None:
     """Swin's initialisation of one module, for `apply`: Linear weights from a truncated normal (0.02), biases 0."""
     if isinstance(module, nn.Linear):
@@ -138,7 +147,7 @@ class Swin(nn.Module):
 
     def __init__(self, width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, patch=4, drop_path=0.3):
         super().__init__()
-        self.widths, self.window = [width * 2**k for k in range(len(depths))], window
+        self.widths, self.window, self.checkpointing = [width * 2**k for k in range(len(depths))], window, False
         if len(heads) != len(depths) or any(w % h for w, h in zip(self.widths, heads)):
             raise RISError(f"a Swin of widths {self.widths} cannot have heads {tuple(heads)}: one number per stage, a divisor of its width")
         self.patch_embed = PatchEmbed(None, patch, 3, width, norm_layer=nn.LayerNorm, flatten=False,
@@ -159,11 +168,19 @@ class Swin(nn.Module):
         """(B, 3, H, W) -> (B, H / patch, W / patch, widths[0]), rounded up."""
         return self.patch_embed(image)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only what goes into each block, and compute its inside again in the backward pass; as in timm."""
+        self.checkpointing = enable
+
+    def stage(self, x: Tensor, k: int) -> Tensor:
+        """The blocks of stage k: (B, H_k, W_k, widths[k]) -> the same shape."""
+        return run_blocks(self.stages[k], x, self.checkpointing and self.training)
+
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> the map that leaves each stage, finest first: (B, H_k, W_k, widths[k])."""
-        maps = [self.stages[0](self.embed(image))]
-        for merge, stage in zip(self.merges, self.stages[1:]):
-            maps.append(stage(merge(maps[-1])))
+        maps = [self.stage(self.embed(image), 0)]
+        for k, merge in enumerate(self.merges, 1):
+            maps.append(self.stage(merge(maps[-1]), k))
         return maps
 
     @classmethod
@@ -223,12 +240,13 @@ class ViT(VisionTransformer):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], 1)
         return x + resize_positions(self.pos_embed, self.patch_embed.grid_size, (H // self.patch, W // self.patch))
 
+    def run(self, x: Tensor, stop: int | None = None) -> Tensor:
+        """The blocks before `stop` (default: all): (B, 1 + N, D) -> (B, 1 + N, D). timm's `set_grad_checkpointing` sets the flag."""
+        return run_blocks(self.blocks[:stop], x, self.grad_checkpointing and self.training)
+
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> all tokens after the last norm, (B, 1 + N, D)."""
-        x = self.embed(image)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.run(self.embed(image)))
 
     @classmethod
     def from_timm(cls, model: nn.Module, drop_path: float = 0.0) -> ViT:

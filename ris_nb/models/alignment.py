@@ -178,7 +178,7 @@ def alignment_loss(pixels: Tensor, sentence: Tensor, mask: Tensor, temperatures:
     random pixels of either side are compared (none are drawn where the map has no more), never across images.
     """
     terms = alignment_terms(pixels, sentence, mask, temperatures, max_pixels)
-    return (terms * terms.new_tensor(weights)).sum(1).mean()
+    return sum(weight * term for weight, term in zip(weights, terms.unbind(1))).mean()
 
 # %% ../../nbs/11_alignment.ipynb #082
 def sentence_vector(l: Tensor, words: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import RISError
+from ..contract import RISError, without_waiting
 
 # %% auto #0
 __all__ = ['c3_similarity', 'c3_loss']
@@ -60,7 +60,7 @@ def c3_loss(text: Tensor, z: Tensor, which: Tensor | None = None, temperature: f
 def image_codes(image_id: Sequence, device: torch.device | str | None = None) -> Tensor:
     """An int64 for each image's id, a number or a string: (N,). Equal ids have equal codes, in every process."""
     digests = [blake2b(str(i).encode(), digest_size=8).digest() for i in image_id]
-    return torch.tensor([int.from_bytes(d, "big", signed=True) for d in digests], dtype=torch.int64, device=device)
+    return without_waiting([int.from_bytes(d, "big", signed=True) for d in digests], torch.device(device or "cpu"), torch.int64)
 
 
 def same_image(texts: Tensor, images: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x - x.mean(1, keepdim=True)
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
+        exact = x.float() if x.dtype is torch.float16 else x  # float16 ends at 65504, the square of 256
+        return x * torch.rsqrt(exact.square().mean(1, keepdim=True) + self.eps).to(x.dtype)
 
 # %% ../../nbs/07_lavt.ipynb #022
 class PWAM(nn.Module):
@@ -108,7 +109,7 @@ class LanguageSwin(nn.Module):
 
     def start(self, image: Tensor) -> Tensor:
         """The first stage, (N, 3, H, W) -> (N, H_0, W_0, C_0): no word has been read yet."""
-        return self.vision.stages[0](self.vision.embed(image))
+        return self.vision.stage(self.vision.embed(image), 0)
 
     def forward(self, image: Tensor, l: Tensor, words: Tensor, which: Tensor | None = None, x: Tensor | None = None) -> list[Tensor]:
         """image (N, 3, H, W), l (B, L, E), words (B, L) bool, which (B,) -> a map (B, H_k, W_k, widths[k]) of each stage.
@@ -122,7 +123,7 @@ class LanguageSwin(nn.Module):
         for k, (fusion, norm) in enumerate(zip(self.fusions, self.norms)):
             if k > 0:  # f is still the fused map of the stage before
                 x = self.vision.merges[k - 1](x + self.gates[k - 1](f) * f)
-                x = self.vision.stages[k](x)
+                x = self.vision.stage(x, k)
             f = fusion(x, l, words)
             maps.append(norm(f))
         return maps

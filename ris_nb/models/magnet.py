@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 # %% auto #0
 __all__ = ['LockStep', 'MagNet']
@@ -49,20 +48,15 @@ class LockStep(nn.Module):
         stages = len(vision.widths)
         if text.depth % stages:
             raise RISError(f"{text.depth} layers of BERT can't be shared out evenly over {stages} stages of Swin: take a multiple")
-        self.vision, self.text, self.group, self.checkpointing = vision, text, text.depth // stages, False
+        self.vision, self.text, self.group = vision, text, text.depth // stages
         language = ReleasedLanguageAlignment if released else LanguageAlignment
         self.image_alignments = nn.ModuleList(ImageAlignment(width, text.width, grids) for width in vision.widths)
         self.language_alignments = nn.ModuleList(language(text.width, width) for width in vision.widths)
         self.image_alignments[-1].gate.requires_grad_(False)
 
-    def _stage(self, x: Tensor, k: int) -> Tensor:
-        for block in self.vision.stages[k]:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
-        return x
-
     def start(self, image: Tensor) -> Tensor:
         """Swin's first stage, (N, 3, H, W) -> (N, H_0, W_0, C_0)."""
-        return self._stage(self.vision.embed(image), 0)
+        return self.vision.stage(self.vision.embed(image), 0)
 
     def forward(self, image: Tensor, ids: Tensor, words: Tensor, which: Tensor | None = None,
                 x: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
@@ -73,7 +67,7 @@ class LockStep(nn.Module):
         for k, (see, read) in enumerate(zip(self.image_alignments, self.language_alignments)):
             last = k + 1 == len(self.image_alignments)
             if k > 0:
-                x = self._stage(x, k)
+                x = self.vision.stage(x, k)
             elif which is not None:
                 x = x[which]  # (B, H_0, W_0, C_0)
             l = self.text.run(l, words, k * self.group, (k + 1) * self.group)
@@ -196,7 +190,7 @@ class MagNet(RISModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what goes into each block of Swin and each layer of the pixel decoder, and compute what is
         inside again on the way back: less memory for more time, as in timm."""
-        self.encoder.checkpointing = enable
+        self.encoder.vision.set_grad_checkpointing(enable)
         if not hasattr(self, "simple_decoder"):
             self.pixel_decoder.set_grad_checkpointing(enable)
 

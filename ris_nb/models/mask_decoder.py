@@ -40,8 +40,10 @@ def deformable_sample(value: Tensor, shapes: Sequence[tuple[int, int]], location
     locations (B, Q, heads, levels, points, 2): x and y, 0 to 1 over the map from edge to edge; weights (B, Q, heads, levels,
     points). Returns (B, Q, heads * d). Values are read bilinearly, with zeros outside (Deformable DETR, ICLR 2021, section 4.1).
     """
-    sample = gathered_sample if value.device.type == "cpu" and value.shape[-1] >= 16 else grid_sampled
-    return sample(value, shapes, locations, weights)
+    if value.device.type == "cpu":
+        return (gathered_sample if value.shape[-1] >= 16 else grid_sampled)(value, shapes, locations, weights)
+    # what was read at each place would fill a GPU's memory until the backward pass, which reads it once more instead
+    return checkpoint(grid_sampled, value, shapes, locations, weights, use_reentrant=False, preserve_rng_state=False)
 
 # %% ../../nbs/12_mask_decoder.ipynb #045
 @lru_cache(maxsize=32)
@@ -137,7 +139,7 @@ class DeformableLayer(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """x (B, T, D), positions (T, D) -> (B, T, D)."""
         x = self.norm1(x + self.attention(x + positions, x, shapes))
-        cells = x.split(4096, 1)  # the inner layer of the network is four times as wide: a part of it still fits the cache
+        cells = x.split(4096, 1) if x.device.type == "cpu" else [x]  # a part of the inner layer, four times as wide, still fits the cache
         return torch.cat([self.norm2(part + self.ffn(part)) for part in cells], 1)
 
 # %% ../../nbs/12_mask_decoder.ipynb #058

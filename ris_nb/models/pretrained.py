@@ -63,9 +63,10 @@ class FromTransformers(RISModel):
 
     def read(self, batch: Batch, network: nn.Module) -> Tensor:
         """The sentences in the space that they share with images, (B, D). A sentence that is cut keeps its end, which CLIP reads."""
-        ids, longest = batch.ids.clone(), int(batch.words.any(0).nonzero().max()) + 1
+        ids, longest = batch.ids, batch.longest
         if self.end is not None:
-            ids[~(ids == self.end).any(1), -1] = self.end
+            ended = (ids == self.end).any(1, keepdim=True)
+            ids = torch.cat([ids[:, :-1], torch.where(ended, ids[:, -1:], self.end)], 1)
         found = network.get_text_features(ids[:, :longest], batch.words[:, :longest].long())
         return found if isinstance(found, Tensor) else found.pooler_output
 
@@ -104,6 +105,11 @@ class PretrainedMaskCLIP(FromTransformers):
         return relevance_masks(output.score, sizes, 0.5 if threshold is None else threshold)
 
 # %% ../../nbs/workshop/pretrained_models.ipynb #hub_group
+def draw_groups(attn: Tensor, gumbel: bool = True, hard: bool = True) -> Tensor:
+    """`transformers`' assignment in training, by torch's own Gumbel softmax: theirs checks its arguments, and waits for a GPU to do so."""
+    return F.gumbel_softmax(attn, hard=hard, dim=-2) if gumbel else attn.softmax(-2)
+
+
 class PretrainedGroupViT(FromTransformers):
     """`transformers.GroupViTModel` (Xu et al., CVPR 2022): the mask is where the segment most like the sentence is the strongest."""
 
@@ -117,6 +123,16 @@ class PretrainedGroupViT(FromTransformers):
         if image_size not in (None, side):
             raise RISError(f"this GroupViT reads images of {side} pixels and no others, not {image_size}: leave image_size out")
         super().__init__(network, side, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
+
+    def train(self, mode: bool = True) -> PretrainedGroupViT:
+        """As for every module; training draws the groups by `draw_groups`."""
+        super().train(mode)
+        for part in self.network.modules():
+            if hasattr(part, "get_attn"):
+                vars(part).pop("get_attn", None)
+                if mode:
+                    part.get_attn = draw_groups
+        return self
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Segments (N, G, D), projected, and how much of each patch belongs to each of them, (N, G, P)."""

@@ -176,6 +176,7 @@ class ReLA(RISModel):
         if norm not in NORMS or not all(loss[term] >= 0 for term in ("minimap", "no_target", "dice")):
             raise RISError(f"norm must be one of {', '.join(NORMS)} and no weight of the loss below 0, not {norm!r} and {dict(loss)}")
         d, self.loss, self.grid = decoder, loss, decoder["grid"]
+        self.register_buffer("class_weight", torch.tensor((0.9, 1.1)), persistent=False)  # on the model's device at every step
         self.text = text_encoder(text, self.vocabulary)
         self.encoder = LanguageSwin(Swin(**vision), text["width"], NORMS[norm])
         self.encoder.gates = self.encoder.gates[:-1]  # ReLA's checkpoints don't have the last one, which feeds nothing
@@ -202,7 +203,7 @@ class ReLA(RISModel):
         if batch.mask is None:
             raise RISError("ReLA learns from masks and this batch has none: read the data with masks=True")
         logits = output.extra["logits"].float()
-        weight, whole = logits.new_tensor((0.9, 1.1)), F.interpolate(logits, batch.mask.shape[-2:], mode="bilinear", align_corners=False)
+        weight, whole = self.class_weight.float(), F.interpolate(logits, batch.mask.shape[-2:], mode="bilinear", align_corners=False)
         cells, empty = minimap_target(batch.mask, self.grid, self.loss["soft_minimap"]), ~batch.mask.flatten(1).any(1)
         losses = {"mask": F.cross_entropy(whole, batch.mask.long(), weight),
                   "minimap": self.loss["minimap"] * F.cross_entropy(output.extra["minimap"].float().mT, cells, weight),
@@ -235,7 +236,9 @@ class ReLA(RISModel):
         return read_attention(self, batch, self.encoder.fusions)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only what goes into each layer of the pixel decoder, and compute the rest again on the way back."""
+        """In training, keep only what goes into each block of Swin and each layer of the pixel decoder, and compute what is
+        inside again in the backward pass."""
+        self.encoder.vision.set_grad_checkpointing(enable)
         self.pixel_decoder.set_grad_checkpointing(enable)
 
     @classmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..contract import Batch, Output, RISError
 from ..encoders.pretraining import TINY_VIT, pretrained_tagger
-from ..encoders.vision import ViT
+from ..encoders.vision import ViT, run_blocks
 from .base import RISModel
 from .lavt import LAVT
 from .layers import TINY, preset, text_encoder
@@ -68,8 +68,7 @@ class PairModel(RISModel):
 
     def read(self, batch: Batch) -> Tensor:
         """The sentences, (B, width), of length one: their [CLS], projected."""
-        longest = int(batch.words.any(0).nonzero().max()) + 1
-        l = self.text(batch.ids[:, :longest], batch.words[:, :longest])
+        l = self.text(batch.ids[:, :batch.longest], batch.words[:, :batch.longest])
         return F.normalize(self.sentence(l[:, 0]).float(), dim=-1)
 
     def as_map(self, x: Tensor, batch: Batch) -> Tensor:
@@ -129,7 +128,7 @@ class MaskCLIP(PairModel):
 
     def trunk(self, image: Tensor) -> Tensor:
         """What enters the last block: (N, 1 + P, d)."""
-        return self.vision.blocks[:-1](self.vision.embed(image))
+        return self.vision.run(self.vision.embed(image), -1)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The image's vector (N, D), one vector a patch (N, P, D), and the last layer's keys (N, P, d)."""
@@ -228,15 +227,19 @@ class GroupViT(PairModel):
         self.carry = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), MixTokens(a, width // 2, b)) for a, b in zip(tokens, tokens[1:]))
         self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, self.sentence.out_features)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only what goes into each block, and compute its inside again in the backward pass."""
+        self.vision.set_grad_checkpointing(enable)
+
     def group(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (N, P, d) -> segments (N, G, d), and how much of each patch is each segment's, (N, G, P), of sum one over G."""
-        old, belongs = None, torch.eye(x.shape[1], device=x.device)
+        old, belongs, again = None, torch.eye(x.shape[1], device=x.device), self.vision.grad_checkpointing and self.training
         for i, (tokens, layers, grouping) in enumerate(zip(self.tokens, self.layers, self.grouping)):
             tokens = tokens.expand(len(x), -1, -1) + (self.carry[i - 1](old) if i else 0)
-            x, old = layers(torch.cat([x, tokens], 1)).split([x.shape[1], tokens.shape[1]], 1)
+            x, old = run_blocks(layers, torch.cat([x, tokens], 1), again).split([x.shape[1], tokens.shape[1]], 1)
             x, A = grouping(x, old)
             belongs = A @ belongs
-        return self.norm(self.layers[-1](x)), belongs
+        return self.norm(run_blocks(self.layers[-1], x, again)), belongs
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Segments (N, G, D), projected, and whose each patch is (N, G, P)."""
@@ -307,8 +310,7 @@ class TSEG(PairModel):
         which = torch.arange(len(batch), device=pooled.device) if batch.which is None else batch.which
         own = F.one_hot(which, len(pooled)).mT.bool()
         loss = F.binary_cross_entropy_with_logits(pooled + self.bias, own.float(), reduction="none")
-        others = loss[~own].mean() if (~own).any() else 0
-        return {"belongs": loss[own].mean() + others}
+        return {"belongs": sum((loss * some).sum() / some.sum().clamp(min=1) for some in (own, ~own))}  # one image has no others
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
         """Bool masks (H, W) of the asked sizes: where the sentence's probability against the background is above 0.5, or `threshold`."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Batch, Output, RISError
+from ..contract import Batch, Output, RISError, without_waiting
 from ..data.tokenizer import BERT_UNCASED, SPECIAL
 from ..distributed import gather_images, processes
 from ..encoders.language import TextEncoder
@@ -57,12 +57,22 @@ _FALSE_NEGATIVES = ("keep", "drop")
 _SIDES = re.compile(r"\b(left|right)")
 
 
-def mirrored_negatives(expressions: Sequence[str], which: Tensor) -> tuple[Tensor, Tensor]:
-    """The images (M,) that a sentence with left or right speaks of: mirrored, they are further negatives, though not of the other
-    sentences about the same image, which the mirror leaves true: bool (B, M). which (B,): each sentence's image. Ours."""
-    sided = torch.tensor([bool(_SIDES.search(expression)) for expression in expressions], device=which.device)
-    turned = which[sided].unique()
-    return turned, (which[:, None] == turned) & ~sided[:, None]
+def mirrored_negatives(expressions: Sequence[str], which: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (M,) of `images` (N, ...) to be mirrored as further negatives, and for whom they are none: bool (B, M). Ours.
+
+    A mirrored image is a negative if a sentence with left or right speaks of it, though not for the other sentences about the same
+    image, which the mirror leaves true. which (B,): each sentence's image; then all N are mirrored. None: image b, and images of
+    sentences without a side are left out.
+    """
+    sides, device = [bool(_SIDES.search(expression)) for expression in expressions], images.device
+    sided = without_waiting(sides, device, torch.bool)[:, None]
+    if which is None:
+        turned = without_waiting([i for i, side in enumerate(sides) if side], device, torch.int64)
+        which = torch.arange(len(sides), device=device)
+    else:
+        turned = torch.arange(len(images), device=device)
+    own = which[:, None] == turned
+    return turned, own & ~sided | ~(own & sided).any(0)
 
 
 def _check_choices(**choices) -> None:
@@ -141,8 +151,7 @@ class SaG(RISModel):
         """
         device, grid = batch.image.device.type, tuple(side // self.vision.patch for side in batch.image.shape[-2:])
         V, slots, A_slot = batch.encoded or self.encode_image(batch.image, noise)
-        longest = int(batch.words.any(0).nonzero().max()) + 1
-        l = self.text(batch.ids[:, :longest], batch.words[:, :longest])  # (B, L', E): BERT needn't read padding
+        l = self.text(batch.ids[:, :batch.longest], batch.words[:, :batch.longest])  # (B, L', E): BERT needn't read padding
         text = self.sentence(l[:, 0])
         A_fuse = self.fusion.attention(text, slots, batch.which)
         M = relevance_map(A_fuse, A_slot if batch.which is None else A_slot[batch.which], self.scheme)
@@ -161,7 +170,7 @@ class SaG(RISModel):
             same = same_image(codes[which], gather_images(codes))
         with self._as_in_forward(output):
             if self.mirrored and self.training:
-                turned, spared = mirrored_negatives(batch.expression, which)
+                turned, spared = mirrored_negatives(batch.expression, batch.which, batch.image)
                 same = torch.cat([text.new_zeros(len(text), len(slots), dtype=torch.bool) if same is None else same, spared], 1)
                 slots = torch.cat([slots, self.encode_image(batch.image[turned].flip(-1))[1]])
             z, _ = self.fusion.all_pairs(text, *self.fusion.project(slots))

@@ -114,8 +114,11 @@ def compiling():
         raise RISError(f"compile: torch can't compile this model ({line.strip()[:150]}); train without it") from error
 
 # %% ../../nbs/workshop/compute.ipynb #k2
-def keep_freed_memory() -> None:
-    """From now on this process keeps the memory that it frees, for its next tensors; where the C library is not glibc, nothing happens."""
+def keep_freed_memory(device: torch.device = torch.device("cpu")) -> None:
+    """From now on this process keeps the memory that it frees, for its next tensors. Nothing happens where they lie on another `device`
+    than the CPU, or the C library is not glibc."""
+    if device.type != "cpu":
+        return
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:

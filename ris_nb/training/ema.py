@@ -5,7 +5,10 @@
 # %% ../../nbs/workshop/ema.ipynb #imp-e
 from __future__ import annotations
 
-from torch import Tensor, nn
+from itertools import chain
+
+import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # %% auto #0
@@ -20,14 +23,20 @@ class EMA(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
+        super().__init__(model, use_buffers=True)
         self.decay = decay
         self.requires_grad_(False)
 
-    def _average(self, averaged: list[Tensor], current: list[Tensor], _) -> None:
-        n = int(self.n_averaged)  # it lies on the CPU: nobody waits for a GPU
-        if averaged[0].is_floating_point():
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As torch's own, which at every step sends the number of steps to the GPU, and waits for it."""
+        n, groups = int(self.n_averaged), {}  # it lies on the CPU: nobody waits for a GPU
+        for averaged, current in zip(*(chain(net.parameters(), net.buffers()) for net in (self.module, model)), strict=True):
+            if n and averaged.is_floating_point():
+                for values, value in zip(groups.setdefault((averaged.device, averaged.dtype), ([], [])), (averaged, current)):
+                    values.append(value)
+            else:
+                averaged.copy_(current)
+        for averaged, current in groups.values():
             get_ema_multi_avg_fn(min(self.decay, (1 + n) / (10 + n)))(averaged, current, None)
-        else:
-            for value, now in zip(averaged, current):
-                value.copy_(now)
+        self.n_averaged += 1

@@ -203,7 +203,7 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool,
     check_trackers(config.trackers)
     accelerator = make_accelerator(config.precision)
     check_device(config.precision, config.compile, accelerator.device)
-    keep_freed_memory()
+    keep_freed_memory(accelerator.device)
     if config.checkpointing:
         use_checkpointing(model)
     closing.enter_context(holding(folder))

@@ -31,7 +31,7 @@ class Meter:
         now = torch.stack([value.float() for value in values.values()])
         self.sums = now if self.sums is None else self.sums.to(now.device) + now
         self.count += 1
-        line = torch.cat([now.new_tensor([step]), now])
+        line = torch.cat([now.new_full((1,), step), now])
         # the latest line; the first that is not finite stays
         self.watch = line if self.watch is None else torch.where(self.watch.isfinite().all(), line, self.watch)
 
