@@ -49,7 +49,7 @@ def normalised(pixels: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
 def without_waiting(values: Sequence, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A list as a tensor on `device`. A GPU fetches it from page-locked memory, so that neither waits for the other."""
     tensor = torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 # %% ../nbs/workshop/contract.ipynb #042
 @dataclass

@@ -64,6 +64,14 @@ MODELS = {name: lambda name=name: build(name) for name in list_models() if name 
     "maskclip_tiny, smooth": lambda: build("maskclip_tiny", smooth=True)}
 
 
+def cases(quick, *others):
+    """Names as parameters, with each of `others` behind them; those that aren't in `quick` are of the slow tier."""
+    return [pytest.param(name, *more, marks=[] if name in quick and more == others[0] else [pytest.mark.slow]) for name in MODELS for more in others]
+
+
+NAMES = {name for name in MODELS if "," not in name} | {"magnet_tiny, game", "sag_tiny, both"}  # the quick tier has each model once
+
+
 class Watch(TorchDispatchMode):
     """Refuses, at its line, a copy between host and GPU for which one waits for the other. A number from the CPU may be an operand."""
 
@@ -125,8 +133,7 @@ def some(name, shared=True):
     return model, batch
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, precision", cases(NAMES, ("bf16",), ("no",)))
 def test_forward_and_losses(name, precision, request):
     """All on one device and without waiting, once what is made once (tables of positions and windows) is there."""
     model, batch = some(name)
@@ -142,8 +149,7 @@ def test_forward_and_losses(name, precision, request):
     assert (torch.bfloat16 if precision == "bf16" else torch.float32) in kinds  # autocast was on
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, checkpointing", cases(NAMES, (True,), (False,)))
 def test_backward(name, checkpointing):
     model, batch = some(name)
     if checkpointing:
@@ -181,7 +187,7 @@ def invent_gradients(model):
     return patch.object(torch.Tensor, "backward", backward)
 
 
-@pytest.mark.parametrize("name, precision", [*((name, "no") for name in MODELS), ("magnet_tiny, game", "bf16"), ("lavt_tiny", "fp16")])
+@pytest.mark.parametrize("name, precision", [*cases({"magnet_tiny, game", "sag_tiny, both", "tseg_tiny"}, ("no",)), ("lavt_tiny", "fp16")])
 def test_step(name, precision, request):
     """A step of the loop, with clipping, the average of the weights and what is logged of it, waits for nothing until a log line is due."""
     model, batch = some(name, shared=False)
