@@ -735,6 +735,17 @@ def test_a_dry_run_reads_and_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words, rate, why", [
+    ((), "0.002", "lavt_tiny, a tiny model"), (("--from", "sag_tiny"), "0.002", "sag_tiny, a tiny model"),
+    (("--model", "lavt_swin_base", "--pretrained"), "5e-05", "lavt_swin_base, full-size or pretrained"),
+    (("--from", "owner/name"), "5e-05", "owner/name, full-size or pretrained"),
+    (("--model", "lavt_swin_base", "--lr", "1e-3"), "0.001  (default: 5e-05)", "lavt_swin_base, full-size or pretrained")])
+def test_without_a_recipe_the_rate_follows_the_model(words, rate, why):
+    code, out, err = ris("train", *words, "--dry-run")
+    assert (code, err) == (0, "") and f"by default of {why}" in out
+    assert next(line for line in out.splitlines() if line.startswith("  lr ")).split(maxsplit=1)[1] == rate
+
+
 def test_a_run_that_diverges_before_its_first_save_leaves_the_folder_free(root, tmp_path):
     words = ["train", "--root", root, "--out", tmp_path / "run", "--steps", 4, *TRAIN]
     refused([*words, "--lr", 1e18, "--clip", "None"], "is not finite", "nothing was saved yet")

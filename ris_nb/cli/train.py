@@ -22,7 +22,8 @@ from ..data.sources import open_data
 from ..recipes.expectation import expectation
 from ..recipes.recipe import plan
 from ..recipes.recipes import COUNTED_FROM, find_recipe
-from ..recipes.run import DEFAULT_MODEL, RunSettings, check_imports, folder_of, train
+from ..recipes.run import DEFAULT_MODEL, RunSettings, check_imports, folder_of, read_command, train
+from ..registry import _FUNCTION, _written
 from ..training.config import TINY_RECIPE, TrainConfig
 from ..training.trackers import check_trackers
 
@@ -34,7 +35,8 @@ __all__ = []
 class Train(RunSettings, Own, Data):
     """Train a model. The weights and all that a resume needs are kept in a folder.
 
-    The defaults suit the tiny models, which learn from nothing. The papers' settings are recipes: --recipe NAME sets
+    The defaults follow the model: a rate of 2e-3 for a tiny one, which learns from nothing, 5e-5 for a full-size or pretrained one.
+    The papers' settings are recipes: --recipe NAME sets
     all flags, and prints where each value comes from; flags beside it override it. `ris-nb recipes` lists them.
     Several GPUs share a batch: accelerate launch -m ris_nb.cli train ...
 
@@ -84,15 +86,37 @@ def _number(word: str | None) -> int | None:
     """A word as a whole number above 0 that a flag may take; None where it is none, which the parser will say."""
     return int(word) or None if re.fullmatch(r"\d{1,9}", word or "") else None
 
+# %% ../../nbs/workshop/cli_train.ipynb #064u
+def usual_config(model: str | None = None, start: str | None = None, pretrained: bool = False) -> tuple[TrainConfig, str]:
+    """How a run without a recipe trains, and why: tiny models, and others that learn from nothing, as `TINY_RECIPE`;
+    full-size and pretrained ones as `TrainConfig`.
+
+    start: of --from. A run's folder tells its model, and so does the name of a model that comes with the library.
+    """
+    for _ in range(9):  # a run that began from a run that began ...
+        path = Path(str(start)) / "command.json"
+        if start is None or not path.is_file():
+            break
+        began = read_command(path)
+        model, start, pretrained = began.get("model"), began.get("from"), bool(began.get("pretrained"))
+    name = str(start or model or DEFAULT_MODEL)
+    tiny, ours = name.endswith(("_tiny", "_toys")), name in _written(_FUNCTION)
+    if tiny or not (ours or start or pretrained):
+        why = "a tiny model" if tiny else "which learns from nothing, as for the tiny models"
+        return TrainConfig(**TINY_RECIPE), f"of {name}, {why}"
+    return TrainConfig(), f"of {name}, full-size or pretrained: LAVT's (CVPR 2022), but for the number of steps"
+
 # %% ../../nbs/workshop/cli_train.ipynb #064a
 def train_flags(words: list[str] = ()) -> type[Train]:
     """`Train` and the flags of `TrainConfig`, with the defaults of the recipe that the words name, and defaults that fit the words."""
-    said, world = _peek(words, "recipe", "from", "steps", "epochs", "data", *COUNTED_FROM), rank_and_world()[1]
+    said = _peek(words, "recipe", "model", "from", "pretrained", "steps", "epochs", "data", *COUNTED_FROM)
+    world = rank_and_world()[1]
     given = {name: said[name] for name in COUNTED_FROM}
     given |= {"dataset": said["dataset"] or said["data"], "batch_size": _number(said["batch_size"]),
               "each": said["each"] if said["each"] in ("object", "sentence") else None}  # what makes no sense is left to the parser
     recipe = find_recipe(said["recipe"], **given) if said["recipe"] else None
-    values, config = (recipe.values(world), recipe.config(world)) if recipe else ({}, TrainConfig(**TINY_RECIPE))
+    usual = None if recipe else usual_config(said["model"], said["from"], said["pretrained"] is not None)[0]
+    values, config = (recipe.values(world), recipe.config(world)) if recipe else ({}, usual)
     if said["from"] is not None:  # what the trained model settles
         values = {name: value for name, value in values.items() if name not in ("model", "pretrained", "image_size", "freeze")}
     types = get_type_hints(Train, include_extras=True)  # a type and not its text: the new class knows no names of this module
@@ -129,8 +153,11 @@ def settings_of(flags: Train) -> str:
         usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig())).items()}
         lines = [plan(find_recipe(flags.recipe, **{name: given[name] for name in COUNTED_FROM}), given, usual, rank_and_world()[1])]
     else:
-        usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig(**TINY_RECIPE))).items()}
-        lines = ["settings:", *(f"  {name:14}  {given[name]}{'' if given[name] == value else f'  (default: {value})'}" for name, value in usual.items())]
+        config, source = usual_config(flags.model, flags.from_, flags.pretrained)
+        usual = {name.rstrip("_"): value for name, value in (usual | asdict(config)).items()}
+        other = {name: "" if given[name] == value else f"  (default: {value})" for name, value in usual.items()}
+        lines = [f"settings (rate and schedule by default {source}):"]
+        lines += [f"  {name:14}  {given[name]}{other[name]}" for name in usual]
     return "\n".join([*lines, expectation(model, flags.training, rank_and_world()[1])])
 
 # %% ../../nbs/workshop/cli_train.ipynb #079

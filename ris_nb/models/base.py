@@ -27,7 +27,7 @@ __all__ = ['evaluating', 'RISModel']
 # %% ../../nbs/workshop/model.ipynb #072
 @contextmanager
 def evaluating(model: nn.Module):
-    """`model` in evaluation mode for the length of a block; afterwards each part has its own mode back, but what was frozen meanwhile."""
+    """`model` in evaluation mode for the length of a block; then each part has its own mode back, but frozen ones."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -120,9 +120,9 @@ class _Freezing(Contract):
         return self
 
     def freeze(self, names: Iterable[str]) -> None:
-        """From now on these submodules stand still: their weights and running statistics, without dropout or drop path, in training
-        mode, too. A saved model remembers it. Raises `RISError`, and changes nothing, where there is no such part or nothing would
-        be left that trains."""
+        """From now on these submodules stand still, in training mode, too: their weights and running statistics, without
+        dropout or drop path. A saved model remembers it. Raises `RISError`, and changes nothing, where there is no such
+        part or nothing would be left that trains."""
         names = [*names]
         self._check_parts(names, "to freeze")
         stay = {parameter for name in names for parameter in self.get_submodule(name).parameters()}

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -176,13 +177,13 @@ def hash_files(paths: Iterable[str | Path]) -> dict[str, str]:
 
 
 def check_imports(folder: Path, imports: Iterable[str | Path]) -> None:
-    """`RISError` where the run in `folder` began with a file that is not among `imports` with the same content: it names file and hash.
+    """`RISError` with file and hash where the run in `folder` began with a file whose content no file of `imports` has.
 
     The folder's word is only compared. Importing what it names would run the code of whoever made the folder.
     """
     path, given = folder / "command.json", hash_files(imports)
     began = read_command(path).get("import") if path.is_file() else None
-    for file, digest in (began.items() if isinstance(began, dict) else [(file, None) for file in began or ()]):  # 0.2 kept no hashes
+    for file, digest in began.items() if isinstance(began, dict) else zip(began or (), repeat(None)):  # 0.2: no hashes
         name = re.sub(r"[^\w.-]", "?", Path(str(file)).name)
         other = {Path(path).name: found for path, found in given.items()}
         if digest not in other.values() if digest else name not in other:

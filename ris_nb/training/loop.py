@@ -199,7 +199,7 @@ def finish_step(run: Run, values: dict[str, torch.Tensor], validate, bar: tqdm) 
 # %% ../../nbs/08_training.ipynb #113
 def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool,
             closing: ExitStack) -> tuple[Run, nn.Module]:
-    """The run and the loss module, checked and brought to where the run stands; the folder's lock and the trackers end with `closing`."""
+    """The run and the loss module, brought to where the run stands; lock and trackers end with `closing`."""
     check_trackers(config.trackers)
     accelerator = make_accelerator(config.precision)
     check_device(config.precision, config.compile, accelerator.device)

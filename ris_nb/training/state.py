@@ -129,7 +129,7 @@ def _take_lock(folder: Path) -> FileLock | None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise cannot_write(folder / ".lock", error) from error
-        warnings.warn(f"{folder}: its file system has no locks; see to it yourself that no second training writes there", stacklevel=2)
+        warnings.warn(f"{folder}: its file system has no locks; start no second training there", stacklevel=2)
         (folder / ".lock").unlink(missing_ok=True)
         return None
     for left in folder.glob(".*.tmp"):
@@ -139,9 +139,9 @@ def _take_lock(folder: Path) -> FileLock | None:
 
 @contextmanager
 def holding(run_dir: Path):
-    """No other training may write into `run_dir` inside the block: the first process holds its lock, the others wait for its word.
+    """No other training may write into `run_dir` inside the block: the first process holds its lock for all.
 
-    The lock ends with its process. RISError, in each process: another training holds it, or the folder can't be written.
+    The lock ends with its process. RISError, in each process: another training holds it, or it can't be written.
     """
     folder = Path(run_dir).resolve()
     held = vars(_held).setdefault("folders", set())
@@ -161,7 +161,7 @@ def holding(run_dir: Path):
     finally:
         held.discard(folder)
         if lock:
-            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who opened it meanwhile sees that it has no name any more
+            Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: others see that what they opened is gone
             lock.release()
 
 # %% ../../nbs/workshop/state.ipynb #090b
