@@ -54,6 +54,13 @@ _NOISES = ("seeded", "mean")
 _FALSE_NEGATIVES = ("keep", "drop")
 
 
+def _check_choices(**choices) -> None:
+    """Raise `RISError` for a word that is not allowed: `name=(word, allowed)`."""
+    for name, (word, allowed) in choices.items():
+        if word not in allowed:
+            raise RISError(f"{name} must be one of {', '.join(allowed)}, not {word!r}")
+
+# %% ../../nbs/17_sag.ipynb #025m
 _SIDES = re.compile(r"\b(left|right)")
 
 
@@ -73,13 +80,6 @@ def mirrored_negatives(expressions: Sequence[str], which: Tensor | None, images:
         turned = torch.arange(len(images), device=device)
     own = which[:, None] == turned
     return turned, own & ~sided | ~(own & sided).any(0)
-
-
-def _check_choices(**choices) -> None:
-    """Raise `RISError` for a word that is not allowed: `name=(word, allowed)`."""
-    for name, (word, allowed) in choices.items():
-        if word not in allowed:
-            raise RISError(f"{name} must be one of {', '.join(allowed)}, not {word!r}")
 
 # %% ../../nbs/17_sag.ipynb #026
 class SaG(RISModel):
