@@ -52,6 +52,19 @@ def relevance_masks(score: Tensor, sizes: Sequence[tuple[int, int]], threshold: 
 VIT_S = dict(width=384, depth=12, heads=6, patch=16, image_size=480)
 _NOISES = ("seeded", "mean")
 _FALSE_NEGATIVES = ("keep", "drop")
+_SIDES = re.compile(r"\b(left|right)")
+
+
+def mirrored_negatives(expressions: Sequence[str], which: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (M,) of `images` (N, ...) that, mirrored, are further negatives, because a sentence with left or right speaks of them; and
+    for which sentences they are none, (B, M) bool: the others about the same image, which the mirror leaves true. Ours. which (B,):
+    each sentence's image; then M is N, and what no such sentence speaks of is nobody's negative. None: sentence b's is image b."""
+    sides, device = [bool(_SIDES.search(expression)) for expression in expressions], images.device
+    sided = without_waiting(sides, device, torch.bool)[:, None]
+    places = [i for i in range(len(images)) if which is not None or sides[i]]
+    turned = without_waiting(places, device, torch.int64)
+    own = (torch.arange(len(sides), device=device) if which is None else which)[:, None] == turned
+    return turned, own & ~sided | ~(own & sided).any(0)
 
 
 def _check_choices(**choices) -> None:
@@ -59,27 +72,6 @@ def _check_choices(**choices) -> None:
     for name, (word, allowed) in choices.items():
         if word not in allowed:
             raise RISError(f"{name} must be one of {', '.join(allowed)}, not {word!r}")
-
-# %% ../../nbs/17_sag.ipynb #025m
-_SIDES = re.compile(r"\b(left|right)")
-
-
-def mirrored_negatives(expressions: Sequence[str], which: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (M,) of `images` (N, ...) to be mirrored as further negatives, and for whom they are none: bool (B, M). Ours.
-
-    A mirrored image is a negative if a sentence with left or right speaks of it, though not for the other sentences about the same
-    image, which the mirror leaves true. which (B,): each sentence's image; then all N are mirrored. None: image b, and images of
-    sentences without a side are left out.
-    """
-    sides, device = [bool(_SIDES.search(expression)) for expression in expressions], images.device
-    sided = without_waiting(sides, device, torch.bool)[:, None]
-    if which is None:
-        turned = without_waiting([i for i, side in enumerate(sides) if side], device, torch.int64)
-        which = torch.arange(len(sides), device=device)
-    else:
-        turned = torch.arange(len(images), device=device)
-    own = which[:, None] == turned
-    return turned, own & ~sided | ~(own & sided).any(0)
 
 # %% ../../nbs/17_sag.ipynb #026
 class SaG(RISModel):
