@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ris_nb.contract import RISError
+from ris_nb.data import pack as pack_module, refer
 from ris_nb.data.batches import Transform
 from ris_nb.data.check import check_data
 from ris_nb.data.folder import FolderData
@@ -281,11 +282,23 @@ def test_polygons_out_of_the_frame(tmp_path):
         one_line(info)
 
 
+def test_an_rle_is_unpacked_once(tmp_path, monkeypatch):
+    unpacked = []
+    counts = refer._rle_counts
+    monkeypatch.setattr(refer, "_rle_counts", lambda text: unpacked.append(text) or counts(text))
+    mask = np.zeros((48, 64), np.uint8)
+    mask[5:17, 11:29] = 1
+    rle = {"size": [48, 64], "counts": coco_mask.encode(np.asfortranarray(mask))["counts"].decode()}
+    for referral in masks_of(tmp_path, rle, [rle, rle]) * 2: assert np.array_equal(referral.mask(), mask)
+    assert len(unpacked) == 1
+
+
 @pytest.mark.parametrize("rle", [
     {"size": [64, 48], "counts": [3072]}, {"size": [48, 64], "counts": [10, 20]}, {"size": [48, 64], "counts": [10, 2**40]},
     {"size": [48, 64], "counts": [-1, 3073]}, {"size": [48, 64], "counts": "000"}, {"size": [48, 64], "counts": "oooo"},
     {"size": [48, 64], "counts": ""}, {"size": [48, 64], "counts": "\u2603"}, {"size": [48, 64], "counts": [3072]}, {"size": [48, 64]}, {"counts": [1]},
-    {"size": [48, 64], "counts": "o" * 100_000 + "0"}, {"size": 5, "counts": [1]}, {"size": [48, 64], "counts": None}])
+    {"size": [48, 64], "counts": "o" * 100_000 + "0"}, {"size": [48, 64], "counts": "PP3o"}, {"size": [48, 64], "counts": "PP3\0"},
+    {"size": [48, 64], "counts": "oooooo0"}, {"size": 5, "counts": [1]}, {"size": [48, 64], "counts": None}])
 def test_broken_or_empty_rle(tmp_path, rle):
     referral, = masks_of(tmp_path, rle)
     for read in (referral.mask, referral.area):
@@ -615,7 +628,7 @@ def test_what_a_check_says_of_sentences_about_nothing(own):
     assert '"mask": [] says that a sentence fits nothing' in check_data(own)[0]["problems"][0]
 
 
-def test_a_pack_of_several_things_and_none(own, tmp_path):
+def test_a_pack_of_several_things_and_none(own, tmp_path, monkeypatch):
     other = np.zeros((48, 64), np.uint8)
     other[0:16, 40:56] = 9
     Image.fromarray(other).save(own / "masks/b.png")
@@ -625,5 +638,8 @@ def test_a_pack_of_several_things_and_none(own, tmp_path):
     pack = Pack(write_pack(referrals, own, 32, tmp_path / "own.pack"), own)
     for referral in referrals: assert torch.equal(pack.mask(referral), transform.mask(referral.mask()))
     pack.check(referrals, transform)
+    with monkeypatch.context() as patch:   # once checked, no mask's key is made again
+        patch.setattr(pack_module, "mask_key", None)
+        for referral in referrals: assert torch.equal(pack.mask(referral), transform.mask(referral.mask()))
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64), dtype=np.uint8)).save(own / "masks/b.png")     # another file: the pack is stale
     with pytest.raises(RISError, match="lacks referral 0 of a.jpg"): pack.check(referrals, transform)

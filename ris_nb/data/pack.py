@@ -120,6 +120,7 @@ class Pack:
             raise RISError(f"{self.path}: {reason}; `ris-nb data pack` makes one") from None
         self._photos, self._masks = ({key: i for i, key in enumerate(keys)} for keys in (photos, masks))
         self._places = {}  # of photos, by path: their keys need a look at the disk
+        self._mask_places = {}  # of masks, by the referral's id: their keys are hashes of all corners. It is kept, so its id stays its own
         self._sound = set()  # photos whose checksum was right
 
     def __reduce__(self):
@@ -130,6 +131,11 @@ class Pack:
             self._places[path] = self._photos.get(photo_key(path, self.root))
         return self._places[path]
 
+    def _mask(self, referral: Referral) -> int | None:
+        if id(referral) not in self._mask_places:
+            self._mask_places[id(referral)] = referral, self._masks.get(mask_key(referral, self.root))
+        return self._mask_places[id(referral)][1]
+
     def check(self, referrals: Iterable[Referral], transform: Transform, masks: bool = True) -> None:
         """`RISError` unless all photos of `referrals`, and with `masks` all masks, are here as the transform and the data set have them now."""
         if not squashes(transform):
@@ -137,8 +143,9 @@ class Pack:
         if transform.size != self.size:
             raise RISError(f"{self.path} holds pictures of {self.size} pixels and the model takes {transform.size}: "
                            f"`ris-nb data pack --image-size {transform.size}` makes another")
+        self._mask_places.clear()  # a mask's file may have changed since
         for referral in referrals:
-            if self._photo(referral.image_path) is None or masks and mask_key(referral, self.root) not in self._masks:
+            if self._photo(referral.image_path) is None or masks and self._mask(referral) is None:
                 raise RISError(f"{self.path} lacks referral {referral.ref_id} of {referral.image_path.name}, or has it as it was before a change: pack the data again")
 
     def pixels(self, path: Path) -> Tensor:
@@ -153,7 +160,7 @@ class Pack:
 
     def mask(self, referral: Referral) -> Tensor:
         """The referral's mask, (S, S) bool."""
-        place = self._masks[mask_key(referral, self.root)]
+        place = self._mask(referral)
         counts = self._runs[self._ends[place - 1] if place else 0:self._ends[place]].tobytes()
         return torch.from_numpy(coco_mask.decode({"size": [self.size] * 2, "counts": counts}).T.view(bool))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,31 +21,38 @@ from .pickles import _image_size, _path_below, _read_json, load_plain_pickle
 __all__ = ['PUBLISHED', 'read_mask', 'Sentence', 'Referral', 'Referrals', 'ReferData']
 
 # %% ../../nbs/03_refer.ipynb #039
-def _rle_counts(text: bytes) -> list[int]:
+def _rle_counts(text: bytes) -> np.ndarray:
     """The run lengths of a compressed RLE: five bits a character, lowest first; from the fourth run on, differences to two runs before."""
-    counts, value, shift = [], 0, 0
-    for byte in text:
-        code = byte - 48
-        value |= (code & 31) << shift
-        shift += 5
-        if shift > 40: raise ValueError("a run has too many digits")
-        if code & 32: continue
-        if code & 16: value -= 1 << shift
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-        value, shift = 0, 0
+    codes = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    # pycocotools reads on behind a string that ends within a run, and stops at a zero byte
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32: raise ValueError("its counts are no compressed runs")
+    ends = np.flatnonzero(codes & 32 == 0)  # the last character of each run
+    digits = np.diff(ends, prepend=-1)
+    if digits.max() > 6: raise ValueError("a run has too many digits")
+    starts = ends - digits + 1
+    places = np.arange(len(codes)) - np.repeat(starts, digits)  # of a character within its run
+    counts = np.add.reduceat((codes & 31) << 5 * places, starts)
+    counts -= (codes[ends] & 16 > 0) * (1 << 5 * digits)
+    for k in (1, 2): counts[k::2] = counts[k::2].cumsum()
     return counts
 
 # %% ../../nbs/03_refer.ipynb #040
+@lru_cache(maxsize=1 << 16)  # a training reads each mask again in each epoch, and what a text says does not change
+def _rle_extent(text: str | bytes) -> tuple[int, int]:
+    counts = _rle_counts(text.encode() if isinstance(text, str) else text)
+    return int(counts.min()), int(counts.sum())
+
 def _rle_run(rle: dict, height: int, width: int) -> dict:
     """A compressed RLE from a compressed or an uncompressed one. ValueError unless its runs fill the frame exactly."""
     rows, columns = (int(n) for n in rle["size"])
     if (rows, columns) != (height, width):
         raise ValueError(f"it has {rows} x {columns} rows and columns, its image {height} x {width}")
-    counts = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
-    counts = _rle_counts(counts) if isinstance(counts, bytes) else [int(n) for n in counts]
+    counts, packed = rle["counts"], isinstance(rle["counts"], (str, bytes))
+    if not packed: counts = [int(n) for n in counts]
+    least, total = _rle_extent(counts) if packed else (min(counts, default=0), sum(counts))
     # pycocotools does not check it, and runs that stop short leave uninitialised memory in the mask
-    if min(counts, default=0) < 0 or sum(counts) != height * width:
-        raise ValueError(f"its runs cover {sum(counts)} pixels of {height * width}")
+    if least < 0 or total != height * width: raise ValueError(f"its runs cover {total} pixels of {height * width}")
+    if packed: return {"size": [height, width], "counts": counts.encode() if isinstance(counts, str) else counts}
     return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
 
 # %% ../../nbs/03_refer.ipynb #045
