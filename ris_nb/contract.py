@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['Output', 'RISError', 'Batch']
@@ -107,3 +108,17 @@ class Batch:
     def _each(self, function: Callable) -> Batch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: function(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+# %% ../nbs/workshop/contract.ipynb #h02
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives; the CPU when it has none."""
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, of one type and any shapes, on the CPU: one copy, so the host waits for their device once."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return list(tensors)
+    whole = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]

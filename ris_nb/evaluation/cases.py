@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from ..checkpoint import replacing
-from ..contract import RISError
+from ..contract import RISError, device_of
 from ..data.batches import ReferralDataset, collate, make_batch
 from ..data.images import read_image
-from .evaluate import device_of
 from .report import Record, Report
 from ..models.base import RISModel, evaluating
 from ..show import in_words, overlay, show_referral
@@ -85,7 +84,7 @@ def show_answers(models: Mapping[str, RISModel], photo, expression: str) -> plt.
     photo = read_image(photo)
     fig, axes = plt.subplots(len(models), 4, figsize=(8.4, 2.2 * len(models) + 0.4), squeeze=False, layout="constrained")
     for line, (name, model) in zip(axes, models.items()):
-        batch = make_batch([photo], [expression], model.tokenizer, model.transform).to(next(model.parameters()).device)
+        batch = make_batch([photo], [expression], model.tokenizer, model.transform).to(device_of(model))
         with torch.no_grad(), evaluating(model):
             output = model(batch)
         slots, mask = model.slot_maps(output), model.masks(output, batch.size)[0].cpu().numpy()

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..contract import Batch, RISError
+from ..contract import Batch, RISError, device_of, to_host
 from ..data.batches import AsBytes, ReferralDataset, collate
 from ..data.refer import Referral
 from ..distributed import gather, processes, shares
@@ -50,21 +49,21 @@ def cut(batch: Batch, pairs: int) -> list[Batch]:
         told = {name: getattr(batch, name) for name in ("ids", "words", "mask", "expression", "kind", "size", "truth")}
         told = {name: value[at] for name, value in told.items() if value is not None}
         shown = batch.image_id and [batch.image_id[n] for n in images.tolist()]
-        pieces.append(replace(batch, image=batch.image[images.to(batch.image.device)], which=own, image_id=shown, **told))
+        pieces.append(replace(batch, image=batch.image[images], which=own, image_id=shown, **told))
     return pieces
 
 # %% ../../nbs/09_evaluation.ipynb #016b
 def answer_batch(model: RISModel, batch: Batch, pairs: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names.
+    """The model's masks and the true ones, bool (H, W), on the grid that `model.resolution` names; all on the CPU.
 
-    `pairs`: the most expressions that the model answers at once (default: all).
+    batch: on the CPU. `pairs`: the most expressions that are answered at once (default: all). The host waits for the model once.
     """
     squares = [tuple(batch.image.shape[-2:])] * len(batch)
     sizes, truths = (squares, batch.mask) if model.resolution == "model" else (batch.size, batch.truth)
-    masks = []
+    device, masks = device_of(model), []
     for piece in cut(batch, pairs or max(1, len(batch))):
-        masks += model.masks(model(piece), sizes[len(masks):len(masks) + len(piece)])
-    return masks, [torch.as_tensor(truth) for truth in truths]
+        masks += model.masks(model(piece.to(device, non_blocking=True)), sizes[len(masks):len(masks) + len(piece)])
+    return to_host(masks), [torch.as_tensor(truth) for truth in truths]
 
 
 def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int | None = None) -> list[Record]:
@@ -73,18 +72,13 @@ def score_batch(model: RISModel, batch: Batch, images: Sequence[int], pairs: int
     records, asked = [], Counter()
     for b, (mask, truth, n) in enumerate(zip(*answer_batch(model, batch, pairs), which, strict=True)):
         intersection, union = intersection_union(mask, truth)
-        share, absent = int(truth.count_nonzero()) / truth.numel(), not batch.truth[b].any()  # a mask that got lost on a coarse grid isn't absent
+        share, absent = np.count_nonzero(truth) / truth.numel(), not batch.truth[b].any()  # a lost one isn't
         records.append(Record(images[n], asked[n], batch.image_id[n], batch.expression[b], batch.kind[b],
-                              int(intersection), int(union), share, absent, not mask.any()))
+                              int(intersection), int(union), share, absent, not mask.numpy().any()))
         asked[n] += 1
     return records
 
 # %% ../../nbs/09_evaluation.ipynb #039
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter or buffer lives; the CPU when it has none."""
-    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
-
-
 def machine_facts(device: torch.device) -> dict[str, str | int]:
     """What a time depends on: versions, device, CPU threads, number of processes."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -101,11 +95,11 @@ def share_loader(dataset: ReferralDataset, batch_size: int = 32, workers: int = 
 @torch.no_grad()
 def run_share(model: RISModel, loader: DataLoader, progress: bool, pairs: int | None = None) -> list[Record]:
     """The records of this process's share of a data set, the model in evaluation mode meanwhile."""
-    device, records = device_of(model), []
+    records = []
     bar = tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not progress or processes()[0] > 0)
     with evaluating(model):
         for images, batch in zip(loader.batch_sampler, bar):
-            records += score_batch(model, batch.to(device, non_blocking=True), images, pairs or pairs_at_once(model, batch.image.shape[-1]))
+            records += score_batch(model, batch, images, pairs or pairs_at_once(model, batch.image.shape[-1]))
     return records
 
 # %% ../../nbs/09_evaluation.ipynb #040

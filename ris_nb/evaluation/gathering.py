@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..contract import Batch, Output, RISError
+from ..contract import Batch, Output, RISError, device_of, to_host
 from ..data.batches import ReferralDataset, collate
-from .evaluate import device_of
 from .report import markdown_table, percent
 from ..models.base import RISModel, evaluating
 from ..metrics import intersection_union
@@ -83,8 +82,8 @@ def measure_gathering(model: RISModel, dataset: ReferralDataset, batch_size: int
     rows, device = [], device_of(model)
     with evaluating(model):
         for start in range(0, len(dataset), batch_size):
-            batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]).to(device)
-            output = model(batch)
+            batch = collate([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
+            output = model(batch.to(device, non_blocking=True))
             rows += _by_image(batch, model.slot_maps(output), output, model.masks(output, batch.size))
     return rows
 
@@ -92,13 +91,14 @@ def measure_gathering(model: RISModel, dataset: ReferralDataset, batch_size: int
 def _by_image(batch: Batch, maps: Tensor | None, output: Output, masks: Sequence[Tensor]) -> list[Gathered]:
     if maps is None or "A_fuse" not in output.extra:
         raise RISError("gathering is measured for models with slots: they have slot_maps, and A_fuse in their output's extra")
-    which = torch.arange(len(batch)) if batch.which is None else batch.which.cpu()
-    rows = []
+    which = torch.arange(len(batch)) if batch.which is None else batch.which
+    rows, masks = [], to_host(masks)
+    maps, A_fuse = to_host([maps.float(), output.extra["A_fuse"].float()])
     for n in range(len(maps)):
         own = (which == n).nonzero()[:, 0].tolist()
-        up = F.interpolate(maps[n:n + 1].float(), size=tuple(batch.size[own[0]]), mode="bilinear")[0].cpu()
-        truth, predicted = (torch.stack([torch.as_tensor(x[b]).cpu() for b in own]) for x in (batch.truth, masks))
-        found = one_image(up, output.extra["A_fuse"][own].cpu(), truth, predicted)
+        up = F.interpolate(maps[n:n + 1], size=tuple(batch.size[own[0]]), mode="bilinear")[0]
+        truth, predicted = (torch.stack([torch.as_tensor(x[b]) for b in own]) for x in (batch.truth, masks))
+        found = one_image(up, A_fuse[own], truth, predicted)
         rows += [Gathered(batch.kind[b], *values) for b, values in zip(own, zip(*(x.tolist() for x in found.values())))]
     return rows
 

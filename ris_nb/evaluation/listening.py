@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..contract import Batch, Output, RISError
+from ..contract import Batch, Output, RISError, device_of
 from ..data.batches import ReferralDataset, read_image
 from ..data.refer import Referral
 from ..data.scenes import Scenes
 from ..distributed import gather, processes
-from .evaluate import answer_batch, device_of, machine_facts, pairs_at_once, share_loader
+from .evaluate import answer_batch, machine_facts, pairs_at_once, share_loader
 from .floors import Floor
 from .probes import PROBES, Change, Sentences, plain
 from .report import markdown_table, percent, write_text
@@ -184,7 +184,7 @@ def batch_trials(model: RISModel, batch: Batch, images: Sequence[int], dataset: 
             if change.names is not None:
                 new = change.names.mask()
                 things.append(dataset.transform.mask(new) if model.resolution == "model" else torch.from_numpy(new))
-            yield judge(change, n, (masks[before].cpu(), masks[after].cpu()), [thing.cpu() for thing in things])
+            yield judge(change, n, (masks[before], masks[after]), things)
         start += len(asked)
 
 # %% ../../nbs/workshop/listening.ipynb #e02
@@ -209,7 +209,7 @@ def listen(model: RISModel, changes: Sequence[Change], batch_size: int = 32, wor
     `batch_size` counts pictures, `workers` loader processes. Under `torch.distributed` the pictures are dealt out, and all processes return
     the same report. `data`, `split` and `checkpoint` are names for it. RISError where too few changes were found to say anything.
     """
-    start, device = time.perf_counter(), device_of(model)
+    start = time.perf_counter()
     if not changes:
         raise RISError("no expression could be changed: use more pictures, with several expressions each")
     dataset = ReferralDataset(asked_referrals(changes), model.tokenizer, model.transform, every=True)
@@ -220,10 +220,11 @@ def listen(model: RISModel, changes: Sequence[Change], batch_size: int = 32, wor
     bar = tqdm(loader, desc="listen", unit="batch", leave=False, disable=not progress or processes()[0] > 0)
     with evaluating(model):
         for images, batch in zip(loader.batch_sampler, bar):
-            trials += batch_trials(model, batch.to(device, non_blocking=True), images, dataset, by_picture)
+            trials += batch_trials(model, batch, images, dataset, by_picture)
     trials = sorted(gather(trials), key=lambda t: (t.image, list(PROBES).index(t.probe), t.before))
     seconds = max(gather([time.perf_counter() - start]))
-    return sum_up(trials, data=data, split=split, checkpoint=checkpoint, seconds=seconds, machine=machine_facts(device))
+    facts = {"seconds": seconds, "machine": machine_facts(device_of(model))}
+    return sum_up(trials, data=data, split=split, checkpoint=checkpoint, **facts)
 
 # %% ../../nbs/workshop/listening.ipynb #f01
 class Oracle(Floor):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..contract import Batch, Output
+from ..contract import Batch, Output, device_of
 from ..models.base import RISModel
 from ..registry import load_model
 
@@ -86,13 +86,14 @@ class Viewer:
     def look(self, photo: Image.Image) -> None:
         """Read a picture, unless it is the one that was read last."""
         if photo is not self.photo:
-            self.photo, self.image = photo, self.model.transform.image(photo)[None]
+            self.photo, self.image = photo, self.model.transform.image(photo)[None].to(device_of(self.model))
 
     def batch(self, *expressions: str) -> Batch:
         """The batch of some expressions about the picture. `RISError` for one without a word."""
         ids, words = self.model.tokenizer(expressions)
         which, size = torch.zeros(len(ids), dtype=torch.int64), [self.photo.size[::-1]] * len(ids)
-        return Batch(self.image, ids, words, which, expression=list(expressions), size=size, encoded=self.encode(self.image))
+        device, encoded = self.image.device, self.encode(self.image)
+        return Batch(self.image, ids, words, which, expression=list(expressions), size=size, encoded=encoded).to(device)
 
 
 @lru_cache(maxsize=None)
@@ -112,7 +113,7 @@ def word_effects(model: RISModel, batch: Batch) -> tuple[Output, Tensor]:
     rows = [[j for j in range(batch.ids.shape[1]) if j != i] for i in model.tokenizer.word_places(batch.expression[0])]
     shorter = [F.pad(tensor[0, rows], (0, 1)) for tensor in (batch.ids, batch.words)]  # (n, L), [PAD] is 0
     ids, words = (torch.cat([own, less]) for own, less in zip((batch.ids, batch.words), shorter))
-    many = replace(batch, ids=ids, words=words, which=torch.zeros(len(ids), dtype=torch.int64))
+    many = replace(batch, ids=ids, words=words, which=ids.new_zeros(len(ids)))
     output = model(many)
     return replace(output, score=output.score[:1]), output.score[:1] - output.score[1:]
 

@@ -70,7 +70,7 @@ READS = {True: "attention of the marked pixels", False: "what goes without the w
 def draw_answer(picture: np.ndarray, model: RISModel, found: Answer, word: int = -1, threshold: float = 0.5,
                 truth: np.ndarray | None = None) -> tuple[np.ndarray, str, str]:
     """A picture (H, W, 3) with the answer's mask, or with the map of one word; the answer in words; and what to write below (HTML)."""
-    mask = model.masks(found.output, [picture.shape[:2]], threshold)[0].numpy()
+    mask = model.masks(found.output, [picture.shape[:2]], threshold)[0].cpu().numpy()
     said = in_words(mask, truth)
     caption = (" " if mask.any() else ": ") + said + coloured(found.pieces, found.shares.tolist()) + f"<small>{READS[found.attention]}</small>"
     return overlay(picture, mask) if word < 0 else heat(picture, found.maps[word]), said, caption

@@ -126,7 +126,7 @@ def hide_word(game: Grounded, viewer: Viewer, photo: Image.Image, expression: st
 @torch.no_grad()
 def guess_word(game: Grounded, batch: Batch, output: Output, hidden: int, mask: np.ndarray, count: int = 5) -> dict[str, list[tuple[str, float]]]:
     """The `count` likeliest words and their probabilities, for each way to look of `SEES`; mask (H, W) bool."""
-    seen = replace(batch, mask=game.transform.mask(mask)[None])
+    seen = replace(batch, mask=game.transform.mask(mask)[None].to(batch.ids.device))
     best = {}
     for name, see in SEES.items():
         shares, ids = game.guess(output, seen, see)[0, 1 + hidden].softmax(-1).topk(count)

@@ -52,7 +52,7 @@ def png(picture: np.ndarray) -> bytes:
 def heat(picture: np.ndarray, values: Tensor, top: float = 1.0) -> np.ndarray:
     """Values (h, w) from 0 to `top` over a picture (H, W, 3), dark to bright (cividis): (H, W, 3) uint8."""
     values = F.interpolate(values[None, None].float(), size=picture.shape[:2], mode="bilinear", align_corners=False)[0, 0]
-    colours = colormaps["cividis"]((values / max(top, 1e-9)).clamp(0, 1).numpy())[..., :3]
+    colours = colormaps["cividis"]((values / max(top, 1e-9)).clamp(0, 1).cpu().numpy())[..., :3]
     grey = picture.mean(-1, keepdims=True) / 255
     return (255 * (0.75 * colours + 0.25 * grey)).astype(np.uint8)
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from ..contract import Output, RISError
+from ..contract import Output, RISError, to_host
 from .answers import Remembered, Viewer, shipped
 from .ask import row_of_pictures
 from .fill import Pointable
@@ -41,19 +41,19 @@ def with_slots(discovery: EntityDiscovery, kind: str) -> EntityDiscovery:
     gaussians, count, width = own.mu.shape[1], own.per_gaussian, own.width
     new, mu, variance = deepcopy(discovery), own.mu.detach(), own.log_spread.detach().exp()
     if kind == "random":
-        new.slots = RandomSlots(gaussians, count, width).requires_grad_(False)
+        new.slots = RandomSlots(gaussians, count, width).requires_grad_(False).to(mu.device)
         new.slots.mu.copy_(mu.mean(1, keepdim=True))
         new.slots.log_sigma.copy_((variance.mean(1, keepdim=True) + mu.var(1, correction=0, keepdim=True)).log() / 2)
     elif kind == "query":
-        new.slots = QuerySlots(gaussians, count, width).requires_grad_(False)
+        new.slots = QuerySlots(gaussians, count, width).requires_grad_(False).to(mu.device)
         noise = torch.randn(own.count, width, generator=torch.Generator().manual_seed(1))
-        new.slots.params.copy_(own(1, noise)[0].detach())
+        new.slots.params.copy_(own(1, noise.to(mu.device))[0].detach())
     return new.eval()
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #071
 @dataclass
 class Shattered:
-    """A picture in slots: the map of every iteration, `maps` T of (K, h, w), and the `slots` (K, D) after the last."""
+    """A picture in slots: the map of every iteration, `maps` T of (K, h, w) on the CPU; the `slots` (K, D) after the last."""
     maps: list[Tensor]
     slots: Tensor
 
@@ -65,8 +65,8 @@ def shatter(viewer: Viewer, discovery: EntityDiscovery, photo: Image.Image, draw
     model = viewer.model
     noise = torch.randn(model.seeded_noise.shape, generator=torch.Generator().manual_seed(draw)) if draw else model.seeded_noise
     grid = tuple(side // model.vision.patch for side in viewer.image.shape[-2:])
-    slots, _, maps = discovery(viewer.encode(viewer.image)[0], grid, noise[None], history=True)
-    return Shattered([A[0].unflatten(1, grid) for A in maps], slots[0])
+    slots, _, maps = discovery(viewer.encode(viewer.image)[0], grid, noise[None].to(viewer.image.device), history=True)
+    return Shattered([A[0].unflatten(1, grid) for A in to_host(maps)], slots[0])
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #071b
 @torch.no_grad()
@@ -74,7 +74,7 @@ def gather(viewer: Viewer, slots: Tensor, expression: str) -> Tensor:
     """How much of each slot a sentence reads, A_fuse (K,) of sum one. `RISError` for a sentence without a word."""
     model, batch = viewer.model, viewer.batch(expression)
     V, _, A_slot = batch.encoded
-    return model(replace(batch, encoded=(V, slots[None], A_slot))).extra["A_fuse"][0]
+    return model(replace(batch, encoded=(V, slots[None], A_slot))).extra["A_fuse"][0].cpu()
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #074
 def slot_names(count: int, per_gaussian: int) -> list[str]:

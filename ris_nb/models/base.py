@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpointed
-from ..contract import Batch, Output, RISError
+from ..contract import Batch, Output, RISError, device_of, to_host
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD, Transform, make_batch
 from ..data.tokenizer import Tokenizer, TokenizerPieces, known_vocabulary, read_vocabulary
 from ..registry import _CLASSES, _enter
@@ -196,6 +196,6 @@ class RISModel(_Freezing):
         questions are answered in one batch; an image given several times is encoded once.
         """
         batch = make_batch(images, expressions, self.tokenizer, self.transform)
-        device = next((parameter.device for parameter in self.parameters()), "cpu")
         with evaluating(self):
-            return [mask.cpu().numpy() for mask in self.masks(self(batch.to(device)), batch.size)]
+            masks = self.masks(self(batch.to(device_of(self), non_blocking=True)), batch.size)
+        return [mask.numpy() for mask in to_host(masks)]

@@ -23,6 +23,7 @@ from safetensors.torch import save_model as save_weights
 from torch import nn
 
 from ..checkpoint import replacing
+from ..contract import device_of
 from ..data.batches import ReferralDataset, collate, make_batch
 from ..data.shapes import COLOURS, SHAPES, SIZES, Phrase, Scene, denote, is_minimal, make_scene, say
 from ..data.sources import open_data
@@ -173,7 +174,9 @@ def play(grounded: Grounded, language: str, scenes: Iterable) -> dict[str, float
             at = range(len(asked)), [1 + k for k in places]  # [CLS] comes first
             batch = make_batch([scene.image] * len(asked), texts, grounded.tokenizer, grounded.transform)
             batch.ids[at] = grounded.mask_id
+            batch = batch.to(device_of(grounded))
             masks = torch.stack([grounded.transform.mask(mask) for mask in scene.masks])  # (things, S, S)
+            masks = masks.to(batch.image.device)
             output = grounded.host(batch)
 
             def guess(things, see):

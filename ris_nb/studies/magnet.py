@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..contract import Batch
+from ..contract import Batch, device_of
 from ..data.batches import ReferralDataset, make_batch, make_loader
 from ..data.shapes import Phrase, Scene, Thing, denote, make_scene, say, shorter
 from ..data.sources import open_data
@@ -216,7 +216,7 @@ def parts_study(root: str | Path, steps: int = 250) -> dict[str, Callable[[int, 
             np.save(folder / "masks.npy", np.packbits(masks, axis=-1))
             scenes = [make_scene(0, split="val", index=index) for index in range(40)]
             said = [(scene.image, say(phrase)) for scene in scenes for _, phrase in PARTS_TASKS[task](scene)]
-            batch = make_batch(*zip(*said), model.tokenizer, model.transform)
+            batch = make_batch(*zip(*said), model.tokenizer, model.transform).to(device_of(model))
             return {**cost, **figures, "words moved": float(words_moved(model, batch)[-2].mean())}
         return run
 

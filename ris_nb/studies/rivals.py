@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from ..contract import Batch, Output
+from ..contract import Batch, Output, device_of
 from ..data.batches import ReferralDataset, collate
 from ..data.sources import open_data
 from ..data.tokenizer import SPECIAL, Tokenizer, build_vocabulary
@@ -80,7 +80,8 @@ def stretched(output: Output, sizes: Sequence[tuple[int, int]], threshold: float
 def first_maps(model: RISModel, data: ReferralDataset, scenes: int = 3) -> list[list[list[float]]]:
     """The score of the first sentence of each of the first scenes, three digits."""
     with evaluating(model):
-        return [[[round(x, 3) for x in line] for line in model(collate([data[i]])).score[0].tolist()] for i in range(min(scenes, len(data)))]
+        batches = [collate([data[i]]).to(device_of(model)) for i in range(min(scenes, len(data)))]
+        return [[[round(x, 3) for x in line] for line in model(batch).score[0].tolist()] for batch in batches]
 
 
 OTHER_WAYS = {"MaskCLIP": {"ordinary output": dict(values=False), "smoothed": dict(smooth=True)},  # class -> how else its maps are read

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..contract import Batch, Output
+from ..contract import Batch, Output, device_of, to_host
 from ..data.batches import ReferralDataset, collate
 from ..data.sources import open_data
 from ..data.tokenizer import SPECIAL, Tokenizer, build_vocabulary
@@ -112,12 +112,12 @@ def remember(vision: nn.Module, kept: dict[bytes, Tensor]) -> None:
     compute = vision.forward
 
     def forward(image: Tensor) -> Tensor:
-        names = [blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in image]
+        names = [blake2b(x.numpy().tobytes(), digest_size=8).digest() for x in image.cpu()]
         new = {name: i for i, name in enumerate(names) if name not in kept}
         if new:
             with torch.no_grad():
-                kept.update(zip(new, compute(image[list(new.values())]).half()))
-        return torch.stack([kept[name] for name in names]).to(image.dtype)
+                kept.update(zip(new, compute(image[list(new.values())]).half().cpu()))
+        return torch.stack([kept[name] for name in names]).to(image)
 
     vision.forward = forward
 
@@ -145,12 +145,12 @@ def rule_scores(model: SaG, dataset: ReferralDataset, rules: Sequence[str] = SCH
     metrics = {rule: SegmentationMetrics() for rule in rules}
     with evaluating(model):
         for start in range(0, len(dataset), 32):
-            batch = collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))])
+            batch = collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))]).to(device_of(model))
             output = model(batch)
             A_fuse, A_slot = output.extra["A_fuse"], output.extra["A_slot"][batch.which]
             for rule in rules:
                 masks = model.masks(Output(relevance_map(A_fuse, A_slot, rule).view_as(output.score)), batch.size)
-                metrics[rule].update(masks, [torch.as_tensor(truth) for truth in batch.truth])
+                metrics[rule].update(to_host(masks), [torch.as_tensor(truth) for truth in batch.truth])
     found = {rule: metric.compute() for rule, metric in metrics.items()}
     return {f"{score}, {rule}": found[rule][score] for rule in rules for score in ("oIoU", "mIoU")}
 
@@ -166,6 +166,7 @@ def held_out_c3(model: SaG, dataset: ReferralDataset, images: int = 32) -> dict[
             for start in range(0, len(first) - images + 1, images):
                 batch = collate([Batch(item.image, item.ids[b:b + 1], item.words[b:b + 1], image_id=item.image_id,
                                        expression=item.expression[b:b + 1]) for item, b in first[start:start + images]])
+                batch = batch.to(device_of(model))
                 output = model(batch)
                 z, own, same = model.compare(output, batch)
                 values.append(c3_loss(output.extra["text"], z, own, model.temperature, same, model.detach).item())
@@ -241,7 +242,8 @@ def sag_scores(model: RISModel, splits: dict[str, Sequence], dataset: str = "ref
 def winners(model: SaG, dataset: ReferralDataset, scenes: int = 8) -> list[list[int]]:
     """For each of the first scenes, which slot won each patch, row by row."""
     with evaluating(model):
-        return [model.slot_maps(model(dataset[i]))[0].argmax(0).flatten().tolist() for i in range(min(scenes, len(dataset)))]
+        batches = [dataset[i].to(device_of(model)) for i in range(min(scenes, len(dataset)))]
+        return [model.slot_maps(model(batch))[0].argmax(0).flatten().tolist() for batch in batches]
 
 # %% ../../nbs/workshop/study_sag.ipynb #080g
 def lost(rows: Iterable[Mapping], variant: str, over: str, figure: str, over_figure: str | None = None) -> tuple[float, float, int]:
