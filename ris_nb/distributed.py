@@ -64,16 +64,20 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 # %% ../nbs/workshop/distributed.ipynb #069
 def sync_batchnorm(model: nn.Module) -> nn.Module:
-    """Let every `nn.BatchNorm2d` and every `BatchNormAct2d` of timm's in `model` see the whole batch, as `SyncBatchNorm2d` does.
+    """Let every `nn.BatchNorm2d` and every `BatchNormAct2d` of timm's in `model` see the whole batch, over all processes.
 
-    In place; parameters and their names stay. Returns the model.
+    Where the processes talk from GPU to GPU, through NCCL, the norms become torch's `SyncBatchNorm` and timm's form of it,
+    which are fused; else `SyncBatchNorm2d`. In place; parameters and their names stay. Returns the model.
     """
-    from timm.layers import BatchNormAct2d  # here, because importing it takes a second
+    from timm.layers import BatchNormAct2d, SyncBatchNormAct  # here, because importing it takes a second
     both = {"after": lambda self, x: self.act(self.drop(x))}
     synced = {nn.BatchNorm2d: SyncBatchNorm2d, BatchNormAct2d: type("SyncBatchNormAct2d", (SyncBatchNorm2d, BatchNormAct2d), both)}
+    if dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend():
+        synced = {nn.BatchNorm2d: nn.SyncBatchNorm, BatchNormAct2d: SyncBatchNormAct}
     for module in model.modules():
         if type(module) in synced:
             module.__class__ = synced[type(module)]
+            module.process_group = None  # all processes: torch's class asks
     return model
 
 # %% ../nbs/workshop/distributed.ipynb #071b

@@ -617,6 +617,14 @@ def test_a_launch_in_bfloat16_may_train_in_bfloat16(root, tmp_path, monkeypatch)
     assert code == 0, err
 
 
+def test_a_launch_in_bfloat16_may_answer_in_bfloat16(root, run, photo, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for words in (("evaluate", "--root", root), ("predict", photo, "red")):
+        code, _, err = ris(*words, "--checkpoint", run, "--precision", "bf16", "--out", tmp_path / words[0])
+        assert code == 0, err
+    assert json.loads((tmp_path / "evaluate" / "report.json").read_text())["machine"]["precision"] == "bf16"
+
+
 # Which model answers
 
 @pytest.fixture(scope="module")

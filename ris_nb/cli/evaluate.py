@@ -84,7 +84,7 @@ def run_evaluate(flags: Evaluate) -> int:
     from ris_nb.data.pack import open_pack
     from ris_nb.evaluation.evaluate import evaluate
     from ris_nb.data.sources import open_data
-    accelerator = machine()
+    accelerator = machine(flags.precision)
     model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
     dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True,

@@ -57,7 +57,7 @@ def run_listen(flags: Listen) -> int:
     from ris_nb.evaluation.listening import listen, richest, show_changes
     from ris_nb.evaluation.probes import find_changes
     from ris_nb.evaluation.report import write_text
-    accelerator = machine()
+    accelerator = machine(flags.precision)
     model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
     referrals = data.referrals(flags.split)
@@ -65,6 +65,7 @@ def run_listen(flags: Listen) -> int:
     changes = find_changes([r for r in referrals if r.image_path in chosen], open_scenes(data), flags.seed)
     name = flags.checkpoint or flags.model or f"released {flags.released}"
     report = listen(model, changes, flags.batch_size, flags.workers, data=f"{data.dataset} ({data.split_by})", split=flags.split, checkpoint=name)
+    report.machine["precision"] = flags.precision
     if accelerator.is_main_process:
         out = flags.out or home_of(flags) / f"{flags.split}_listening"
         report.save(out / "listening.json", out / "trials.jsonl")

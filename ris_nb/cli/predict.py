@@ -72,7 +72,7 @@ def run_predict(flags: Predict) -> int:
     from ris_nb.data.images import read_image
     from ris_nb.show import overlay
     photo = read_image(flags.photo, upright=True)
-    model = answering_model(flags).to(machine().device)
+    model = answering_model(flags).to(machine(flags.precision).device)
     mask = ask(flags.checkpoint or flags.released or flags.model, model, photo, flags.expression)
     pictures = {"overlay": overlay(np.asarray(photo), mask), "mask": mask.astype(np.uint8) * 255}
     paths = [flags.out / f"{flags.photo.stem}_{name}.png" for name in pictures]
