@@ -9,7 +9,8 @@ import bench_scale
 import bench_summary
 import pytest
 import torch
-from benching import flops_of, peak_memory, saved_bytes, times_faster
+from benching import flops_of, peak_memory, peak_of, saved_bytes, times_faster
+from test_fake_gpu_use import PretendGPU, on_gpu
 
 from ris_nb.registry import create_model
 
@@ -34,6 +35,20 @@ def test_photos_are_as_heavy_as_those_of_coco(tmp_path):
     sizes = [referral.image_path.stat().st_size for referral in referrals]
     assert all(80_000 < size < 300_000 for size in sizes), sizes
     assert all(10_000 < referral.mask().sum() < 110_000 for referral in referrals)
+
+
+def test_the_first_page_holds_a_gpu_against_its_data_sheet():
+    assert peak_of("NVIDIA H100 80GB HBM3", "bf16") == 989e12 and peak_of("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_of("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16") is None and peak_of("NVIDIA GeForce RTX 4090", "bf16") == 165.2e12
+    assert peak_of("NVIDIA L40S", "bf16") is None and peak_of("Tesla T4", "bf16") is None and peak_of("Tesla T4", "float32") == 8.1e12
+    row = {"part": "training step", "batch": 8, "items_per_second": 80, "peak_gib": 10.0, "gflop": 9890, "matrix_share": 0.2}
+    rows = [{**row, "variant": "float32, nothing fused", "seconds": 0.4}, {**row, "variant": "+ bf16", "seconds": 0.2},
+            {**row, "variant": "+ compile", "seconds": 0.1}, {"part": "fit", "variant": "", "batch": 8}]
+    title, _, _, _, *lines = bench.first_page({"device": "NVIDIA H200", "models": {"lavt_swin_base": {"rows": rows}}}).splitlines()
+    assert title.startswith("NVIDIA H200") and [line.split(" | ")[2] for line in lines] == ["float32", "bf16"]
+    assert lines[1].endswith("| 98.9 | 10% | 20% |") and lines[0].endswith("| 24.7 | 37% | 20% |")
+    other = bench.first_page({"device": "a new one", "models": {"lavt_swin_base": {"rows": rows}}}).splitlines()
+    assert other[-1].endswith("| 98.9 |  | 20% |")  # unknown: the lone product's rate is the peak
 
 
 def sane(entry, parts):
@@ -127,3 +142,14 @@ def test_a_step_on_paper():
     assert lone["compute ms"] == pytest.approx(1e3 * 64e12 / (0.4 * 989e12))
     assert last["exchange ms"] == pytest.approx(1e3 * (2 * 63 / 64 * 4e8 / 40e9 + 6 * 20e-6)) and last["efficiency"] < 0.5
     assert [row["GPUs"] for row in bench_scale.on_paper("m", 48, 10**8, 1e12, 0)] == [1, 2, 4, 8, 16]
+
+
+def test_the_bench_of_a_gpu_comes_as_far_as_its_first_products(tmp_path, monkeypatch):
+    """On a GPU that isn't there: model, batch and lone product lie on it, and the forward pass runs through its shapes."""
+    gpu, args = PretendGPU(), SimpleNamespace(device="cuda", batch=2, repeats=1, workers=0, threads=1, root=None, ladder=False)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: on_gpu(model))
+    with gpu:
+        found = bench.Bench("lavt_tiny", "tiny", args, tmp_path)
+        assert found.batch.image.device.type == "cuda" and found.host(found.batch).score.device.type == "cuda"
+        product, flops = found.product(torch.bfloat16)
+        assert product()[0].device.type == "cuda" and flops == 2 * 8192**3

@@ -3,7 +3,7 @@
     python tests/bench/bench.py [--models lavt magnet sag] [--sizes tiny full] [--device cpu|cuda] [--batch N] [--threads N] [--workers N]
                           [--repeats N] [--ladder] [--parts forward step ...] [--minutes N] [--root DATA --dataset refcoco]
                           [--out data/results/bench/DEVICE.json]
-    python tests/bench/bench.py --table data/results/bench/DEVICE.json      # the figures as a Markdown table
+    python tests/bench/bench.py --table data/results/bench/DEVICE.json      # the first page, then all figures
 
 Each model is measured in a process of its own. The parts: the data path, in the training process and in `--workers` others;
 forward; a training step, as `fit` makes it, and switch by switch on a GPU (or with --ladder); evaluation; and a short training
@@ -35,7 +35,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from benching import RESULTS, flops_of, machine, options, peak_memory, processor, rounds, saved_bytes, timed
+from benching import RESULTS, flops_of, machine, options, peak_memory, peak_of, processor, rounds, saved_bytes, timed
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -350,6 +350,29 @@ def table(report):
     return "\n".join(lines)
 
 
+PAGE = ("model", "part", "precision", "batch", "items/s", "peak GiB", "TFLOP/s", "of the data sheet", "of a lone product")
+
+
+def first_page(report):
+    """What a GPU's owner asks first, as Markdown: of each model's forward pass and training step the fastest way in each precision,
+    and its share of the peak on the data sheet (`peak_of`; empty where that is unknown) and of the peak measured here."""
+    lines = [f"{report['device']}: the fastest way in each precision", "", "| " + " | ".join(PAGE) + " |", "|" + "---|" * len(PAGE)]
+    for name, entry in report["models"].items():
+        fastest = {}
+        for row in entry["rows"]:
+            if "gflop" in row and row["variant"] != "checkpointed":
+                # a switch stays on for the rest of the ladder, so all but its first rung and the plain row are bfloat16
+                precision = "float32" if row["variant"] in ("as in fit", "float32, nothing fused") else "bf16"
+                before = fastest.setdefault((row["part"], precision), row)
+                fastest[row["part"], precision] = min(before, row, key=lambda row: row["seconds"])
+        for (part, precision), row in fastest.items():
+            rate, peak = 1e9 * row["gflop"] / row["seconds"], peak_of(report["device"], precision)
+            figures = (f"{row['items_per_second']:,.3g}", f"{row['peak_gib']:.2f}", f"{rate / 1e12:.3g}",
+                       f"{rate / peak:.0%}" if peak else "", f"{row['matrix_share']:.0%}")
+            lines.append("| " + " | ".join([name, part, precision, str(row["batch"]), *figures]) + " |")
+    return "\n".join(lines)
+
+
 def main(words=None):
     parser = options(__doc__, repeats=3, batch=0, workers=2, minutes=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -362,7 +385,8 @@ def main(words=None):
     parser.add_argument("--table", type=Path, help="measure nothing: print the figures of that file")
     args = parser.parse_args(words)
     if args.table:
-        return print(table(json.loads(args.table.read_text())))
+        report = json.loads(args.table.read_text())
+        return print(first_page(report), table(report), sep="\n\n")
     device = torch.cuda.get_device_name() if args.device == "cuda" else processor()
     args.out = args.out or RESULTS / (re.sub(r"\W+", "-", device).strip("-").lower() + ".json")
     report, begun = json.loads(args.out.read_text()) if args.out.exists() else {"device": device, "models": {}}, time.monotonic()
@@ -376,7 +400,7 @@ def main(words=None):
             report["models"][name] = entry
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(report, indent=1) + "\n")  # after each: the next one may take all memory
-    print(table(report))
+    print(first_page(report), table(report), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,19 @@ def processor():
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
+# TFLOP/s that NVIDIA names, without sparsity: (bfloat16 in tensor cores, TF32, float32). T4 has neither of the first two.
+# H100, H200, A100, L4, T4: the data sheets at nvidia.com/data-center; RTX 4090: whitepaper of the Ada architecture, appendix A.
+PEAKS = {"H100 PCIe": (756, 378, 51), "H100 NVL": (835, 417, 60), "H100": (989, 495, 67), "H200": (989, 495, 67),
+         "A100": (312, 156, 19.5), "L4": (121, 60, 30.3), "T4": (None, None, 8.1), "RTX 4090": (165.2, 82.6, 82.6)}
+
+
+def peak_of(device, precision):
+    """The FLOP/s on the data sheet of a GPU, by its name and "bf16", "tf32" or "float32"; None for what isn't listed."""
+    found = next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{name}\b(?! (D|Laptop)\b)", device)), (None,) * 3)
+    flops = found[("bf16", "tf32", "float32").index(precision)]
+    return flops and flops * 1e12
+
+
 def machine(threads, device="cpu"):
     """One line: what computes, with how many threads, under which torch."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
