@@ -133,7 +133,7 @@ def test_read_released_refuses(tmp_path, capsys):
     torch.save(torch.ones(2), tmp_path / "tensor.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "evil.pth").read_bytes()[:100])
     (tmp_path / "cut.safetensors").write_bytes(b"1234")
-    for name, line in {"evil.pth": "cannot be read", "cut.pth": "cannot be read", "cut.safetensors": "cannot be read",
+    for name, line in {"evil.pth": "may run code", "cut.pth": "cannot be read", "cut.safetensors": "cannot be read",
                        "tensor.pth": "not a state dict", "absent.pth": "no such checkpoint"}.items():
         with pytest.raises(RISError, match=line) as error:
             read_released(tmp_path / name)
