@@ -206,12 +206,12 @@ def prepare(model, dataset, config: TrainConfig, folder: Path, resume: bool,
     keep_freed_memory(accelerator.device)
     if config.checkpointing:
         use_checkpointing(model)
-    closing.enter_context(holding(folder))
-    open_run(folder, config, resume)
     loader = training_loader(dataset, config, rank=accelerator.process_index, world=accelerator.num_processes)
     if accelerator.num_processes > 1:
         sync_batchnorm(model)
     groups = param_groups(model, config.weight_decay, config.layer_decay)
+    closing.enter_context(holding(folder))
+    open_run(folder, config, resume)
     loss_step = accelerator.prepare(LossStep(model, config.precision, config.compile))
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999), fused=True)
     run = Run(folder, config, accelerator, model, optimizer, len(dataset), make_scaler(config.precision, accelerator.device),
