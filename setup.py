@@ -8,13 +8,14 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 
-class BuildWithResults(build_py):
-    """The chapters read data/results, and Colab opens a chapter alone: a wheel brings a copy of these small tables."""
+class BuildWithData(build_py):
+    """What ships in data/: the chapters read results, Colab opens a chapter alone, and RefPhotos is known by name. A wheel brings copies."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
             shutil.copytree("data/results", Path(self.build_lib, "ris_nb", "course", "results"), dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
+            shutil.copytree("data/refphotos", Path(self.build_lib, "ris_nb", "data", "refphotos"), dirs_exist_ok=True)
 
 
 ini = ConfigParser(delimiters=["="])
@@ -53,6 +54,6 @@ setup(
                     "site": cfg["site_requirements"].split(),
                     "lab": (cfg["lab_requirements"] + " " + cfg["explore_requirements"]).split(),
                     "dev": " ".join(cfg[f"{name}_requirements"] for name in ("dev", "lab", "explore", "import", "site")).split()},
-    cmdclass={"build_py": BuildWithResults},
+    cmdclass={"build_py": BuildWithData},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

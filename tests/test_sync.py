@@ -55,7 +55,7 @@ def test_notebook_is_clean(path):
     outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
     assert outputs, "committed without outputs: it should read on a page without running"
     assert not [o for o in outputs if o["output_type"] == "error"]
-    for figure in (o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})):
+    for figure in (figure for o in outputs for kind, figure in o.get("data", {}).items() if kind in ("image/png", "image/jpeg")):
         assert len(base64.b64decode(figure)) <= MAX_FIGURE
 
 

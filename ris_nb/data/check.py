@@ -15,7 +15,7 @@ from .findings import coco_findings, finding, read_coco_ids, read_photos, senten
 from .folder import _FolderReader, _own_annotations
 from .pickles import _image_size, _read, _same_shape
 from .refer import _MALFORMED, PUBLISHED, Referral, Referrals, _datasets, _splits_by
-from .sources import open_data
+from .sources import find_root, open_data
 
 # %% auto #0
 __all__ = ['check_data']
@@ -131,7 +131,7 @@ def check_data(root: str | Path, trained_on: str | Path | None = None) -> list[d
     opened is a row with an empty `split` and the reason among its `problems`. Raises `RISError` where there is no data set at all.
     """
     seen = None if trained_on is None else read_coco_ids(trained_on)
-    opened, rows = _open_all(Path(root))
+    opened, rows = _open_all(find_root(root))
     leaks = coco_findings(opened, seen)
     for data in opened:
         read = read_photos(r.image_path for split in data.splits for r in data.referrals(split))

@@ -23,8 +23,8 @@ def _parse_line(line: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON in UTF-8 ({error})") from None
     if not isinstance(entry, dict): raise ValueError('expected an object like {"image": ..., "expression": ..., "mask": ...}')
-    unknown = set(entry) - {"image", "expression", "mask", "annotation", "split"}
-    if unknown: raise ValueError(f"unknown key {ascii(min(unknown))[:60]}: there are image, expression, mask, annotation and split")
+    unknown = set(entry) - {"image", "expression", "mask", "annotation", "split", "kind"}
+    if unknown: raise ValueError(f"unknown key {ascii(min(unknown))[:60]}: there are image, expression, mask, annotation, split and kind")
     if not isinstance(entry.get("expression"), str) or not entry["expression"].strip():
         raise ValueError("it has no expression")
     if "mask" in entry and "annotation" in entry: raise ValueError("it has both a mask and an annotation: keep one")
@@ -34,6 +34,7 @@ def _parse_line(line: bytes) -> dict:
         if isinstance(marks, list) and len(set(marks)) < len(marks): raise ValueError(f"its {name} lists the same thing twice")
     if entry.get("split", "train") not in SPLIT_NAMES[:6]:
         raise ValueError(f"split {ascii(entry['split'])[:60]} is none of {', '.join(SPLIT_NAMES[:6])}")
+    if not isinstance(entry.get("kind", ""), str): raise ValueError('its kind is no text, such as "place" or "place+relation"')
     return entry
 
 # %% ../../nbs/23_your_own_data.ipynb #085
@@ -71,7 +72,8 @@ def _add_line(referrals: dict[tuple, Referral], entry: dict, number: int, image:
     named = [name for key in ("mask", "annotation") for name in _as_list(entry.get(key)) if name is not None] if marked else []
     # where a sentence names no thing, nothing says that two sentences mean the same, so the line number keeps them apart
     key = (image[1], "mask" in entry, *sorted(named, key=str)) if named else number
-    ref = {"ref_id": len(referrals), "ann_id": named if marked else None, "split": split, "sentences": [{"raw": entry["expression"], "sent_id": number}],
+    ref = {"ref_id": len(referrals), "ann_id": named if marked else None, "split": split,
+           "sentences": [{"raw": entry["expression"], "sent_id": number, **{name: entry[name] for name in ("kind",) if name in entry}}],
            "category_id": [thing.get("category_id") for thing in things]}
     new, known = _referral(ref, things, image, categories), referrals.get(key)
     if known and known.split != split: raise ValueError(f"the same thing stands in {known.split!r} above and in {split!r} here")
@@ -105,6 +107,7 @@ class FolderData(Referrals):
     `{"image": "photos/a.jpg", "expression": "the mug on the left", "mask": "masks/a.png"}`, or `"annotation": 7` in place of
     the mask: an id in `annotations.json` (COCO format). A list marks several things, whose union is the mask; `"mask": []` says that
     the sentence fits nothing in the photo. With neither (or null), the mask is not known. `"split"` is "train" unless given.
+    `"kind"`, where given, names the groups of a report that the sentence belongs to, joined by "+".
     Lines with the same image and the same mask or masks make one referral. Paths are relative to the folder and may not lead out of it.
     Raises `RISError` with file and line number.
     """

@@ -7,21 +7,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ris_nb
 from ..contract import RISError
 from .folder import FolderData
 from .phrasecut import PhraseCutData
 from .refer import ReferData, _datasets, _splits_by
 
 # %% auto #0
-__all__ = ['open_data']
+__all__ = ['find_root', 'open_data']
 
 # %% ../../nbs/workshop/sources.ipynb #096
+def find_root(root: str | Path) -> Path:
+    """A root as a folder: "refphotos" is the data set that comes with the library, where no folder of that name is here."""
+    root, library = Path(root), Path(ris_nb.__path__[0])
+    if str(root) != "refphotos" or root.exists(): return root
+    return next((folder for folder in (library / "data" / "refphotos", library.parent / "data" / "refphotos") if folder.is_dir()), root)
+
+
 def open_data(root: str | Path, dataset: str | None = None, split_by: str | None = None) -> ReferData | PhraseCutData | FolderData:
     """The referrals below `root`: a folder of your own where it has an `expressions.jsonl`, PhraseCut or a REFER data set otherwise.
 
-    `dataset` may be left out where there is one. Raises `RISError`: what is missing, where it was looked for and how to get it.
+    root: a folder, or "refphotos" for the photos that come with the library. `dataset` may be left out where there is one. Raises `RISError`: what is missing, where it was looked for and how to get it.
     """
-    root = Path(root)
+    root = find_root(root)
     if root.is_file(): raise RISError(f"{root} is a file; give the folder of a data set, which `ris-nb data shapes data` makes")
     if not root.is_dir(): raise RISError(f"no folder {root}; `ris-nb data shapes {root}` makes a data set of drawn shapes there")
     if dataset is None and (root / "expressions.jsonl").is_file(): return FolderData(root)

@@ -61,11 +61,12 @@ LENGTH_GROUPS = {"1-2 words": 2, "3-5 words": 5, "6-10 words": 10, "11+ words": 
 
 
 NUMBER_GROUPS = ("none", "one", "many")
+MANY = {"many", "plural", "pair", "several"}  # kinds of sentences about several things
 
 
 def number_group(record: Record) -> str:
-    """"none", "one" or "many": how many things the expression speaks of, by its kind in RefShapes, RefToys and gRefCOCO."""
-    return "none" if record.absent else "many" if record.kind in ("many", "plural", "pair") else "one"
+    """"none", "one" or "many": how many things the expression speaks of, by its kind in RefShapes, RefToys, gRefCOCO and RefPhotos."""
+    return "none" if record.absent else "many" if MANY & set(record.kind.split("+")) else "one"
 
 
 def size_group(record: Record) -> str:
@@ -78,11 +79,13 @@ def length_group(record: Record) -> str:
     return next(name for name, top in LENGTH_GROUPS.items() if len(record.expression.split()) <= top)
 
 # %% ../../nbs/workshop/report.ipynb #011
-def score_by(records: Iterable[Record], group: Callable[[Record], str], order: Iterable[str] = ()) -> dict[str, dict]:
-    """Records split by `group(record)`: name -> {"expressions", "oIoU", "mIoU"}; in `order`, or the largest first."""
+def score_by(records: Iterable[Record], group: Callable[[Record], str | list[str]], order: Iterable[str] = ()) -> dict[str, dict]:
+    """Records split by `group(record)`, one name or several: name -> {"expressions", "oIoU", "mIoU"}; in `order`, or the largest first."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(group(record), []).append(record)
+        names = group(record)
+        for name in [names] if isinstance(names, str) else names:
+            groups.setdefault(name, []).append(record)
     names = [name for name in order if name in groups] or sorted(groups, key=lambda name: (-len(groups[name]), name))
     scores = {name: score(groups[name]) for name in names}
     return {name: {key: s[key] for key in ("expressions", "oIoU", "mIoU")} for name, s in scores.items()}
@@ -118,7 +121,7 @@ class Report:
     mIoU: float
     precision: dict[str, float]  # "0.5" -> share of the expressions with a target whose IoU is >= 0.5
     interval: dict[str, list[float]]  # "oIoU", "mIoU" (and "N-acc", "T-acc") -> 95 % bootstrap interval over images
-    by_kind: dict[str, dict]  # kind -> {"expressions", "oIoU", "mIoU"}
+    by_kind: dict[str, dict]  # kind -> {"expressions", "oIoU", "mIoU"}; "place+action" counts in both
     by_size: dict[str, dict]  # see `size_group`
     by_length: dict[str, dict]  # see `length_group`
     resolution: str  # the grid where masks were compared: "model" or "original"
@@ -171,7 +174,7 @@ def make_report(records: Sequence[Record], resolution: str, **facts) -> Report:
     return Report(**{"data": "", "split": "", "checkpoint": "", **facts}, resolution=resolution, records=list(records),
                   expressions=len(records), images=len({r.image for r in records}), oIoU=total["oIoU"], mIoU=total["mIoU"],
                   precision={name[len("Prec@"):]: value for name, value in total.items() if name.startswith("Prec@")},
-                  interval=bootstrap(records), by_kind=score_by(records, lambda r: r.kind),
+                  interval=bootstrap(records), by_kind=score_by(records, lambda r: r.kind.split("+")),
                   by_size=score_by(records, size_group, SIZE_GROUPS), by_length=score_by(records, length_group, LENGTH_GROUPS),
                   by_number={} if set(numbers) == {"one"} else numbers, no_target=no_target)
 
