@@ -64,7 +64,7 @@ def test_the_card_tells_the_counts():
 
 
 def test_a_sentence_counts_in_each_of_its_kinds_and_several_things_are_many():
-    records = [Record(0, 0, 7, "the red cup on the left", "place+appearance", 5, 10, 0.5, 0.1), Record(1, 1, 8, "both cups", "several", 1, 4, 0.25, 0.1)]
+    records = [Record(0, 0, 7, "the red cup on the left", "place+appearance", 5, 10, 0.1), Record(1, 1, 8, "both cups", "several", 1, 4, 0.1)]
     report = make_report(records, "model")
     assert {name: row["expressions"] for name, row in report.by_kind.items()} == {"appearance": 1, "place": 1, "several": 1}
     assert set(report.by_number) == {"one", "many"}
