@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_course import imports, MODULES, name_of
 
+from ris_nb.cli.main import COMMANDS
 from ris_nb.course.check import verdict
 from ris_nb.course.editions import (NOTICE, PUBLISHED, RELATIVE, REPOSITORY, SITE, exercises_of, is_check, is_hidden_test, nbgrader_edition, read_notebook, student_edition,
                                     student_exercises, text_of)
@@ -28,6 +29,7 @@ each_student = pytest.mark.parametrize("student", ["", pytest.param("ada", marks
 def run(notebook: dict, monkeypatch, hidden: bool = False) -> dict:
     """The names that a notebook's code cells define, whatever else they raise."""
     monkeypatch.chdir(NBS / "exercises")
+    monkeypatch.setattr("ris_nb.cli.main.COMMANDS", dict(COMMANDS))  # a solution adds one
     names = {"__name__": "__main__"}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code" and not is_check(cell) and (hidden or not is_hidden_test(cell)):
