@@ -12,20 +12,30 @@ from inspect import signature
 from .contract import RISError
 
 # %% auto #0
-__all__ = ['nested']
+__all__ = ['FOREIGN', 'nested']
 
 # %% ../nbs/workshop/settings.ipynb #s05
 _WHOLE = ("lr_factors",)  # tables that are taken as they are given
+FOREIGN = {"timm": dict(timm=None, pretrained=True, stages=None, drop_path=None),  # groups of an encoder that is not ours
+           "hf": dict(hf=None, pretrained=True, layers=None, config=None)}
+
+
+def _replaces(group: Mapping, value: Mapping) -> bool:
+    """Does `value` name another encoder than the `group`, so that the group's other settings mean nothing any more?"""
+    return any(source in value and value[source] != group.get(source) for source in FOREIGN)
 
 
 def nested(*tables: Mapping) -> dict:
-    """Several tables of settings as one, in which the later win: groups are merged, and "vision.width" is `width` in the group `vision`."""
+    """Several tables of settings as one, in which the later win: groups are merged, and "vision.width" is `width` in the group `vision`.
+
+    A group that names another encoder, {"timm": ...} or {"hf": ...}, takes the place of an earlier one."""
     settings = {}
     for table in tables:
-        for name, value in table.items():
+        for name, value in sorted(table.items(), key=lambda item: item[0].rpartition(".")[2] not in FOREIGN):  # the encoder first
             group, dot, key = name.partition(".")
             value = {key: value} if dot else dict(value) if isinstance(value, Mapping) else value
             merged = isinstance(settings.get(group), Mapping) and isinstance(value, Mapping) and (dot or group not in _WHOLE)
+            merged = merged and not _replaces(settings[group], value)
             settings[group] = {**settings[group], **value} if merged else value
     return settings
 
@@ -76,6 +86,8 @@ VERSION_0_1 = {  # class -> argument -> where it is now
 class Nested:
     """A class that may take settings in groups: arguments whose default is a table. A group that is given in part is completed."""
 
+    foreign: Mapping[str, str] = {}  # groups that may hold an encoder from elsewhere: {"vision": "timm", "text": "hf"}
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         build, cls._arguments = cls.__init__, signature(cls.__init__).parameters
@@ -97,16 +109,24 @@ class Nested:
         return {name: parameter.default for name, parameter in cls._arguments.items() if isinstance(parameter.default, Mapping) and parameter.default}
 
     @classmethod
+    def _keys(cls, name: str, given: Mapping) -> Mapping:
+        """What a group may hold, and its defaults: its own settings, or those of the encoder from elsewhere that it names."""
+        own = cls._groups()[name]
+        source = next((source for source in FOREIGN if source in own or source in given and cls.foreign.get(name) == source), None)
+        return own if source is None else {**FOREIGN[source], **(own if source in own else {})}
+
+    @classmethod
     def _complete(cls, settings: Mapping) -> dict:
         """The settings with all groups whole. `RISError` for a key that a group doesn't have."""
         groups = cls._groups()
         for name in groups.keys() & settings.keys():
             given, known = settings[name], ", ".join(groups[name])
+            keys = cls._keys(name, given) if isinstance(given, Mapping) else {}
             if not isinstance(given, Mapping):
                 raise RISError(f"{cls.__name__}'s {name} is a group of settings ({known}), not {given!r}: give a table, or {name}.KEY")
-            if unknown := [key for key in given if key not in groups[name]]:
-                raise RISError(f"{cls.__name__}'s {name} has no setting {unknown[0]!r}; it takes {known}")
-        return {**settings, **nested(groups, {name: settings[name] for name in groups if name in settings})}
+            if unknown := [key for key in given if key not in keys]:
+                raise RISError(f"{cls.__name__}'s {name} has no setting {unknown[0]!r}; it takes {', '.join(keys)}")
+        return {**settings, **{name: {**cls._keys(name, settings.get(name, {})), **settings.get(name, {})} for name in groups}}
 
     @classmethod
     def settings(cls, *tables: Mapping) -> dict:

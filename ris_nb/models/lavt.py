@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ..contract import Batch, Output, RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.tokenizer import SPECIAL, Tokenizer
+from ..encoders.backbones import pretraining_statistics, vocabulary_for
 from ..encoders.vision import Swin, init_weights
 from .base import RISModel
-from .layers import base_preset, dice_loss, mask_loss, read_attention, score_masks, text_encoder, tiny_preset, upsample
+from .layers import (base_preset, dice_loss, image_encoder, mask_loss, read_attention, remember_encoders, score_masks,
+                                  text_encoder, tiny_preset, upsample)
 from .released import load_released, released_lavt, released_lavt_key, released_lavt_sizes
 from ..registry import register_model
 from ..settings import SWIN_B, TEXT
@@ -163,25 +165,29 @@ class LAVT(RISModel):
 
     | group | settings |
     |---|---|
-    | vision | of `Swin` |
-    | text | of `TextEncoder`; vocab_size, the rows of its word table: by default one for each piece of the vocabulary |
-    | decoder | width of `SimpleDecoder`: by default 4 times that of the Swin |
+    | vision | of `Swin`; or {"timm": name, ...}: of `TimmStages` |
+    | text | of `TextEncoder`; vocab_size, the rows of its word table: by default one for each piece of the vocabulary; or {"hf": name, ...}: of `HFText` |
+    | decoder | width of `SimpleDecoder`: by default 4 times that of the first stage |
 
     norm: "instance" as in LAVT, or "layer" as in MagNet (see `PWAM`). dice: weight of `dice_loss`, which the paper doesn't use.
-    The rest: of `RISModel`. The defaults are the paper's.
+    The rest: of `RISModel`; vocabulary, mean and std: by default those of the encoders. The defaults are the paper's.
     """
 
-    def __init__(self, image_size: int = 480, vocabulary="bert-base-uncased", max_words: int = 20, mean=IMAGENET_MEAN,
-                 std=IMAGENET_STD, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
+    foreign = {"vision": "timm", "text": "hf"}
+
+    def __init__(self, image_size: int = 480, vocabulary=None, max_words: int = 20, mean=None,
+                 std=None, resolution: str = "model", *, vision: Mapping = SWIN_B, text: Mapping = TEXT,
                  decoder: Mapping = dict(width=None), norm: str = "instance", dice: float = 0.0,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
-        super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
+        mean, std = pretraining_statistics(vision, mean, std, (IMAGENET_MEAN, IMAGENET_STD))
+        super().__init__(image_size, vocabulary_for(text, vocabulary), max_words, mean, std, resolution, freeze, lr_factors)
         if norm not in NORMS or not dice >= 0:
             raise RISError(f"norm must be one of {', '.join(NORMS)} and dice at least 0, not {norm!r} and {dice}")
         self.dice = dice
         self.text = text_encoder(text, self.vocabulary)
-        self.encoder = LanguageSwin(Swin(**vision), text["width"], NORMS[norm])
-        self.decoder = SimpleDecoder(self.encoder.vision.widths, decoder["width"] or 4 * vision["width"])
+        self.encoder = LanguageSwin(image_encoder(vision, image_size), self.text.width, NORMS[norm])
+        self.decoder = SimpleDecoder(self.encoder.vision.widths, decoder["width"] or 4 * self.encoder.vision.widths[0])
+        remember_encoders(self, self.encoder.vision, self.text)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from ..contract import Batch, Output, RISError
 from ..data.tokenizer import BERT_UNCASED, SPECIAL, read_vocabulary
+from ..encoders.backbones import HFText, TimmStages
 from ..encoders.language import TextEncoder
 from ..encoders.pretraining import find_world, pretrained_namer
 from ..encoders.vision import Swin
 from .base import RISModel
-from ..settings import BERT_BASE, SWIN_B, flat
+from ..settings import BERT_BASE, FOREIGN, SWIN_B, flat
 
 # %% auto #0
 __all__ = ['upsample', 'score_masks', 'mask_loss', 'dice_loss']
@@ -64,12 +65,29 @@ def dice_loss(score: Tensor, mask: Tensor) -> Tensor:
     return (1 - (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)).mean()
 
 # %% ../../nbs/workshop/layers.ipynb #056x
-def text_encoder(text: Mapping, vocabulary: Sequence[str]) -> TextEncoder:
-    """The `TextEncoder` of a group of settings; `vocab_size` None: a row for each piece. `RISError` where the pieces don't fit."""
+def text_encoder(text: Mapping, vocabulary: Sequence[str]) -> TextEncoder | HFText:
+    """The `TextEncoder` of a group of settings, or the encoder of transformers that it names; `vocab_size` None: a row for each piece.
+    `RISError` where the pieces don't fit."""
+    if "hf" in text:
+        return HFText(vocabulary=vocabulary, **text)
     rows = text["vocab_size"] or len(vocabulary)
     if len(vocabulary) > rows:
         raise RISError(f"a vocabulary of {len(vocabulary)} pieces does not fit a word table of {rows} rows")
     return TextEncoder(**{**text, "vocab_size": rows})
+
+
+def image_encoder(vision: Mapping, image_size: int, own: type[nn.Module] = Swin, timm: type[nn.Module] = TimmStages) -> nn.Module:
+    """The `own` encoder of a group of settings, or the backbone of timm that it names, in the class `timm`."""
+    return timm(image_size=image_size, **vision) if "timm" in vision else own(**vision)
+
+
+def remember_encoders(model: RISModel, vision: nn.Module, text: nn.Module) -> None:
+    """Write into a model's config what it needs to be built again without fetching weights: they come with the checkpoint."""
+    for name, known in dict(vision={}, text={"config": text.config} if isinstance(text, HFText) else {}).items():
+        group = model._hub_mixin_config[name]
+        if any(source in group for source in FOREIGN):
+            group |= {"pretrained": False, **known}
+    model._hub_mixin_config |= {"mean": list(model.mean), "std": list(model.std)}
 
 # %% ../../nbs/workshop/layers.ipynb #058
 def keep_sizes(name: str, part: str, sizes: Mapping, settings: Mapping) -> None:
@@ -77,6 +95,10 @@ def keep_sizes(name: str, part: str, sizes: Mapping, settings: Mapping) -> None:
     def plain(path, value):
         return read_vocabulary(value) if path == "vocabulary" else list(value) if isinstance(value, (list, tuple)) else value
 
+    for group in sizes:
+        if any(source in FOREIGN for source in (settings.get(group) if isinstance(settings.get(group), Mapping) else ())):
+            raise RISError(f"{name}'s pretrained {part} is its own, and {group} names another encoder: use pretrained=False; "
+                           f"{group}.pretrained says whether that one has its weights")
     given = flat(settings)
     changed = [f"{path}={value}" for path, value in flat(sizes).items()
                if not path.endswith((".drop_path", ".dropout")) and plain(path, given.get(path, value)) != plain(path, value)]  # no weight depends on those
@@ -98,6 +120,8 @@ def preset(kind: type[RISModel], name: str, sizes: Mapping, overrides: Mapping,
     contradict those sizes.
     """
     settings = kind.settings(sizes, overrides)
+    if "hf" in settings.get("text", ()) and "vocabulary" not in overrides:
+        settings.pop("vocabulary", None)  # that of the preset belongs to the preset's text encoder
     for part, own, _ in encoders.values():
         keep_sizes(name, part, own, settings)
     model = kind(**settings)

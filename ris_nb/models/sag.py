@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..contract import Batch, Output, RISError, without_waiting
 from ..data.tokenizer import BERT_UNCASED, SPECIAL
 from ..distributed import gather_images, processes
+from ..encoders.backbones import TimmPatches, pretraining_statistics, vocabulary_for
 from ..encoders.language import TextEncoder
 from ..encoders.pretraining import TINY_VIT, pretrained_tagger
 from ..encoders.vision import ViT
@@ -23,7 +24,7 @@ from .base import RISModel
 from .c3_loss import c3_loss, image_codes, same_image
 from .entity_slots import EntityDiscovery, start_as_kmeans
 from .lavt import LAVT
-from .layers import TINY, preset, text_encoder
+from .layers import TINY, image_encoder, preset, remember_encoders, text_encoder
 from .modality_fusion import SCHEMES, ModalityFusion, relevance_map
 from .released import load_released
 from .released_sag import UNUSED, released_sag, released_sag_key, released_sag_sizes
@@ -79,8 +80,8 @@ class SaG(RISModel):
 
     | group | settings |
     |---|---|
-    | vision | of `ViT`; image_size: the size that its table of positions is made for |
-    | text | of `TextEncoder`; vocab_size: by default a row for each piece of the vocabulary |
+    | vision | of `ViT`; image_size: the size that its table of positions is made for; or {"timm": name, ...}: of `TimmPatches` |
+    | text | of `TextEncoder`; vocab_size: by default a row for each piece of the vocabulary; or {"hf": name, ...}: of `HFText` |
     | slots | of `EntityDiscovery`, whose `slots` is called kind here; discovery=False: the paper's row without it, see `PatchEntities` |
     | fusion | of `ModalityFusion`, as wide as the slots; attention=False: the paper's row without it, see `DotFusion` |
     | decoder | width and table of `SlotDecoder` |
@@ -91,10 +92,11 @@ class SaG(RISModel):
     """
 
     needs_masks = False
+    foreign = LAVT.foreign
     tokenizer = LAVT.tokenizer  # which refuses texts where the model was built without words
 
-    def __init__(self, image_size: int = 384, vocabulary="bert-base-uncased", max_words: int = 40, mean=(0.5,) * 3,
-                 std=(0.5,) * 3, resolution: str = "original", *, vision: Mapping = {**VIT_S, "drop_path": 0.1}, text: Mapping = TEXT,
+    def __init__(self, image_size: int = 384, vocabulary=None, max_words: int = 40, mean=None,
+                 std=None, resolution: str = "original", *, vision: Mapping = {**VIT_S, "drop_path": 0.1}, text: Mapping = TEXT,
                  slots: Mapping = dict(kind="entity", width=512, gaussians=18, per_gaussian=2, iterations=6, competition="slots",
                                        interaction=True, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048,
                                        dropout=0.1, discovery=True),
@@ -103,7 +105,8 @@ class SaG(RISModel):
                  loss: Mapping = dict(c3=1.0, reconstruction=1.0, temperature=1.0, false_negatives="keep", mirrored=False),
                  noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
-        super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
+        mean, std = pretraining_statistics(vision, mean, std, ((0.5,) * 3, (0.5,) * 3))
+        super().__init__(image_size, vocabulary_for(text, vocabulary), max_words, mean, std, resolution, freeze, lr_factors)
         _check_choices(noise=(noise, _NOISES), false_negatives=(loss["false_negatives"], _FALSE_NEGATIVES), scheme=(scheme, SCHEMES))
         self.noise, self.scheme, self.threshold = noise, scheme, threshold
         self.c3, self.reconstruction, self.temperature = (loss[name] for name in ("c3", "reconstruction", "temperature"))
@@ -113,10 +116,11 @@ class SaG(RISModel):
         if not (self.reconstruction >= 0 and self.c3 >= 0) or self.reconstruction > 0 and not discovery:
             raise RISError("loss.reconstruction and loss.c3 are weights of at least 0, and without discovery there are no slots to reconstruct "
                            f"from: loss.reconstruction must be 0 then (here they are {self.reconstruction} and {self.c3})")
-        features, width = vision["width"], slots["width"]
-        self.vision = ViT(**vision)
+        self.vision = image_encoder(vision, image_size, ViT, TimmPatches)
+        features, width = self.vision.width, slots["width"]
         self.text = text_encoder(text, self.vocabulary)
-        self.sentence = nn.Linear(text["width"], width)
+        remember_encoders(self, self.vision, self.text)
+        self.sentence = nn.Linear(self.text.width, width)
         self.entities = EntityDiscovery(features, slots=kind, **slots) if discovery else PatchEntities(features, width)
         self.fusion = ModalityFusion(width, **fusion) if self.detach else DotFusion()
         self.decoder = SlotDecoder(width, features, decoder["width"], decoder["table"]).requires_grad_(self.reconstruction > 0)

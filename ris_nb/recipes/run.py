@@ -89,8 +89,9 @@ def build_model(settings: RunSettings, referrals: list, seed: int = 0, **network
     if settings.from_ is not None:
         torch.manual_seed(seed)  # for what a trained model gets anew, such as a word predictor
         return load_model(settings.from_)
-    name, vocabulary, own = settings.model or DEFAULT_MODEL, settings.vocabulary, False
-    if vocabulary is None and settings.pretrained:
+    name, vocabulary = settings.model or DEFAULT_MODEL, settings.vocabulary
+    own = "text.hf" in {**network, **flat(settings.network)}  # an encoder of transformers brings its own
+    if vocabulary is None and settings.pretrained and not own:
         with torch.device("meta"):  # shapes without weights: costs nothing, and tells whether the model comes with words
             own = len(create_model(name).vocabulary) > len(SPECIAL)
     if vocabulary is None and not own:
