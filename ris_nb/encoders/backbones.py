@@ -103,8 +103,10 @@ def list_modules(net: nn.Module, name: str) -> tuple[dict[str, nn.Module], list[
     if isinstance(net, FeatureDictNet) and not net.concat:
         return dict(net.items()), list(net.return_layers)
     if isinstance(net, (EfficientNetFeatures, MobileNetV3Features)) and net.feature_hooks is None:
-        modules = {"conv_stem": net.conv_stem, "bn1": net.bn1, **{f"blocks_{k}": block for k, block in enumerate(net.blocks)}}
-        return modules, [module.replace(".", "_") for module in net.feature_info.module_name()]
+        modules = {name: module for name, module in net.named_children() if name != "blocks"}
+        stem = list(modules)[-1]  # an activation may follow the norm that `feature_info` names
+        modules |= {f"blocks_{k}": block for k, block in enumerate(net.blocks)}
+        return modules, [end.replace(".", "_") if "blocks" in end else stem for end in net.feature_info.module_name()]
     raise RISError(f"timm's {name} can't be run stage by stage (it comes as {type(net).__name__}), and LAVT fuses words between "
                    "stages: take a backbone such as resnet50, tf_efficientnet_lite0, convnext_tiny or swin_tiny_patch4_window7_224")
 
@@ -212,6 +214,7 @@ def hf_config(hf: str):
 
 def hf_vocabulary(hf: str) -> list[str]:
     """The pieces of an encoder's own tokenizer; those of bert-base-uncased as the plain list that comes with the library."""
+    hf_config(hf)  # says it better where there is no encoder at all
     pieces, plain = read_vocabulary(str(packaged(hf) or hf)), read_vocabulary(BERT_UNCASED)
     same = isinstance(pieces, TokenizerPieces) and list(pieces) == plain and (json.loads(pieces.json)["normalizer"] or {}).get("lowercase")
     return plain if same else pieces
