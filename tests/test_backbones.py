@@ -168,7 +168,7 @@ def test_training_leaves_the_vocabulary_to_the_text_encoder(text):
     assert build_model(settings, said).vocabulary == PIECES
 
 
-class Own(RISModel):
+class OwnBackbone(RISModel):
     foreign = {"vision": "timm"}
 
     def __init__(self, image_size=64, vocabulary=SPECIAL, *, vision: dict = dict(timm="resnet18", pretrained=False), **shared):
@@ -177,10 +177,10 @@ class Own(RISModel):
 
 
 def test_a_model_of_ones_own():
-    assert Own().vision.widths == [64, 128, 256, 512]
-    assert Own(**{"vision.timm": "mobilenetv3_small_050"}).vision.widths == [8, 16, 24, 288]
-    with pytest.raises(RISError, match="Own's vision has no setting 'width'; it takes timm, pretrained, stages, drop_path"):
-        Own(**{"vision.width": 3})
+    assert OwnBackbone().vision.widths == [64, 128, 256, 512]
+    assert OwnBackbone(**{"vision.timm": "mobilenetv3_small_050"}).vision.widths == [8, 16, 24, 288]
+    with pytest.raises(RISError, match="OwnBackbone's vision has no setting 'width'; it takes timm, pretrained, stages, drop_path"):
+        OwnBackbone(**{"vision.width": 3})
 
 
 @pytest.mark.parametrize("build, told", [
