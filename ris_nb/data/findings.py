@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..contract import RISError
-from .pickles import _read
+from .pickles import _image_size, _read
 from .refer import Referral, Referrals
 from .tokenizer import BERT_UNCASED, Tokenizer
 
@@ -76,14 +76,14 @@ def sentence_findings(referrals: list[Referral]) -> list[str]:
 def read_photo(path: Path) -> tuple[tuple[int, int], str] | str:
     """Size (H, W) and a hash of the pixels of a photo, read to its end; a line where it can't be read."""
     try:
+        _image_size(path)
+    except ValueError as error:
+        return str(error)
+    try:
         with Image.open(path) as image:
             pixels = image if image.mode == "RGB" else image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
             return (image.height, image.width), hashlib.blake2b(pixels.tobytes(), digest_size=16, key=str(image.size).encode()).hexdigest()
-    except FileNotFoundError:
-        return f"{path} is missing"
-    except Image.UnidentifiedImageError:
-        return f"{path} is no readable image"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError):
         return f"{path} is broken off or corrupt"
 
 

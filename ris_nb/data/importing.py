@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,11 +91,15 @@ class _Photos:
     def _copy(self, content: Path | bytes, source: str) -> _Photo:
         name, content = (source, content) if isinstance(content, bytes) else (content.name, content.read_bytes())
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                kind, mode, turned, (width, height) = image.format, image.mode, orientation(image), image.size
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `photo_problem` says it
+                with Image.open(io.BytesIO(content)) as image:
+                    kind, mode, turned, (width, height) = image.format, image.mode, orientation(image), image.size
         except Image.UnidentifiedImageError:
             raise ValueError(f"{_shown(source)} is no readable image") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except Image.DecompressionBombError:
+            raise ValueError(f"{_shown(source)} is perhaps a decompression bomb; scale it down") from None
+        except (OSError, SyntaxError, ValueError):
             raise ValueError(f"{_shown(source)} is broken off or corrupt") from None
         if mode.startswith(("I", "F")): raise ValueError(f"{_shown(source)} has more than 8 bits a channel (mode {mode})")
         path = self.folder / self._name(name, kind)

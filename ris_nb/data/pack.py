@@ -77,9 +77,11 @@ def write_pack(referrals: Iterable[Referral], root: str | Path, size: int, path:
     """Write all photos and masks of `referrals`, squashed to `size` x `size` pixels as `Transform` does it, to the file `path`.
 
     root: the data root, below which the photos lie. workers: processes that decode. A kill leaves what was at `path` before.
-    Raises `RISError` for a photo or a mask that can't be read, and where the file can't be written.
+    Raises `RISError` for a photo or a mask that can't be read, for no referrals, and where the file can't be written.
     """
     referrals, root, transform = list(referrals), Path(root), Transform(size)
+    if not referrals:
+        raise RISError("no referrals to pack: choose another split; `ris-nb data check` shows what a data root holds")
     masks = {mask_key(r, root): r for r in referrals if r.has_mask}
     runs = [_runs(transform.mask(r.mask())) for r in tqdm(masks.values(), desc="masks", disable=not progress)]
     photos = {photo_key(p, root): p for p in dict.fromkeys(r.image_path for r in referrals)}

@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import pickletools
+import warnings
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -110,10 +111,18 @@ def _path_below(root: Path, name: str) -> Path:
     return root / name
 
 def _image_size(path: Path) -> tuple[int, int]:
-    """Return (H, W) from the header of an image file; no pixel is decoded."""
+    """Return (H, W) from the header of an image file; no pixel is decoded. ValueError for more than `read_image` takes."""
+    most = Image.MAX_IMAGE_PIXELS
     try:
-        with Image.open(path) as image: return image.height, image.width
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the ValueError below says it
+            with Image.open(path) as image: size = image.height, image.width
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        size = most, 2
+    except (OSError, SyntaxError, ValueError):
         raise ValueError(f"{path} is no readable image") from None
+    if most and size[0] * size[1] > most:
+        raise ValueError(f"{path} has over {most:,} pixels, perhaps a decompression bomb; scale it down")
+    return size

@@ -62,14 +62,15 @@ _REFS = ("refs(generated).p", "grefs(generated).json")   # the second where sent
 
 
 def _is_there(folder: Path, recipe: dict) -> bool:
-    """Whether a complete set of this recipe is there; RISError for a set of another recipe."""
+    """Whether a complete set of this recipe is there; RISError for a set of another recipe, or of none that is told."""
     if not any((folder / name).exists() for name in _REFS):
         return False
     note = folder / "generated.json"
     try:
-        known = json.loads(note.read_text())
-    except (FileNotFoundError, ValueError):
-        known = {}
+        known = dict(json.loads(note.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        raise RISError(f"{note} is missing or broken, so nothing says what the set there was made from: "
+                       "choose another root or delete it") from None
     if known == recipe:
         return True
     other = [f"{key} {known.get(key)} instead of {value}" for key, value in recipe.items() if known.get(key) != value]
@@ -132,6 +133,8 @@ def _write(world: _World, root: str | Path, flavour: str, counts: dict[str, int]
             return root
         folder.mkdir(parents=True, exist_ok=True)
         pictures.mkdir(parents=True, exist_ok=True)
+        for picture in pictures.glob(f"*_{6 * '[0-9]'}.png"):
+            picture.unlink()  # of a set that was interrupted, perhaps a larger one
         instances, refs = _write_images(world, pictures, recipe, progress)
         last = (_REFS[1], json.dumps(refs).encode()) if _has_sets(flavour) else (_REFS[0], pickle.dumps(refs))
         for name, data in (("instances.json", json.dumps(instances).encode()), ("generated.json", json.dumps(recipe).encode()), last):
