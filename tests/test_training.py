@@ -23,12 +23,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from accelerate.commands.launch import launch_command, launch_command_parser
 from timm.layers import BatchNormAct2d, DropPath
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ris_nb.contract import Batch, Output, RISError
+from ris_nb.data.batches import make_batch
 from ris_nb.data.tokenizer import SPECIAL
 from ris_nb.distributed import sync_batchnorm
 from ris_nb.models.base import RISModel, evaluating
@@ -857,6 +859,18 @@ def test_a_compiled_model_trains_as_the_plain_one(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)
     fit(toy(dropout=0.0), Colours(), replace(config, compile=True), tmp_path / "compiled", noisy_validate, progress=False)
     assert same(outcome(tmp_path / "plain"), outcome(tmp_path / "compiled"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="TorchInductor needs a C++ compiler on a CPU")
+def test_what_inductor_compiles_computes_the_same():
+    torch.manual_seed(0)
+    model = create_model("lavt_tiny", vocabulary=[*SPECIAL, "red", "star"]).eval()
+    batch = make_batch([Image.new("RGB", (64, 64), "red")], ["red star"], model.tokenizer, model.transform)
+    with torch.no_grad():
+        plain, compiled = (step(batch).score for step in (model, torch.compile(model.forward)))
+    assert torch.allclose(plain, compiled, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
     assert 1 <= len(graphs) <= 3  # once, not at every step or validation
 
 
