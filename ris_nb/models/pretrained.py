@@ -41,6 +41,7 @@ class FromTransformers(RISModel):
         import transformers  # here, because it takes seconds
         config, kind = (getattr(transformers, name) for name in self.parts)
         self.network = kind(config(**network))
+        self.network.set_attn_implementation("eager")  # "sdpa" first asks the device whether every word is there, and waits for it
         self.end = self.vocabulary.index("<|endoftext|>") if "<|endoftext|>" in self.vocabulary else None
 
     @classmethod
