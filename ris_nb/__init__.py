@@ -19,6 +19,8 @@ _ROOMS = {  # module -> what of it is public
     "data.refer": "PUBLISHED ReferData Referral Referrals Sentence read_mask",
     "data.phrasecut": "PhraseCutData",
     "data.folder": "FolderData",
+    "data.photo_phrases": "Instance",
+    "data.photo_speaker": "describe_folder describe_instances mirror_sentence",
     "data.sources": "open_data",
     "data.scenes": "open_scenes",
     "data.check": "check_data",
