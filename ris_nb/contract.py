@@ -72,6 +72,7 @@ class Batch:
     image_id: list | None = None            # N
     expression: list[str] | None = None     # B
     kind: list[str] | None = None           # B
+    category: list[str] | None = None       # B, of the thing that is meant; "" where it isn't known
     size: list[tuple[int, int]] | None = None  # B
     truth: list[np.ndarray] | None = None   # B of (h, w) bool
     encoded: Any = None                     # whatever the model's encode_image returns

@@ -84,6 +84,7 @@ def encode_item(pairs: Sequence[tuple[Referral, Sentence]], tokenizer: Tokenizer
         image=pixels[None], normalise=transform.normalise if plain else None, ids=ids, words=words, which=torch.zeros(len(pairs), dtype=torch.int64),
         mask=torch.stack([small[id(referral)] for referral, _ in pairs]) if masks else None,
         image_id=[pairs[0][0].image_id], expression=expressions, kind=[sentence.kind for _, sentence in pairs],
+        category=[referral.category for referral, _ in pairs],
         size=[tuple(referral.size) for referral, _ in pairs],
         truth=[whole[id(referral)] for referral, _ in pairs] if masks and truth else None)
 
@@ -113,6 +114,14 @@ class AsBytes(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
         return self._item(index)
 
+# %% ../../nbs/04_batches.ipynb #048d
+def draw_pairs(group: Sequence[Referral], most: int, draw: int) -> list[tuple[Referral, Sentence]]:
+    """Up to `most` (referral, sentence) pairs of one image: one sentence of each referral in turn, in an order that `draw` decides."""
+    random = np.random.default_rng(draw)
+    turns = [(turn, random.random(), referral, referral.sentences[k]) for referral in group
+             for turn, k in enumerate(random.permutation(len(referral.sentences)))]
+    return [pair[2:] for pair in sorted(turns, key=lambda turn: turn[:2])[:most]]
+
 # %% ../../nbs/04_batches.ipynb #050
 class ReferralDataset(Dataset):
     """Referrals as items, each a `Batch` of one image. With `masks=False` no mask is ever read.
@@ -120,13 +129,15 @@ class ReferralDataset(Dataset):
     Training (`every=False`): one item an object. The index is `(i, draw)`: object i, sentence number `draw` modulo its
     sentences; a plain `i` is `(i, 0)`. Evaluation (`every=True`): one item an image, with every sentence about each of
     its objects, in the order in which images first appear. Raises `RISError` for referrals that can't be used.
+    sentences: where given, an item of training is an image with up to so many of its sentences, as `draw_pairs` chooses them.
     pack: their pictures and masks at the transform's size, made by `write_pack`; then no picture is decoded.
     """
 
     def __init__(self, referrals: Iterable[Referral], tokenizer: Tokenizer, transform: Transform, every: bool = False, masks: bool = True,
-                 pack: Pack | None = None):
+                 pack: Pack | None = None, sentences: int = 0):
         self.referrals, self.tokenizer, self.transform = _checked(referrals, masks), tokenizer, transform
-        self.every, self.masks, self.pack, self.images = every, masks, pack, {}  # images: path -> referrals; in evaluation item i is the i-th
+        self.every, self.masks, self.pack, self.sentences = every, masks, pack, sentences
+        self.images = {}  # images: path -> referrals; in evaluation item i is the i-th
         for referral in self.referrals:
             self.images.setdefault(referral.image_path, []).append(referral)
         self._groups = list(self.images.values())
@@ -134,7 +145,7 @@ class ReferralDataset(Dataset):
             pack.check(self.referrals, transform, masks)
 
     def __len__(self) -> int:
-        return len(self._groups) if self.every else len(self.referrals)
+        return len(self._groups) if self.every or self.sentences else len(self.referrals)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
         return self.raw(index).to("cpu")
@@ -142,9 +153,9 @@ class ReferralDataset(Dataset):
     def raw(self, index: int | tuple[int, int]) -> Batch:
         """The item with its image still as bytes, as loaders pass it on; `Batch.to` makes floats of it."""
         i, draw = index if isinstance(index, tuple) else (index, 0)
-        group = self._groups[i] if self.every else [self.referrals[i]]
+        group = self._groups[i] if self.every or self.sentences else [self.referrals[i]]
         pairs = [(referral, sentence) for referral in group for sentence in referral.sentences]
-        chosen = pairs if self.every else [pairs[draw % len(pairs)]]
+        chosen = pairs if self.every else draw_pairs(group, self.sentences, draw) if self.sentences else [pairs[draw % len(pairs)]]
         return encode_item(chosen, self.tokenizer, self.transform, self.masks, truth=self.every, pack=self.pack)
 
 # %% ../../nbs/04_batches.ipynb #055
