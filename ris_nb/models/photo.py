@@ -15,7 +15,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..contract import Batch, Output, RISError
+from ..contract import Batch, Output, RISError, without_waiting
 from ..data.tokenizer import Tokenizer
 from ..encoders.backbones import HFText, TimmStages, hf_vocabulary, pretraining_statistics
 from ..registry import register_model
@@ -25,7 +25,8 @@ from .layers import dice_loss, read_attention, remember_encoders
 
 # %% auto #0
 __all__ = ['PHOTO_LOSSES', 'MINILM', 'SelfAttention', 'FeedForward', 'fold_norms', 'ReadingStage', 'LookingStage', 'Photo',
-           'PhotoEncoder', 'follow_edges', 'EdgeDecoder', 'shrink', 'box_loss', 'PhotoLAVT', 'mask_boxes', 'lavt_photo']
+           'PhotoEncoder', 'follow_edges', 'EdgeDecoder', 'shrink', 'dice_terms', 'box_terms', 'mean_of', 'mask_boxes',
+           'owners', 'PhotoLAVT', 'lavt_photo']
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p05
 class SelfAttention(nn.Module):
@@ -190,24 +191,55 @@ class EdgeDecoder(nn.Module):
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p17
 def shrink(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bool or float masks (B, H, W) -> the share of each cell that they cover, (B, h, w)."""
+    """Bool masks (B, H, W) -> the share of each cell that they cover, (B, h, w)."""
     return F.interpolate(mask.float()[:, None], size=tuple(size), mode="area")[:, 0]
 
 
-def box_loss(score: Tensor, box: Tensor, fill: float = 0.5) -> Tensor:
-    """For a thing of which only the box is known, filled in `box` (B, h, w) float: no pixel outside, one in each row and column
-    inside (BoxInst, Tian et al. 2021, section 3.1), and at least the share `fill` of the box."""
+def dice_terms(p: Tensor, t: Tensor) -> Tensor:
+    """`dice_loss` of each of B sentences, from probabilities and shares (B, ...) -> (B,)."""
+    p, t = p.flatten(1), t.flatten(1)
+    return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+
+
+def box_terms(score: Tensor, box: Tensor, fill: float = 0.5) -> Tensor:
+    """For things of which only the box is known, filled in `box` (B, h, w): no pixel outside, one in each row and column inside
+    (BoxInst, Tian et al. 2021, section 3.1), and at least the share `fill` of the box; (B,)."""
     p, outside = score.sigmoid(), 1 - box
     empty = -(F.logsigmoid(-score) * outside).sum((1, 2)) / outside.sum((1, 2)).clamp(min=1)
-    terms = [empty]
-    for axis in (1, 2):
-        a, t = p.amax(axis), box.amax(axis)
-        terms.append(1 - (2 * (a * t).sum(1) + 1) / (a.square().sum(1) + t.square().sum(1) + 1))
-    filled = (p * box).sum((1, 2)) / box.sum((1, 2)).clamp(min=1)
-    return (sum(terms) + (fill - filled).clamp(min=0)).mean()
+    projected = sum(dice_terms(p.amax(axis), box.amax(axis)) for axis in (1, 2))
+    return empty + projected + (fill - (p * box).sum((1, 2)) / box.sum((1, 2)).clamp(min=1)).clamp(min=0)
+
+
+def mean_of(terms: Tensor, weight: Tensor) -> Tensor:
+    """The weighted mean, 0 where all weights are."""
+    return (terms * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def mask_boxes(mask: Tensor) -> Tensor:
+    """Bool masks (B, H, W) -> centre x, y and sides w, h of their boxes in 0..1, (B, 4)."""
+    found = []
+    for axis in (1, 2):  # without rows: x; without columns: y
+        line = mask.any(axis)  # (B, n)
+        n = line.shape[1]
+        at = torch.arange(n, device=mask.device)
+        low, high = torch.where(line, at, n).amin(1), torch.where(line, at + 1, 0).amax(1)
+        found.append(((low + high) / (2 * n), (high - low).clamp(min=0) / n))
+    (x, w), (y, h) = found
+    return torch.stack([x, y, w, h], 1)
+
+
+def owners(cover: Tensor, area: Tensor, which: Tensor, photos: int) -> Tensor:
+    """Which sentence each cell belongs to: of those of its photo whose mask covers more than half of it, the one of least area.
+
+    cover (B, P), area (B,), which (B,) -> (photos, P) int64, -1 where there is none."""
+    cost = torch.where(cover > 0.5, area[:, None], torch.inf)
+    least = cost.new_full((photos, cover.shape[1]), torch.inf).index_reduce(0, which, cost, "amin")
+    numbers = torch.arange(len(which), device=which.device)[:, None]
+    mine = torch.where((cost == least[which]) & cost.isfinite(), numbers, -1)
+    return which.new_full((photos, cover.shape[1]), -1).index_reduce(0, which, mine, "amax")
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p20
-PHOTO_LOSSES = dict(mask=2.0, dice=1.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
+PHOTO_LOSSES = dict(mask=2.0, dice=1.0, boxed=2.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -266,62 +298,43 @@ class PhotoLAVT(RISModel):
         return F.normalize(torch.cat([self.background, mean]), dim=-1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """Terms by the names of the group `loss`; needs `batch.mask`. A sentence whose `kind` has "box" in it has its box for a mask."""
         if batch.mask is None:
             raise RISError("PhotoLAVT learns from masks and this batch has none: read the data with masks=True")
-        W, photo, which = self.weights, output.extra["photo"], output.extra["which"]
-        h, w = photo.size
-        boxed = torch.tensor(["box" in kind.split("+") for kind in batch.kind or [""] * len(batch)], device=which.device)
-        target, coarse = shrink(batch.mask, output.score.shape[1:]), output.extra["coarse"]
-        small = shrink(batch.mask, (h, w)).flatten(1)  # (B, P)
+        W, photo, which, coarse = self.weights, output.extra["photo"], output.extra["which"], output.extra["coarse"]
+        boxed = without_waiting([float("box" in kind.split("+")) for kind in batch.kind or [""] * len(batch)], which.device)
+        drawn, score = 1 - boxed, output.score
+        target, small = shrink(batch.mask, score.shape[1:]), shrink(batch.mask, photo.size).flatten(1)  # (B, 4 h, 4 w), (B, P)
         there = (small.amax(1) > 0).float()
-        score, drawn = output.score.float(), (~boxed).float()
-        n = drawn.sum().clamp(min=1)
-        bce = (F.binary_cross_entropy_with_logits(score, target, reduction="none").mean((1, 2)) * drawn).sum() / n
-        found = {"mask": W["mask"] * bce, "dice": W["dice"] * (_dice(score, target) * drawn).sum() / n}
-        if W["coarse"]:
-            low = F.binary_cross_entropy_with_logits(coarse, small, reduction="none").mean(1) + _dice(coarse[:, None], small[:, None])
-            found["coarse"] = W["coarse"] * (low * drawn).sum() / n
-        if boxed.any():
-            found["boxed"] = W["mask"] * box_loss(score[boxed], target[boxed]) * boxed.float().mean()
-        if W["pointing"]:
-            inside = (coarse.log_softmax(-1) + (small + 1e-4).log()).logsumexp(-1)
-            found["pointing"] = -W["pointing"] * (inside * there).sum() / there.sum().clamp(min=1)
-        return found | self.photo_losses(photo, which, small, batch, boxed)
+        bce = F.binary_cross_entropy_with_logits(score, target, reduction="none").mean((1, 2))
+        low = F.binary_cross_entropy_with_logits(coarse, small, reduction="none").mean(1)
+        terms = {"mask": mean_of(bce, drawn), "dice": mean_of(dice_terms(score.sigmoid(), target), drawn),
+                 "boxed": mean_of(box_terms(score, target), boxed) * boxed.mean(),
+                 "coarse": mean_of(low + dice_terms(coarse.sigmoid(), small), drawn),
+                 "pointing": mean_of(-(coarse.log_softmax(-1) + (small + 1e-4).log()).logsumexp(-1), there)}
+        terms |= self.photo_terms(photo, which, small, batch, drawn)
+        return {name: W[name] * term for name, term in terms.items() if W[name]}
 
-    def photo_losses(self, photo: Photo, which: Tensor, small: Tensor, batch: Batch, boxed: Tensor) -> dict[str, Tensor]:
+    def photo_terms(self, photo: Photo, which: Tensor, small: Tensor, batch: Batch, drawn: Tensor) -> dict[str, Tensor]:
         """What is asked of places whatever the sentence: which category, which box, and which pixels belong together."""
-        W, (h, w), N, found = self.weights, photo.size, len(photo.places), {}
+        (h, w), N, area = photo.size, len(photo.places), small.sum(1)
         fine = shrink(batch.mask, (2 * h, 2 * w)).flatten(1)
-        area = small.sum(1)
-        size = torch.where(area > 0, area, torch.inf)
-        def owners(cover):  # the smallest mask of this photo's sentences that covers more than half of a cell; -1: none
-            cost = torch.where(cover > 0.5, size[:, None], torch.inf)  # (B, P)
-            best = torch.full((N, cover.shape[1]), torch.inf, device=cover.device).index_reduce(0, which, cost, "amin")
-            mine = (cost == best[which]) & (cost < torch.inf)
-            index = torch.arange(len(which), device=cover.device)[:, None].where(mine, -1)
-            return torch.full((N, cover.shape[1]), -1, device=cover.device).index_reduce(0, which, index, "amax")
-        known = torch.ones(N, dtype=torch.bool, device=which.device).index_put((which[boxed],), torch.tensor(False, device=which.device))
-        owner, owner8 = owners(small), owners(fine)
-        own = owner >= 0
-        if W["category"] and self.categories and batch.category:
-            place = {name: k + 1 for k, name in enumerate(self.categories)}
-            labels = torch.tensor([place.get(name, -100) for name in batch.category], device=which.device)
-            truth = torch.where(own, labels[owner.clamp(min=0)], torch.where(known[:, None], 0, -100))
-            logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()
-            weight = torch.ones(logits.shape[-1], device=which.device).index_fill(0, torch.zeros(1, dtype=torch.long, device=which.device), 0.1)
-            if (truth >= 0).any():
-                found["category"] = W["category"] * F.cross_entropy(logits.flatten(0, 1), truth.flatten(), weight)
-        if W["box"] and own.any():
-            boxes = mask_boxes(batch.mask)[owner.clamp(min=0)]  # (N, P, 4)
-            p, t = photo.box[own], boxes[own]
-            found["box"] = W["box"] * (4 * F.smooth_l1_loss(p[:, :2], t[:, :2], beta=0.05)
-                                       + F.smooth_l1_loss(p[:, 2:].log(), t[:, 2:].clamp(min=0.01).log(), beta=0.3))
-        if W["affinity"] and known.any():
-            same = owner8[known][:, :, None] == owner[known][:, None]  # (n, 4 P, P)
-            weight = torch.where(owner8[known] >= 0, 1.0, 0.2) * same.any(-1)
-            missed = -photo.affinity[known].masked_fill(~same, -1e4).logsumexp(-1)
-            found["affinity"] = W["affinity"] * (missed * weight).sum() / weight.sum().clamp(min=1)
-        return found
+        owner, owner8 = (owners(cover, area, which, N) for cover in (small, fine))
+        own, known = (owner >= 0).float(), drawn.new_ones(N).index_reduce(0, which, drawn, "amin")  # (N, P), (N,)
+        boxes = mask_boxes(batch.mask)[owner.clamp(min=0)]  # (N, P, 4)
+        off = 4 * F.smooth_l1_loss(photo.box[..., :2], boxes[..., :2], beta=0.05, reduction="none").mean(-1)
+        off = off + F.smooth_l1_loss(photo.box[..., 2:].log(), boxes[..., 2:].clamp(min=0.01).log(), beta=0.3, reduction="none").mean(-1)
+        same = owner8[:, :, None] == owner[:, None]  # (N, 4 P, P)
+        weight = torch.where(owner8 >= 0, 1.0, 0.2) * same.any(-1) * known[:, None]
+        terms = {"box": mean_of(off, own), "affinity": mean_of(-photo.affinity.masked_fill(~same, -1e4).logsumexp(-1), weight)}
+        if not self.categories or batch.category is None:
+            return terms
+        place = {name: k for k, name in enumerate(self.categories, 1)}
+        label = without_waiting([place.get(name, -1) for name in batch.category], which.device)[owner.clamp(min=0)]
+        label = torch.where(owner >= 0, label, 0)  # (N, P); 0: no thing that a sentence means
+        logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()  # (N, P, 1 + C)
+        weight = torch.where(label > 0, 1.0, torch.where(label == 0, 0.1 * known[:, None], 0.0))
+        return terms | {"category": mean_of(F.cross_entropy(logits.flatten(0, 1), label.clamp(min=0).flatten(), reduction="none"), weight.flatten())}
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
         cut = self.threshold if threshold is None else threshold
@@ -333,24 +346,6 @@ class PhotoLAVT(RISModel):
 
     def word_attention(self, batch: Batch):
         return read_attention(self, batch, [stage.fusion for stage in self.stages])
-
-
-def _dice(score: Tensor, target: Tensor) -> Tensor:
-    p = score.sigmoid()
-    return 1 - (2 * (p * target).sum((1, 2)) + 1) / (p.sum((1, 2)) + target.sum((1, 2)) + 1)
-
-
-def mask_boxes(mask: Tensor) -> Tensor:
-    """Bool masks (B, H, W) -> centre x, y and sides w, h of their boxes in 0..1, (B, 4); 0 for an empty one."""
-    found = []
-    for axis in (1, 2):  # rows away: x; columns away: y
-        line = mask.any(axis).float()  # (B, n)
-        n = line.shape[1]
-        at = torch.arange(n, device=mask.device)
-        low, high = torch.where(line > 0, at, n).amin(1), torch.where(line > 0, at + 1, 0).amax(1)
-        found.append(((low + high) / (2 * n), (high - low).clamp(min=0) / n))
-    (x, w), (y, h) = found
-    return torch.stack([x, y, w, h], 1)
 
 
 @register_model
