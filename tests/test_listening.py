@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import SPECIAL
 from ris_nb.data.writer import make_refshapes, make_reftoys
 from ris_nb.evaluation.floors import Floor
-from ris_nb.evaluation.listening import LEAST, Oracle, Trial, contrast, listen, listening_number, sum_up
+from ris_nb.evaluation.listening import LEAST, Oracle, Trial, contrast, listen, listen_floors, listening_number, sum_up
 from ris_nb.evaluation.probes import PROBES, Sentences, find_changes, opposites
+from ris_nb.evaluation.rewording import HOWS, ask_rewordings, find_rewordings, rewording_table, sum_rewordings
 from ris_nb.models.base import RISModel
 
 
@@ -135,6 +137,9 @@ def test_too_little_is_said_in_one_line(drawn):
             listen(Floor("whole image"), few, progress=False)
 
 
+NOTHING = {"size": [32, 32], "counts": [32 * 32]}
+
+
 def photo(root, n, things):
     """A picture of 32 x 32 pixels with named boxes; things: (x, expressions)."""
     path = root / f"photo{n}.jpg"
@@ -155,6 +160,75 @@ def test_photos_are_judged_by_what_is_said_about_them(tmp_path):
     report = listen(Oracle(Sentences(referrals), referrals, 32), find_changes(referrals), progress=False)
     assert report.listens == 1 and set(report.left_out) == {"absent", "shuffled"} and "know all that they hold" in report.left_out["absent"]
     assert "Left out: absent" in report.markdown()
+
+
+def test_photos_say_what_is_not_there_and_what_else_there_is(tmp_path):
+    """A sentence of nothing serves as "absent", one of another thing as "wrong word", even if many words differ; things that touch don't count."""
+    referrals = [r for n in range(12) for r in photo(tmp_path, n, [
+        (2, [f"cup {n} on the left, below the clock"]), (12, [f"tall jug {n}"]), (14, [f"handle of jug {n}"]), (24, [f"cup {n} with a saucer"])])]
+    referrals = [replace(r, absent=True, segmentation=NOTHING) if "saucer" in r.sentences[0].text else r for r in referrals]
+    found = {(c.probe, c.before): c for c in find_changes(referrals) if c.referral.image_id == 0}
+    assert found["opposite", "cup 0 on the left, below the clock"].after == "cup 0 on the right, below the clock"  # "above" may name the same cup
+    assert found["wrong word", "tall jug 0"].names == referrals[0] and found["wrong word", "handle of jug 0"].names == referrals[0]
+    assert found["absent", "tall jug 0"].after == "cup 0 with a saucer" and found["absent", "tall jug 0"].asks == "vanishes"
+    assert not [before for _, before in found if "saucer" in before]
+    report = listen(Oracle(Sentences(referrals), referrals, 32), find_changes(referrals), progress=False)
+    assert report.listens == 1 and {"absent", "wrong word", "opposite", "shuffled"} == set(report.probes)
+    assert {rule: row["listens"] for rule, row in listen_floors(find_changes(referrals), Floor("nothing", 32)).items() if rule != "random object"} == \
+        {"whole image": 0, "centre box": 0, "every object": 0, "nothing": 0}
+
+
+class Sides(RISModel):
+    """Marks the darker half of the picture for "dark", the left or the right third where the sentence says so, else the middle row."""
+
+    def __init__(self):
+        super().__init__(32, [*SPECIAL])
+
+    def forward(self, batch):
+        score = torch.full((len(batch), 32, 32), -1.0)
+        which = range(len(batch)) if batch.which is None else batch.which.tolist()
+        for b, (n, text) in enumerate(zip(which, batch.expression)):
+            if "dark" in text:
+                score[b][batch.image[n].mean(0) < 0] = 1
+            columns = slice(0, 10) if "left" in text else slice(22, 32) if "right" in text else None
+            score[b][(slice(15, 17),) if columns is None and "dark" not in text else (slice(None), columns or slice(0, 0))] = 1
+        return Output(score=score)
+
+    def masks(self, output, sizes):
+        return [nn.functional.interpolate(score[None, None], size=tuple(size))[0, 0] > 0 for score, size in zip(output.score, sizes)]
+
+
+def test_a_model_that_knows_sides_follows_the_mirror(tmp_path):
+    """Exchanged alone, a side costs it all; exchanged with the picture mirrored, nothing. What it finds by looking is found in the mirror, too."""
+    referrals = [r for n in range(3) for r in photo(tmp_path, n, [(2, [f"the left cup, number {n}"]), (24, [f"dark thing {n}"])])]
+    for r in referrals:
+        pixels = np.full((32, 32, 3), 255, np.uint8)
+        pixels[:, 24:] = 0
+        Image.fromarray(pixels).save(r.image_path.with_suffix(".png"))
+    referrals = [replace(r, image_path=r.image_path.with_suffix(".png")) for r in referrals]
+    rewordings = find_rewordings(referrals)
+    assert {r.how for r in rewordings} == set(HOWS) - {"category", "absent"} - ({"other picture"} - {r.how for r in rewordings})
+    rows = sum_rewordings(ask_rewordings(Sides(), rewordings, batch_size=2, progress=False))
+    assert rows["other side"]["after"] == rows["mirrored picture"]["after"] == 0 < rows["other side"]["before"] == rows["both mirrored"]["after"]
+    assert rows["both mirrored"]["loss"] == rows["mirrored, no side"]["loss"] == 0 and rows["both mirrored"]["same"] == 1
+    assert rows["other side"]["interval"] == pytest.approx([rows["other side"]["loss"]] * 2)  # all pictures alike
+    assert (rows["first word"]["sentences"], rows["both mirrored"]["sentences"], rows["mirrored, no side"]["sentences"]) == (6, 3, 3)
+    again = sum_rewordings(ask_rewordings(Sides(), rewordings, batch_size=32, progress=False))
+    assert again == rows and "left and right exchanged, of the mirrored picture" in rewording_table(rows)
+
+
+def test_absent_sentences_and_categories_are_asked_as_they_are(tmp_path):
+    referrals = photo(tmp_path, 0, [(2, ["the red one"]), (12, ["a blue one"]), (22, ["a green one"])])
+    referrals = [replace(r, category=category, absent=absent, segmentation=NOTHING if absent else r.segmentation)
+                 for r, category, absent in zip(referrals, ("Wine glass", "part", ""), (False, False, True))]
+    asked = {(r.how, r.before): r.after for r in find_rewordings(referrals)}
+    assert asked["category", "the red one"] == "wine glass" and ("category", "a blue one") not in asked
+    assert asked["absent", "a green one"] == "a green one" and asked["first word", "a blue one"] == "blue"
+    assert asked["other thing", "the red one"] == "a blue one" and [how for how, before in asked if "green" in before] == ["absent"]
+    rows = sum_rewordings(ask_rewordings(Floor("nothing", 32), find_rewordings(referrals), progress=False))
+    assert rows["absent"] == {"sentences": 1, "pictures": 1, "empty": 1}
+    with pytest.raises(RISError, match="more pictures"):
+        ask_rewordings(Floor("nothing", 32), [])
 
 
 def test_one_picture_has_nobody_to_shuffle_with(tmp_path):

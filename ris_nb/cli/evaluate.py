@@ -31,6 +31,7 @@ class Evaluate(Answering, Data):
       ris-nb evaluate --checkpoint runs/first --root data --split testA
       ris-nb evaluate --checkpoint magnet_tiny --root data                     a model that comes with the library
       ris-nb evaluate --checkpoint runs/first --root data --shuffle-seed 0     does the model listen?
+      ris-nb evaluate --checkpoint lavt_photo --root refphotos --card lavt_photo.json
       ris-nb evaluate --released magnet_refcoco --data refcoco --split val     the authors' weights
     """
     split: Annotated[str, arg(metavar="NAME")] = "val"
@@ -45,6 +46,8 @@ class Evaluate(Answering, Data):
     """Pictures and masks at the model's size, made by `ris-nb data pack`: nothing is decoded then."""
     shuffle_seed: int | None = None
     """Ask each image the expressions of other images. A model that listens scores much lower then."""
+    card: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write a score card instead, as JSON: all splits but train, by kind, with intervals, floors, and what the wrong sentences get."""
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #099
 def write_report(out: Path, report, model, dataset) -> None:
@@ -57,6 +60,19 @@ def write_report(out: Path, report, model, dataset) -> None:
         part.write_text(report.markdown(), encoding="utf-8")
     if report.shuffled is None:  # shuffled expressions have no right answers to show
         plt.close(show_cases(model, dataset, report, path=out / "cases.png"))
+
+
+def write_card(flags: Evaluate, model, data) -> None:
+    """Write and print a score card."""
+    import json
+    from ris_nb.distributed import processes
+    from ris_nb.evaluation.report import write_text
+    from ris_nb.evaluation.scorecard import card_markdown, scorecard
+    name = flags.checkpoint or flags.model or f"released {flags.released}"
+    card = scorecard(model, data, batch_size=flags.batch_size, workers=flags.workers, checkpoint=name)
+    if processes()[0] == 0:
+        write_text(flags.card, json.dumps(card, indent=1) + "\n")
+        print(f"{card_markdown(card)}\nwritten to {flags.card}")
 
 # %% ../../nbs/workshop/cli_evaluate.ipynb #098a
 def named_model(flags: Answering):
@@ -87,6 +103,9 @@ def run_evaluate(flags: Evaluate) -> int:
     accelerator = machine(flags.precision)
     model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
+    if flags.card is not None:
+        write_card(flags, model, data)
+        return 0
     dataset = ReferralDataset(data.referrals(flags.split), model.tokenizer, model.transform, every=True,
                               pack=open_pack(flags.pack, data))
     report = evaluate(model, dataset, flags.batch_size, flags.workers, flags.shuffle_seed, data=f"{data.dataset} ({data.split_by})",

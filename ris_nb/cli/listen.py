@@ -25,11 +25,13 @@ class Listen(Answering, Data):
 
     Prints one number from 0 (ignores the words) to 1 (follows every change), and a table of the probes behind it. Writes into
     --out: listening.json and listening.md (the same to read), trials.jsonl (one line for each change) and changes.png (one
-    expression with all its changes). Photos support fewer probes than drawn scenes; what is left out is named.
+    expression with all its changes). Photos support fewer probes than drawn scenes; what is left out is named. Of photos the report
+    also says what an answer loses when the sentence is shortened, mixed or exchanged or the photo mirrored, and what floors get.
 
     examples:
       ris-nb listen --checkpoint runs/first --root data
       ris-nb listen --checkpoint magnet_tiny --root data --images 100
+      ris-nb listen --checkpoint lavt_photo --root refphotos --split test
       ris-nb listen --released magnet_refcoco --data refcoco --split testA
     """
     split: Annotated[str, arg(metavar="NAME")] = "val"
@@ -54,18 +56,23 @@ def run_listen(flags: Listen) -> int:
     from ris_nb.checkpoint import replacing
     from ris_nb.data.scenes import open_scenes
     from ris_nb.data.sources import open_data
-    from ris_nb.evaluation.listening import listen, richest, show_changes
+    from ris_nb.evaluation.listening import listen, listen_floors, richest, show_changes
     from ris_nb.evaluation.probes import find_changes
     from ris_nb.evaluation.report import write_text
+    from ris_nb.evaluation.rewording import ask_rewordings, find_rewordings, sum_rewordings
     accelerator = machine(flags.precision)
     model = model.to(accelerator.device)
     data = open_data(flags.root, flags.dataset, flags.split_by)
-    referrals = data.referrals(flags.split)
+    referrals, scenes = data.referrals(flags.split), open_scenes(data)
     chosen = {*list(dict.fromkeys(r.image_path for r in referrals))[:flags.images]}
-    changes = find_changes([r for r in referrals if r.image_path in chosen], open_scenes(data), flags.seed)
+    referrals = [r for r in referrals if r.image_path in chosen]
+    changes = find_changes(referrals, scenes, flags.seed)
     name = flags.checkpoint or flags.model or f"released {flags.released}"
     report = listen(model, changes, flags.batch_size, flags.workers, data=f"{data.dataset} ({data.split_by})", split=flags.split, checkpoint=name)
     report.machine["precision"] = flags.precision
+    if scenes is None:
+        answers = ask_rewordings(model, find_rewordings(referrals, flags.seed), flags.batch_size, flags.workers)
+        report.rewordings, report.floors = sum_rewordings(answers), listen_floors(changes, model, flags.batch_size, flags.workers)
     if accelerator.is_main_process:
         out = flags.out or home_of(flags) / f"{flags.split}_listening"
         report.save(out / "listening.json", out / "trials.jsonl")

@@ -63,6 +63,10 @@ class Scenes:
         """The other sentences of the book that mean the same as this one, in any picture."""
         return [other for other in self._same.get(self.phrases.get(text), ()) if other != text]
 
+    def others(self, referral: Referral, text: str) -> list[str]:
+        """None: the book has a sentence for any word replaced."""
+        return []
+
 # %% ../../nbs/workshop/scenes.ipynb #s02
 def as_referral(referral: Referral, number: int, mask: np.ndarray) -> Referral:
     """A referral of the same picture, without sentences, to the thing of this number and mask, bool (H, W)."""

@@ -24,8 +24,9 @@ from ..data.refer import Referral
 from ..data.scenes import Scenes
 from ..distributed import gather, processes
 from .evaluate import answer_batch, machine_facts, pairs_at_once, share_loader
-from .floors import Floor
+from .floors import FLOORS, Floor
 from .probes import PROBES, Change, Sentences, plain
+from .rewording import rewording_table
 from .report import markdown_table, percent, write_text
 from ..metrics import iou
 from ..models.base import RISModel, evaluating
@@ -117,6 +118,8 @@ class Listening:
     left_out: dict[str, str]  # name -> why
     seconds: float = 0.0
     machine: dict[str, str | int] = field(default_factory=dict)
+    rewordings: dict[str, dict] = field(default_factory=dict)  # of photos: see `sum_rewordings`
+    floors: dict[str, dict] = field(default_factory=dict)  # of photos: rule of a `Floor` -> its listens, interval, mIoU before any change
     trials: list[Trial] = field(default_factory=list, repr=False)
 
     def markdown(self) -> str:
@@ -132,7 +135,7 @@ class Listening:
 # %% ../../nbs/workshop/listening.ipynb #d04
 _NEEDS = {"shuffled": "it needs several pictures", "opposite": "it needs sides or sizes in the expressions",
           "wrong word": "it needs things of one picture whose expressions differ in a word", "order": "it needs expressions that differ in their order alone",
-          "absent": "it needs scenes that know all that they hold", "paraphrase": "it needs several expressions for one thing"}
+          "absent": "it needs scenes that know all that they hold, or sentences that fit nothing", "paraphrase": "it needs several expressions for one thing"}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -149,8 +152,11 @@ def listening_table(report: Listening) -> str:
              *("" if p[key] is None else percent(p[key]) for key in ("old_before", "old_after", "new_after", "same", "empty"))]
             for name, p in report.probes.items()]
     head = ("probe", "pairs", "score", "95 % interval", "old thing: IoU % before", "after", "new thing: IoU % after", "IoU % of both answers", "no pixel after, %")
-    left = [f"Left out: {name}, with {why}." for name, why in report.left_out.items()]
-    return "\n\n".join([first, markdown_table(head, rows), *left]) + "\n"
+    parts = [first, markdown_table(head, rows), *(f"Left out: {name}, with {why}." for name, why in report.left_out.items())]
+    parts += [rewording_table(report.rewordings)] if report.rewordings else []
+    floors = [[rule, f"{f['listens']:.2f}", " to ".join(f"{x:.2f}" for x in f["interval"]), percent(f["before"])] for rule, f in report.floors.items()]
+    parts += [markdown_table(("floor", "listens", "95 % interval", "mIoU % before"), floors)] if floors else []
+    return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/workshop/listening.ipynb #d05
 def sum_up(trials: Sequence[Trial], **facts) -> Listening:
@@ -241,6 +247,17 @@ class Oracle(Floor):
             for thing in self.knows.means(self.referral[batch.image_id[n]], plain(batch.expression[b])) or ():
                 score[b][self.transform.mask(thing.mask())] = 0.5
         return Output(score=score)
+
+# %% ../../nbs/workshop/listening.ipynb #f03b
+def listen_floors(changes: Sequence[Change], model: RISModel, batch_size: int = 32, workers: int = 0) -> dict[str, dict]:
+    """For each rule of `Floor` what it gets for the same changes: `listens`, its `interval`, and `before`, the mIoU of its answers before them;
+    on the grid where `model` is compared."""
+    rows = {}
+    for rule in FLOORS:
+        report = listen(Floor(rule, model.transform.size, model.resolution), changes, batch_size, workers, progress=False)
+        first = {(t.image, t.before): t.old_before for t in report.trials}
+        rows[rule] = {"listens": report.listens, "interval": report.interval, "before": _mean(first.values())}
+    return rows
 
 # %% ../../nbs/workshop/listening.ipynb #g01
 def show_changes(models: Mapping[str, RISModel], changes: Sequence[Change]) -> plt.Figure:

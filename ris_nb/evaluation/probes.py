@@ -5,9 +5,11 @@
 # %% ../../nbs/workshop/probes.ipynb #imp-e
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -32,18 +34,35 @@ class Sentences:
 
     def __init__(self, referrals: Iterable[Referral]):
         self.named: dict[tuple, dict[int, Referral]] = {}
+        self.said: dict[Path, dict[str, Referral]] = {}
+        self._apart: dict[tuple, bool] = {}  # decoding masks takes longer than all the rest
         for r in referrals:
             for s in r.sentences:
                 self.named.setdefault((r.image_path, plain(s.text)), {})[r.ref_id] = r
+                self.said.setdefault(r.image_path, {})[plain(s.text)] = r
         self.texts = dict.fromkeys(text for _, text in self.named)
 
     def means(self, referral: Referral, text: str) -> list[Referral] | None:
         """The things of this picture that somebody called so; None where nobody did."""
-        return [*self.named.get((referral.image_path, text), {}).values()] or None
+        found = self.named.get((referral.image_path, text))
+        return None if found is None else [r for r in found.values() if not r.absent]
 
     def wordings(self, referral: Referral, text: str) -> list[str]:
         """What else is said about the same thing."""
         return [other for other in dict.fromkeys(plain(s.text) for s in referral.sentences) if other != text]
+
+    def others(self, referral: Referral, text: str) -> list[str]:
+        """What is said about nothing in this picture or about a thing that this one doesn't touch; most words in common with `text` first."""
+        words = {*text.split()}
+        found = [other for other, r in self.said[referral.image_path].items() if r.ref_id != referral.ref_id and (r.absent or self.apart(referral, r))]
+        return sorted(found, key=lambda other: -len(words & {*other.split()}) / len(words | {*other.split()}))
+
+    def apart(self, one: Referral, other: Referral) -> bool:
+        """Whether the masks of two things of a picture have no pixel in common."""
+        key = one.image_path, *sorted((one.ref_id, other.ref_id))
+        if key not in self._apart:
+            self._apart[key] = not (one.mask() & other.mask()).any()
+        return self._apart[key]
 
 # %% ../../nbs/workshop/probes.ipynb #b02
 _OPPOSITES = tuple(dict(pair for a, b in (words.split("/") for words in line.split()) for pair in ((a, b), (b, a))) for line in (
@@ -52,10 +71,19 @@ _OPPOSITES = tuple(dict(pair for a, b in (words.split("/") for words in line.spl
     "large/small big/little larger/smaller bigger/tinier largest/smallest biggest/tiniest"))
 
 
+def exchanged(text: str, table: dict[str, str]) -> str:
+    """A text in small letters with each word that stands in a table replaced by what stands there for it."""
+    return re.sub("[a-z]+", lambda word: table.get(word[0], word[0]), text)
+
+
+def other_side(text: str) -> str:
+    """The text with left and right exchanged: what it says of the mirrored picture."""
+    return exchanged(text, _OPPOSITES[0])
+
+
 def opposites(text: str) -> list[str]:
     """The text with left and right, with top and bottom, and with large and small exchanged, each where it has such a word."""
-    changed = (" ".join(table.get(word, word) for word in text.split()) for table in _OPPOSITES)
-    return [other for other in changed if other != text]
+    return [other for other in (exchanged(text, table) for table in _OPPOSITES) if other != text]
 
 # %% ../../nbs/workshop/probes.ipynb #b04
 class Stock:
@@ -147,13 +175,15 @@ def find_changes(referrals: Sequence[Referral], knows: Sentences | Scenes | None
             text = plain(before)
             if referral.absent or meaning(knows, referral, text)[0] != "old":  # it names nothing, or several things together
                 continue
-            replaced = one_word(stock, text, rng)
-            options = {"shuffled": foreign.get((referral.ref_id, before), []), "opposite": opposites(text), "wrong word": replaced,
+            turned = opposites(text)
+            replaced = one_word(stock, text, rng) + [other for other in knows.others(referral, text) if other not in turned]
+            options = {"shuffled": foreign.get((referral.ref_id, before), []), "opposite": turned, "wrong word": replaced,
                        "order": reordered(stock, text), "absent": replaced, "paraphrase": knows.wordings(referral, text)}
             for probe, texts in options.items():
                 for k in range(len(texts)) if texts is replaced else rng.permutation(len(texts)):
                     what, things = meaning(knows, referral, texts[k])
-                    if what in _MEANS[probe] and (what != "unknown" or knows.asks_unknown):
+                    trusted = what != "unknown" or knows.asks_unknown and (probe != "opposite" or texts[k] == other_side(text))
+                    if what in _MEANS[probe] and trusted:
                         new = things[0] if what == "another" and probe != "shuffled" else None
                         found.append(Change(probe, referral, before, texts[k], new))
                         break
