@@ -103,7 +103,14 @@ def await_change(page, panel, before):
 
 
 def type_text(panel, text):
-    panel.locator("input[type=text]").first.fill(text)
+    panel.locator("textarea").first.fill(text)
+
+
+def choose_scenes(page, panel):
+    """Drawn scenes, which three models answer, whatever the panel began with."""
+    panel.locator("select").first.select_option(label="drawn scenes")
+    panel.get_by_text("sag_tiny", exact=True).wait_for()
+    page.wait_for_timeout(300)
 
 
 def test_the_chapter_runs(lab):
@@ -114,7 +121,8 @@ def test_the_chapter_runs(lab):
 
 def test_ask(lab):
     panel = lab.locator(".AskPanel").first
-    shot(lab, panel, "ask_before")
+    shot(lab, panel, "ask_photo")
+    choose_scenes(lab, panel)
     before = sources(panel)
     assert len(before) == 3
     type_text(panel, "the red triangle")
@@ -216,6 +224,7 @@ def test_the_page_of_ris_nb_explore(page, tmp_path):
         page.goto(address)
         panel = page.locator(".AskPanel").first
         panel.wait_for()
+        choose_scenes(page, panel)
         before = sources(panel)
         type_text(panel, "the leftmost thing")
         await_change(page, panel, before)

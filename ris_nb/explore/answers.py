@@ -62,18 +62,20 @@ def fingerprint(value):
 
 
 class Remembered:
-    """A function that answers a repeated question from memory; the last answer is kept. `calls` counts those computed."""
+    """A function that answers a repeated question from memory; the last `keep` answers are kept. `calls` counts those computed."""
 
-    def __init__(self, function: Callable):
-        self.function, self.calls, self.asked = function, 0, None
+    def __init__(self, function: Callable, keep: int = 1):
+        self.function, self.keep, self.calls, self.known = function, keep, 0, []
 
     def __call__(self, *question, **options):
         asked = [fingerprint(value) for value in (*question, *options.items())]
-        if asked != self.asked:
+        found = next((entry for entry in self.known if entry[0] == asked), None)
+        if found is None:
             answer = self.function(*question, **options)  # what it raises is not remembered
-            self.question, self.asked, self.answer = question, asked, answer  # kept, so that no other tensor takes its place
+            found = asked, answer, question  # the question, too, so that no other tensor takes its place in memory
             self.calls += 1
-        return self.answer
+        self.known = [found, *(entry for entry in self.known if entry is not found)][:self.keep]  # newest first
+        return found[1]
 
 # %% ../../nbs/workshop/explore_answers.ipynb #016s0
 class Viewer:

@@ -34,10 +34,10 @@ SIDE = 224  # of pictures in a panel, in pixels
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito's
 
 
-def shown(photo: Image.Image) -> np.ndarray:
-    """A photo as a panel shows it: (H, W, 3) uint8, at most `SIDE` pixels a side."""
+def shown(photo: Image.Image, side: int = SIDE) -> np.ndarray:
+    """A photo as a panel shows it: (H, W, 3) uint8, at most `side` pixels a side."""
     small = photo.copy()
-    small.thumbnail((SIDE, SIDE), reducing_gap=2.0)
+    small.thumbnail((side, side), reducing_gap=2.0)
     return np.asarray(small)
 
 
@@ -112,9 +112,9 @@ class Panel(widgets.VBox):
         return self
 
 # %% ../../nbs/workshop/explore_panel.ipynb #035
-def picture_part(name: str) -> dict[str, widgets.Widget]:
-    """A picture and its caption, as parts of a panel: `name`, `name caption`, and `name column` that holds both."""
-    picture, caption = widgets.Image(format="png", layout=widgets.Layout(max_width=f"{SIDE}px", object_fit="contain")), widgets.HTML()
+def picture_part(name: str, side: int = SIDE) -> dict[str, widgets.Widget]:
+    """A picture of at most `side` pixels and its caption, as parts of a panel: `name`, `name caption`, and `name column` with both."""
+    picture, caption = widgets.Image(format="png", layout=widgets.Layout(max_width=f"{side}px", object_fit="contain")), widgets.HTML()
     return {name: picture, f"{name} caption": caption, f"{name} column": widgets.VBox([picture, caption], layout=widgets.Layout(align_items="flex-start", padding="0 12px 0 0"))}
 
 
@@ -135,23 +135,27 @@ def scene_at(split: str, number: int, world: str = "refshapes") -> tuple[Scene |
     return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: (not pair[1].any(), len(pair[0]))))
 
 # %% ../../nbs/workshop/explore_panel.ipynb #035s0
-def scene_parts(world: str = "refshapes") -> dict[str, widgets.Widget]:
-    """Widgets to choose a scene (`split`, `number`, `another`) of a world and an expression (`example`, `expression`)."""
-    wide = widgets.Layout(width="330px")
+def scene_parts(world: str = "refshapes", lines: bool = False) -> dict[str, widgets.Widget]:
+    """Widgets to choose a scene (`split`, `number`, `another`) of a world and an expression (`example`, `expression`).
+
+    lines: `expression` takes several, one a line, and an example becomes a further line.
+    """
+    wide, box = widgets.Layout(width="330px"), widgets.Textarea if lines else widgets.Text
     parts = {
         "split": widgets.Dropdown(options=[("like those of training", "val"), (f"new pairs of colour and {'kind' if world == 'toys' else 'shape'}", "testC")],
                                   description="Scenes", layout=wide),
         "number": widgets.BoundedIntText(0, 0, 99_999, description="Scene"),
         "another": widgets.Button(description="Another scene", tooltip="Go on to the next scene"),
         "example": widgets.Dropdown(options=[("(choose one)", "")], description="Examples", layout=wide),
-        "expression": widgets.Text(next(iter(scene_at("val", 0, world)[2])), description="Expression", placeholder="describe one thing", layout=wide)}
+        "expression": box(next(iter(scene_at("val", 0, world)[2])), description="Expression", placeholder="describe one thing", layout=wide)}
 
     def go_on(button) -> None:
-        parts["number"].value = (parts["number"].value + 1) % 100_000
+        parts["number"].value = (parts["number"].value + 1) % (parts["number"].max + 1)
 
     def take(change) -> None:
-        if change["new"]:
-            parts["expression"].value = change["new"]
+        before = [line for line in parts["expression"].value.splitlines() if lines and line.strip()]
+        if change["new"] and change["new"] not in before:
+            parts["expression"].value = "\n".join([*before, change["new"]])
 
     parts["another"].on_click(go_on)
     parts["example"].observe(take, "value")
