@@ -113,7 +113,7 @@ def train_flags(words: list[str] = ()) -> type[Train]:
     world = rank_and_world()[1]
     given = {name: said[name] for name in COUNTED_FROM}
     given |= {"dataset": said["dataset"] or said["data"], "batch_size": _number(said["batch_size"]),
-              "each": said["each"] if said["each"] in ("object", "sentence") else None}  # what makes no sense is left to the parser
+              "each": said["each"] if said["each"] in ("object", "sentence", "image") else None}  # what makes no sense is left to the parser
     recipe = find_recipe(said["recipe"], **given) if said["recipe"] else None
     usual = None if recipe else usual_config(said["model"], said["from"], said["pretrained"] is not None)[0]
     values, config = (recipe.values(world), recipe.config(world)) if recipe else ({}, usual)
@@ -133,7 +133,7 @@ def train_flags(words: list[str] = ()) -> type[Train]:
 # %% ../../nbs/workshop/cli_train.ipynb #077
 def check_train(flags: Train) -> None:
     """`UsageError` for flags of `train` that contradict each other or are out of range."""
-    within(flags, image_size=(1, MAX_IMAGE_SIZE))
+    within(flags, image_size=(1, MAX_IMAGE_SIZE), sentences=(1, 1000))
     within(flags.training, steps=(1, 10**9), batch_size=(1, MAX_BATCH), workers=(0, MAX_WORKERS))
     if flags.force and flags.resume:
         raise UsageError("--force deletes a run and --resume goes on with it; choose one")

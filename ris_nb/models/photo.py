@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..contract import Batch, Output, RISError, without_waiting
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import BERT_UNCASED, read_vocabulary
 from ..encoders.backbones import HFText, TimmStages, hf_vocabulary, pretraining_statistics
 from ..registry import register_model
 from .base import RISModel
@@ -24,9 +23,9 @@ from .lavt import PWAM, LanguageGate
 from .layers import dice_loss, read_attention, remember_encoders
 
 # %% auto #0
-__all__ = ['PHOTO_LOSSES', 'MINILM', 'SelfAttention', 'FeedForward', 'fold_norms', 'ReadingStage', 'LookingStage', 'Photo',
-           'PhotoEncoder', 'follow_edges', 'EdgeDecoder', 'shrink', 'dice_terms', 'box_terms', 'mean_of', 'mask_boxes',
-           'owners', 'PhotoLAVT', 'lavt_photo']
+__all__ = ['PHOTO_LOSSES', 'MINILM', 'COCO_THINGS', 'MINILM_SIZES', 'SelfAttention', 'FeedForward', 'fold_norms',
+           'freeze_depthwise', 'ReadingStage', 'LookingStage', 'Photo', 'PhotoEncoder', 'follow_edges', 'EdgeDecoder',
+           'shrink', 'dice_terms', 'box_terms', 'mean_of', 'mask_boxes', 'owners', 'PhotoLAVT', 'lavt_photo']
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p05
 class SelfAttention(nn.Module):
@@ -66,6 +65,13 @@ def fold_norms(net: nn.Module) -> None:
                 setattr(parent, name, nn.Sequential(*(getattr(child, part) for part in ("drop", "act") if hasattr(child, part))))
             before = child if next(child.parameters(recurse=False), None) is not None or isinstance(child, nn.Sequential) else before
     freeze_batch_norm_2d(net)
+
+
+def freeze_depthwise(net: nn.Module) -> None:
+    """Let the kernels of depthwise convolutions stand still. On a CPU their gradient takes a third of a step, and they hold 2 % of the weights."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            layer.weight.requires_grad_(False)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p08
 class ReadingStage(nn.Module):
@@ -240,29 +246,51 @@ def owners(cover: Tensor, area: Tensor, which: Tensor, photos: int) -> Tensor:
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p20
 PHOTO_LOSSES = dict(mask=2.0, dice=1.0, boxed=2.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its pieces are those of bert-base-uncased
 
 
 class PhotoLAVT(RISModel):
-    """A LAVT whose early stages are a pretrained CNN that reads no word, and whose late stages are transformer blocks that do."""
+    """A LAVT for photographs: early stages are a pretrained CNN that reads no word, late ones are transformer blocks that do.
+
+    | group | settings |
+    |---|---|
+    | vision | {"timm": name, ...}: of `TimmStages`; maps of strides 4, 8, 16 and 32 |
+    | text | {"hf": name, ...}: of `HFText` |
+    | stages | width, heads, ffn of the blocks; looking: how many before a word is read; reading: how many after |
+    | decoder | detail: features at stride 4; affinity: features by which pixels and places are compared |
+    | loss | the weight of each term of `losses`, 0: without it |
+
+    pieces: how many of the text encoder's pieces are kept, the most frequent ones; a longer word is spelt with them. categories: names
+    that the loss "category" tells apart. depthwise: do the CNN's depthwise kernels learn? threshold: the probability above which a
+    pixel is in the mask; none: the one that some pixel must reach, or the mask is empty. The rest: of `RISModel`.
+    """
 
     foreign = {"vision": "timm", "text": "hf"}
 
-    def __init__(self, image_size: int = 320, vocabulary=None, max_words: int = 24, mean=None, std=None, resolution: str = "original", *,
+    def __init__(self, image_size: int = 288, vocabulary=None, max_words: int = 24, mean=None, std=None, resolution: str = "original", *,
                  vision: Mapping = dict(timm="tf_efficientnet_lite2", pretrained=True, stages=None, drop_path=None),
                  text: Mapping = dict(hf=MINILM, pretrained=True, layers=3, config=None),
                  stages: Mapping = dict(width=192, heads=6, ffn=384, looking=2, reading=3),
                  decoder: Mapping = dict(detail=32, affinity=48), loss: Mapping = PHOTO_LOSSES,
-                 pieces: int | None = 10_000, categories: Sequence[str] = (), threshold: float = 0.5, none: float = 0.0,
+                 pieces: int | None = 10_000, categories: Sequence[str] = (), depthwise: bool = False, threshold: float = 0.5, none: float = 0.0,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
+        if not 0 < threshold < 1 or not 0 <= none < 1 or set(loss) != set(PHOTO_LOSSES) or min(loss.values()) < 0:
+            raise RISError(f"threshold and none are probabilities, and the loss has weights of at least 0 for {', '.join(PHOTO_LOSSES)}; "
+                           f"not {threshold}, {none} and {dict(loss)}")
         mean, std = pretraining_statistics(vision, mean, std, ((0.5,) * 3, (0.5,) * 3))
         if vocabulary is None:
-            vocabulary = hf_vocabulary(text["hf"])[:pieces]
+            known = read_vocabulary(BERT_UNCASED) if text["hf"] == MINILM else hf_vocabulary(text["hf"])
+            vocabulary = known[:pieces]
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         self.weights, self.categories, self.threshold, self.none = dict(loss), list(categories), threshold, none
         self.text = HFText(vocabulary=self.vocabulary, **text)
         self.vision = TimmStages(image_size=image_size, **vision)
+        if self.vision.strides != [4, 8, 16, 32]:
+            raise RISError(f"PhotoLAVT needs maps of strides 4, 8, 16 and 32, and timm's {vision['timm']} has {self.vision.strides}: "
+                           "take one such as tf_efficientnet_lite0, convnext_tiny or resnet50, or choose its stages")
         fold_norms(self.vision)
+        if not depthwise:
+            freeze_depthwise(self.vision)
         width, E = stages["width"], self.text.width
         self.photo = PhotoEncoder(self.vision.widths, E, width, stages["heads"], stages["ffn"], stages["looking"],
                                   image_size // 16, decoder["detail"], decoder["affinity"])
@@ -273,9 +301,11 @@ class PhotoLAVT(RISModel):
         remember_encoders(self, self.vision, self.text)
 
     def encode_image(self, image: Tensor) -> Photo:
+        """(N, 3, H, W) -> all that no sentence changes."""
         return self.photo(self.vision(image.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, batch: Batch) -> Output:
+        """`score` (B, H / 4, W / 4); `extra`: `coarse` (B, P), the score of the places, `photo` and `which`."""
         photo = batch.encoded if batch.encoded is not None else self.encode_image(batch.image)
         which = batch.which if batch.which is not None else torch.arange(len(batch.ids), device=batch.ids.device)
         L = batch.longest
@@ -285,7 +315,7 @@ class PhotoLAVT(RISModel):
         for stage in self.stages:
             x = stage(x, l, words, where, photo.size)
         score, coarse = self.decoder(x, photo, which)
-        return Output(score, l, None, {"coarse": coarse, "photo": photo, "which": which, "input_size": tuple(batch.image.shape[-2:])})
+        return Output(score, l, None, {"coarse": coarse, "photo": photo, "which": which})
 
     def name_meanings(self) -> Tensor:
         """(1 + C, E) of length one: background, then the mean of each category's words."""
@@ -337,6 +367,7 @@ class PhotoLAVT(RISModel):
         return terms | {"category": mean_of(F.cross_entropy(logits.flatten(0, 1), label.clamp(min=0).flatten(), reduction="none"), weight.flatten())}
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
+        """Bool masks (H, W) of the asked sizes: where the probability, enlarged, is above `threshold`; empty where it stays below `none`."""
         cut = self.threshold if threshold is None else threshold
         p = output.score.float().sigmoid()
         if self.none:
@@ -344,12 +375,36 @@ class PhotoLAVT(RISModel):
         return [F.interpolate(s[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0] > cut
                 for s, size in zip(p, sizes, strict=True)]
 
-    def word_attention(self, batch: Batch):
+    def word_attention(self, batch: Batch) -> tuple[Output, list[Tensor]]:
+        """Of the places, in each stage that reads."""
         return read_attention(self, batch, [stage.fusion for stage in self.stages])
+
+
+# %% ../../nbs/workshop/lavt_photo.ipynb #p23
+COCO_THINGS = tuple((
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
+    "surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
+    "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,"
+    "mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
+    "teddy bear,hair drier,toothbrush").split(","))
+
+
+MINILM_SIZES = dict(model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
 
 
 @register_model
 def lavt_photo(pretrained: bool = False, **overrides) -> PhotoLAVT:
-    """A LAVT for photographs."""
-    settings = PhotoLAVT.settings({"vision": {"pretrained": pretrained}, "text": {"pretrained": pretrained}}, overrides)
-    return PhotoLAVT(**settings)
+    """A LAVT for photographs that trains on two CPU cores: EfficientNet-lite2 on 288 pixels, three layers of MiniLM.
+
+    `pretrained`: both encoders start with their weights, from an installed package or the Hub, and learn at 0.3 and 0.125 of the rate;
+    what their first layers know stands still.
+    """
+    settings = {"vision": {"pretrained": pretrained}, "text": {"pretrained": pretrained}, "categories": COCO_THINGS}
+    if not pretrained:  # nothing is asked of the Hub
+        settings["text"]["config"] = {**MINILM_SIZES, "vocab_size": overrides.get("pieces", 10_000) or len(read_vocabulary(BERT_UNCASED))}
+    else:
+        settings |= {"freeze": ("text.model.embeddings", "text.model.encoder.layer.0", "vision.stages.0"),
+                     "lr_factors": {"vision": 0.3, "text": 0.125}}
+    return PhotoLAVT(**PhotoLAVT.settings(settings, overrides))

@@ -100,7 +100,7 @@ RECIPE_FILES = (".toml", ".yaml", ".yml")
 def recipe_flags() -> dict[str, object]:
     """The flags of `ris-nb train` that a recipe may set, name -> type: what to read and to build, and the fields of `TrainConfig`."""
     about_data = dict(dataset=str, split_by=str, split=str, val=str, model=str, pretrained=bool, image_size=int,
-                      each=Literal["object", "sentence"], freeze=tuple, vocabulary=str)
+                      each=Literal["object", "sentence", "image"], sentences=int, freeze=tuple, vocabulary=str)
     return about_data | get_type_hints(TrainConfig)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..contract import RISError
 from ..data.batches import IMAGENET_MEAN, IMAGENET_STD
 from ..data.refer import PUBLISHED
+from ..data.tokenizer import BERT_UNCASED
 from .recipe import RECIPE_FILES, Recipe, Setting, read_recipe, schedule, sourced
 from ..settings import BERT_BASE, CLIP_MEAN, CLIP_R101, CLIP_STD, CLIP_TEXT, SWIN_B, SWIN_T
 from ..training.config import TINY_RECIPE
@@ -240,6 +241,26 @@ RECIPES |= {
     "rela_tiny": _tiny("rela_tiny", 20, "encoder", TINY_RECIPE, dataset="refshapes_plural", steps=400, warmup=50, val="none"),
 }
 
+# %% ../../nbs/workshop/paper_recipes.ipynb #p02
+_PHOTO = "our choice, for two hours on two CPU cores: workshop/lavt_photo"
+_PHOTO_SETTINGS = sourced(
+    _PHOTO, model="lavt_photo", pretrained=True, image_size=288, split="train", val="val", best="mIoU", each="image", sentences=6,
+    batch_size=7, steps=3000, lr=4e-4, weight_decay=0.03, schedule="cosine", warmup=60, clip=1.0, ema=0.998, precision="bf16", workers=1,
+    validate_every=500, save_every=500, seed=0)
+_PHOTO_GPU = "our choice, not run: larger encoders, for one GPU"
+_PHOTO_REFCOCO = {
+    "dataset": Setting("refcoco", "the recipe's name"), "split_by": _LAVT_SETS["refcoco"],
+    **_PHOTO_SETTINGS,
+    **sourced(_PHOTO_GPU, image_size=384, batch_size=16, sentences=8, lr=2e-4, warmup=1000, ema=0.9995, workers=8),
+    **schedule("refcoco", "unc", Setting(40, _PHOTO_GPU), "image", 16)}
+_PHOTO_ENCODERS = {**sourced(_PHOTO_GPU, "vision", timm="convnext_base.fb_in22k_ft_in1k"), **sourced(_PHOTO_GPU, "text", hf=BERT_UNCASED, layers=12),
+                   **sourced(_PHOTO_GPU, pieces=None, depthwise=True)}
+
+RECIPES |= {
+    "lavt_photo": Recipe("LAVT for photographs on a folder of views", _PHOTO_SETTINGS, {}, Setting(7, _PHOTO), ("text", "vision")),
+    "lavt_photo_refcoco": Recipe("LAVT for photographs on refcoco", _PHOTO_REFCOCO, _PHOTO_ENCODERS, Setting(16, _PHOTO_GPU), ("text", "vision"),
+                                 Setting(40, _PHOTO_GPU))}
+
 # %% ../../nbs/workshop/paper_recipes.ipynb #026b
 def list_recipes() -> dict[str, str]:
     """A line that describes it, for each recipe by name."""
@@ -248,7 +269,7 @@ def list_recipes() -> dict[str, str]:
         values = recipe.values()
         division = f" ({values['split_by']})" if "split_by" in values else ""
         epochs = f"{recipe.epochs.value} epochs, " if recipe.epochs else ""
-        lines[name] = f"{recipe.about}{division}: {epochs}{values['steps']:,} steps of {values['batch_size']} pairs"
+        lines[name] = f"{recipe.about}{division}: {epochs}{values['steps']:,} steps of {values['batch_size']} {'images' if values.get('each') == 'image' else 'pairs'}"
     return lines
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #026c

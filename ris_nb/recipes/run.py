@@ -62,8 +62,10 @@ class RunSettings:
     """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for the tiny models part of the library."""
     image_size: int | None = None
     """Side in pixels of the square that the model sees. Default: the model's own."""
-    each: Literal["object", "sentence"] = "object"
-    """What an epoch goes through: objects, each with one of its sentences, or sentences."""
+    each: Literal["object", "sentence", "image"] = "object"
+    """What an epoch goes through: objects, each with one of its sentences; sentences; or images, each with some of its sentences."""
+    sentences: int = 6
+    """With --each image: the most sentences of an image in a step. The image is encoded once for all of them."""
     freeze: Annotated[tuple[str, ...], arg(metavar="PART ...")] = ()
     """Parts of the model that learn nothing, such as text.bert.embeddings; besides those that the model itself freezes."""
     pack: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -235,6 +237,7 @@ def check_start(model: RISModel, dataset: ReferralDataset, config: TrainConfig, 
 def command_of(settings: RunSettings, data: Referrals, imports: Iterable[str | Path] = ()) -> dict:
     """What command.json keeps of a run."""
     named = {name: getattr(settings, name) for name in ("recipe", "split", "val", "model", "pretrained", "each", "image_size", "vocabulary")}
+    named |= {"sentences": settings.sentences} if settings.each == "image" else {}
     return {"dataset": data.dataset, "split_by": data.split_by, "from": settings.from_, "freeze": list(settings.freeze), **named,
             "set": settings.network, "import": hash_files(imports)}
 
@@ -256,7 +259,9 @@ def _model_and_pairs(data: Referrals, settings: RunSettings, seed: int) -> tuple
         referrals = per_sentence(referrals)
     model = recipe_model(settings, data, referrals, seed) if settings.recipe else build_model(settings, referrals, seed)
     model.freeze(settings.freeze)
-    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks, pack=open_pack(settings.pack, data))
+    sentences = settings.sentences if settings.each == "image" else 0
+    return model, ReferralDataset(referrals, model.tokenizer, model.transform, masks=model.needs_masks, pack=open_pack(settings.pack, data),
+                                  sentences=sentences)
 
 # %% ../../nbs/workshop/run.ipynb #077a
 def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: Iterable[str | Path] = ()) -> list[dict]:
