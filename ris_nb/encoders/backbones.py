@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -233,7 +234,7 @@ def pretrained_hf(hf: str, config) -> nn.Module:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and layers that are left out aren't worth a table
     try:
-        return AutoModel.from_pretrained(packaged(hf) or hf, config=config, use_safetensors=True, attn_implementation="sdpa")
+        return AutoModel.from_pretrained(packaged(hf) or hf, config=config, use_safetensors=True, attn_implementation="eager")
     except (*HUB_ERRORS, ValueError) as error:
         raise out_of_reach(f"the weights of the text encoder {hf!r}", error, "go online once, copy the cache (HF_HOME), or use pretrained=False") from error
     finally:
@@ -281,11 +282,13 @@ class HFText(nn.Module):
             self.model = pretrained_hf(hf, config)
             keep_pieces(self.model, hf, vocabulary)
         else:
-            self.model = AutoModel.from_config(config)
+            self.model = AutoModel.from_config(config, attn_implementation="eager")
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # no model here reads it, and distributed training would wait for its gradient
         if len(vocabulary) > config.vocab_size:
             raise RISError(f"a vocabulary of {len(vocabulary)} pieces does not fit a word table of {config.vocab_size} rows")
+        # a mask of 0 and 1 is first asked whether all words are there, for which the host waits; ready-made scores are taken as they are
+        self.takes_scores = hasattr(sys.modules[type(self.model).__module__], "create_bidirectional_mask")
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
         self.positions = config.max_position_embeddings - getattr(self.model.embeddings, "padding_idx", -1) - 1
 
@@ -309,4 +312,7 @@ class HFText(nn.Module):
         """ids (B, L) int64 and words (B, L) bool -> (B, L, width). `RISError` where L exceeds the positions it has learned."""
         if ids.shape[1] > self.positions:
             raise RISError(f"a sentence of {ids.shape[1]} tokens exceeds the {self.positions} positions this text encoder has learned")
-        return self.model(input_ids=ids, attention_mask=words.long()).last_hidden_state
+        mask = words.long()
+        if self.takes_scores:
+            mask = torch.zeros_like(words, dtype=torch.float32).masked_fill(~words, torch.finfo(torch.float32).min)[:, None, None]
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state

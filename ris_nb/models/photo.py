@@ -403,7 +403,8 @@ def lavt_photo(pretrained: bool = False, **overrides) -> PhotoLAVT:
     """
     settings = {"vision": {"pretrained": pretrained}, "text": {"pretrained": pretrained}, "categories": COCO_THINGS}
     if not pretrained:  # nothing is asked of the Hub
-        settings["text"]["config"] = {**MINILM_SIZES, "vocab_size": overrides.get("pieces", 10_000) or len(read_vocabulary(BERT_UNCASED))}
+        known = read_vocabulary(overrides["vocabulary"]) if overrides.get("vocabulary") else read_vocabulary(BERT_UNCASED)[:overrides.get("pieces", 10_000)]
+        settings["text"]["config"] = {**MINILM_SIZES, "vocab_size": len(known)}
     else:
         settings |= {"freeze": ("text.model.embeddings", "text.model.encoder.layer.0", "vision.stages.0"),
                      "lr_factors": {"vision": 0.3, "text": 0.125}}
