@@ -562,3 +562,15 @@ def test_a_model_that_lacks_a_method_says_so(photo):
     assert "Mean has no losses: a model must define" in one_line(lambda: model.losses(None, None))
     empty = type("Empty", (RISModel,), {"__module__": __name__})(image_size=16, vocabulary=WORDS)
     assert "Empty has no forward" in one_line(lambda: empty.predict([photo], ["red"]))
+
+
+def test_an_item_of_training_may_be_an_image_with_some_of_its_sentences(referrals):
+    path = referrals[0].image_path
+    group = [replace(r, ref_id=k, image_path=path, sentences=tuple(Sentence(f"{k} {n}") for n in range(3))) for k, r in enumerate(referrals[:3])]
+    dataset = ReferralDataset(group, Tokenizer(WORDS), Transform(16), sentences=4)
+    assert len(dataset) == 1
+    drawn = [dataset[0, draw].expression for draw in range(40)]
+    assert all(len(set(texts)) == 4 and {text[0] for text in texts[:3]} == set("012") for texts in drawn)  # each thing in turn
+    assert {text for texts in drawn for text in texts} == {f"{k} {n}" for k in range(3) for n in range(3)}
+    assert dataset[0, 7].expression == drawn[7] and len({tuple(texts) for texts in drawn}) > 20
+    assert len(ReferralDataset(group, Tokenizer(WORDS), Transform(16), sentences=20)[0, 1]) == 9

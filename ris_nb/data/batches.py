@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ris_nb.data.pack import Pack
 
 # %% auto #0
-__all__ = ['Transform', 'encode_item', 'ReferralDataset', 'collate', 'make_loader', 'make_batch']
+__all__ = ['Transform', 'encode_item', 'ReferralDataset', 'draw_pairs', 'collate', 'make_loader', 'make_batch']
 
 # %% ../../nbs/04_batches.ipynb #n01
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -114,14 +114,6 @@ class AsBytes(Dataset):
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
         return self._item(index)
 
-# %% ../../nbs/04_batches.ipynb #048d
-def draw_pairs(group: Sequence[Referral], most: int, draw: int) -> list[tuple[Referral, Sentence]]:
-    """Up to `most` (referral, sentence) pairs of one image: one sentence of each referral in turn, in an order that `draw` decides."""
-    random = np.random.default_rng(draw)
-    turns = [(turn, random.random(), referral, referral.sentences[k]) for referral in group
-             for turn, k in enumerate(random.permutation(len(referral.sentences)))]
-    return [pair[2:] for pair in sorted(turns, key=lambda turn: turn[:2])[:most]]
-
 # %% ../../nbs/04_batches.ipynb #050
 class ReferralDataset(Dataset):
     """Referrals as items, each a `Batch` of one image. With `masks=False` no mask is ever read.
@@ -159,6 +151,14 @@ class ReferralDataset(Dataset):
         return encode_item(chosen, self.tokenizer, self.transform, self.masks, truth=self.every, pack=self.pack)
 
 # %% ../../nbs/04_batches.ipynb #055
+def draw_pairs(group: Sequence[Referral], most: int, draw: int) -> list[tuple[Referral, Sentence]]:
+    """Up to `most` (referral, sentence) pairs of one image: one sentence of each referral in turn, in an order that `draw` decides."""
+    random = np.random.default_rng(draw)
+    turns = [(turn, random.random(), referral, referral.sentences[k]) for referral in group
+             for turn, k in enumerate(random.permutation(len(referral.sentences)))]
+    return [pair[2:] for pair in sorted(turns, key=lambda turn: turn[:2])[:most]]
+
+
 def collate(items: Sequence[Batch]) -> Batch:
     """One batch of several, in their order; `which` is None where each image has one expression."""
     joined = {}
