@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from ris_nb.models.base import RISModel
 
 # %% auto #0
-__all__ = ['register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint', 'load_model']
+__all__ = ['DEFAULT_CHECKPOINT', 'register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint',
+           'load_model']
 
 # %% ../nbs/workshop/registry.ipynb #083
 _CLASSES: dict[str, type[RISModel]] = {}
@@ -188,8 +189,12 @@ def _arguments(kind: type) -> list[str]:
     return list(known)
 
 # %% ../nbs/workshop/registry.ipynb #n09
+DEFAULT_CHECKPOINT = "lavt_photo"  # of the trained models that come with the library the one that answers where none is named
+
+
 def _shipped() -> list[str]:
-    return sorted(path.parent.name for path in (Path(ris_nb.__path__[0]) / "checkpoints").glob("*/config.json"))
+    names = [path.parent.name for path in (Path(ris_nb.__path__[0]) / "checkpoints").glob("*/config.json")]
+    return sorted(names, key=lambda name: (name != DEFAULT_CHECKPOINT, name))
 
 
 def shipped_checkpoint(name: str) -> Path:
@@ -219,10 +224,12 @@ def _read_config(source: str | Path, file: Path) -> dict:
         raise RISError(f"{file}: can't be read as a model's settings ({type(error).__name__}); copy it again") from error
 
 # %% ../nbs/workshop/registry.ipynb #n10b
-def load_model(source: str | Path) -> RISModel:
-    """A saved model, in evaluation mode on the CPU. `source`: a folder that `save_pretrained` wrote, the name of a trained
-    model that comes with the library, or a repository on the Hugging Face Hub, "owner/name"; looked for in this order. Or weights
-    that a paper's authors released, as for `released_model`: "released:magnet_refcoco", or the path of a file.
+def load_model(source: str | Path = DEFAULT_CHECKPOINT) -> RISModel:
+    """A saved model, in evaluation mode on the CPU: `mask, = load_model().predict(["photo.jpg"], ["the dog on the left"])`.
+
+    source: a folder that `save_pretrained` wrote, the name of a trained model that comes with the library, or a repository on the
+    Hugging Face Hub, "owner/name"; looked for in this order. Or weights that a paper's authors released, as for `released_model`:
+    "released:magnet_refcoco", or the path of a file.
 
     Raises `RISError` where there is no checkpoint, a broken one, or one of a class that isn't known.
     """

@@ -319,12 +319,17 @@ predict photo.png
 predict photo.png '' --checkpoint run
 predict photo.png '   ' --checkpoint run
 predict '' red
-predict . red
+predict data red
 predict nothing.png red
 predict cut.png red
 predict text.jpg red
 predict run/config.json red
 predict photo.png red triangle
+predict photo.png photo.png
+predict photo.png nothing.png 'the red triangle'
+predict vocab.txt red
+predict none.csv
+predict none.csv red
 predict photo.png red --checkpoint ''
 predict photo.png red --checkpoint gpt
 predict photo.png red --checkpoint nobody/nothing

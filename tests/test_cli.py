@@ -419,7 +419,7 @@ def test_unknown_and_endless_questions(run, photo, tmp_path, expression, warning
 
 def test_odd_photos(run, tmp_path):
     refused(["predict", tmp_path / "gone.jpg", "red", "--checkpoint", run], "gone.jpg", "check the path")
-    refused(["predict", tmp_path, "red", "--checkpoint", run], tmp_path, "is a folder, not an image")
+    refused(["predict", tmp_path, "red", "--checkpoint", run], tmp_path, "no photo lies in this folder")
     turned = Image.new("RGB", (30, 20), "red")
     turned.getexif()[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=turned.getexif())

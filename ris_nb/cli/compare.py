@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .errors import not_empty
-from .flags import Several, answering_models, machine
+from .flags import Several, answering_models, machine, without_collecting
 from .predict import ask
 
 # %% auto #0
@@ -24,10 +24,12 @@ class Compare(Several):
     """Put one expression to several models and draw their answers, a row each: slots where a model has some, score and mask.
 
     Writes PHOTO_answers.png; below each mask stands how much of the photo it marks, or "there is none". Where no model is named, all
-    that come with the library answer: cris_tiny, lavt_tiny, magnet_tiny, rela_tiny and sag_tiny. They know RefShapes and nothing else.
+    that come with the library answer: lavt_photo, which has learned from photographs, and cris_tiny, lavt_tiny, magnet_tiny, rela_tiny and
+    sag_tiny, which know RefShapes and nothing else.
 
     examples:
-      ris-nb compare data/images/refshapes/val_000000.png "the red triangle"
+      ris-nb compare photo.jpg "the dog on the left"
+      ris-nb compare data/images/refshapes/val_000000.png "the red triangle" --models magnet_tiny sag_tiny
       ris-nb compare photo.jpg "the dog on the left" --models runs/first runs/second
       ris-nb compare photo.jpg "the man on the left" --models runs/first --released magnet_refcoco
     """
@@ -42,15 +44,16 @@ class Compare(Several):
 def run_compare(flags: Compare) -> int:
     """Write the picture."""
     not_empty(flags, models="model")
-    if flags.models is None and not flags.released:
+    with without_collecting():
+        import matplotlib.pyplot as plt
+        from ris_nb.checkpoint import replacing
+        from ris_nb.data.images import read_image
+        from ris_nb.evaluation.cases import show_answers
         from ris_nb.registry import _shipped
-        flags.models = tuple(_shipped())
-    import matplotlib.pyplot as plt
-    from ris_nb.checkpoint import replacing
-    from ris_nb.data.images import read_image
-    from ris_nb.evaluation.cases import show_answers
-    photo, device = read_image(flags.photo, upright=True), machine().device
-    models = {name: model.to(device) for name, model in answering_models(flags).items()}
+        if flags.models is None and not flags.released:
+            flags.models = tuple(_shipped())
+        photo, device = read_image(flags.photo, upright=True), machine().device
+        models = {name: model.to(device) for name, model in answering_models(flags).items()}
     for name, model in models.items():
         ask(name, model, photo, flags.expression)
     path = flags.out / f"{flags.photo.stem}_answers.png"

@@ -5,7 +5,10 @@
 # %% ../../nbs/workshop/cli_flags.ipynb #imp-e
 from __future__ import annotations
 
+import gc
 import os
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,7 +43,7 @@ class Data:
 class Answering(Own):
     """Which model answers."""
     checkpoint: Annotated[str | None, arg(metavar="MODEL")] = None
-    """A run's folder, the name of a model that comes with the library (cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
+    """A run's folder, the name of a model that comes with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[str | None, arg(metavar="NAME")] = None
     """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog_umd, magnet_refcocog_google, magnet_all; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
     vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
@@ -79,7 +82,7 @@ def answering_model(flags: Answering):
 class Several(Own):
     """Which models answer."""
     models: Annotated[tuple[str, ...] | None, arg(metavar="MODEL ...")] = None
-    """Folders of runs, names of models that come with the library (cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
+    """Folders of runs, names of models that come with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Weights that a paper's authors released, as for `ris-nb predict`."""
     vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
@@ -111,3 +114,17 @@ def machine(precision: str = "no"):
     if rank_and_world()[1] > 1 and missing:
         raise UsageError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start with torchrun or accelerate launch")
     return make_accelerator(precision)
+
+# %% ../../nbs/workshop/cli_flags.ipynb #g02
+@contextmanager
+def without_collecting():
+    """For a block that imports and loads: nobody looks for garbage among what it makes. Does nothing where PyTorch is imported."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
