@@ -21,6 +21,7 @@ _ROOMS = {  # module -> what of it is public
     "data.folder": "FolderData",
     "data.photo_phrases": "Instance",
     "data.photo_speaker": "describe_folder describe_instances mirror_sentence",
+    "data.view_folders": "ViewCounts make_views",
     "data.sources": "open_data",
     "data.scenes": "open_scenes",
     "data.check": "check_data",

@@ -104,6 +104,33 @@ data import voc data --root new
 data import huggingface nobody/nothing --root new
 data import huggingface data --root new
 
+data describe
+data describe ''
+data describe nowhere
+data describe data
+data describe data --style loud
+data describe data --val 2
+data describe data --most 0
+data describe data --seed -1
+data views
+data views new
+data views new --photos data
+data views new --coco nowhere
+data views new --coco data
+data views new --coco data --instances data/refshapes/instances.json --photos data
+data views new --instances text.jpg --photos data
+data views new --instances data/refshapes/instances.json --photos nowhere --people none
+data views new --instances data/refshapes/instances.json --photos data/images/refshapes --people nowhere
+data views new --instances data/refshapes/instances.json --photos data/images/refshapes --refer nowhere
+data views new --instances data/refshapes/instances.json --photos data/images/refshapes --refer data --refer-splits trian
+data views new --instances data/refshapes/instances.json --photos data/images/refshapes --exclude nowhere
+data views new --instances data/refshapes/instances.json --photos data/images/refshapes --exclude data
+data views data --instances data/refshapes/instances.json --photos data/images/refshapes --people none
+data views new --coco data --passes 0
+data views new --coco data --mosaics nan
+data views new --coco data --smallest 2
+data views new --coco data --seed -1
+
 data pack
 data pack data
 data pack data --image-size 64

@@ -25,6 +25,8 @@ COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one fr
     "data shapes": (".data", "Shapes", "run_shapes", "make RefShapes, a data set of drawn shapes"),
     "data toys": (".data", "Toys", "run_toys", "make RefToys, drawn things with parts"),
     "data import": (".data", "Import", "run_import", "turn COCO, LabelMe, CVAT, CSV or Hugging Face data into a folder of your own"),
+    "data describe": (".data", "Describe", "run_describe", "write sentences by rule for photos with masks and categories"),
+    "data views": (".data", "Views", "run_views", "make many views of few photos, each described anew, to train on"),
     "data check": (".data", "Check", "run_check", "count what a data root holds, and name what is broken in it"),
     "data prepare": (".data", "Prepare", "run_prepare", "fetch RefCOCO, RefCOCO+, RefCOCOg or PhraseCut, or finish what was begun"),
     "data pack": (".data", "MakePack", "run_pack", "store photos and masks at one size in one file, to be read many times faster"),
@@ -44,7 +46,7 @@ COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one fr
 # %% ../../nbs/26_cli.ipynb #017
 def first_page() -> str:
     """What `ris-nb --help` prints: the commands, a first round, the exit codes."""
-    commands = "\n".join(f"  {name:12}  {what}" for name, (*_, what) in COMMANDS.items())
+    commands = "\n".join(f"  {name:13}  {what}" for name, (*_, what) in COMMANDS.items())
     return f"""\
 ris-nb: referring image segmentation from the command line
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+
+from tqdm.auto import tqdm
 
 from ..checkpoint import replacing
 from ..contract import RISError
@@ -305,12 +308,14 @@ def describe_instances(
     return list(found.values())
 
 # %% ../../nbs/workshop/photo_speaker.ipynb #c35
-_MIRROR = {"left": "right", "leftmost": "rightmost", **{"right": "left", "rightmost": "leftmost"}}
+_MIRROR = {"left": "right", "leftmost": "rightmost", "lefts": "rights", "lefthand": "righthand", "lft": "rt", "l": "r"}
+_MIRROR |= {right: left for left, right in _MIRROR.items()}
+_SIDE = re.compile(rf"(?<![\w'])({'|'.join(_MIRROR)})(?![\w'])", re.IGNORECASE)
 
 
 def mirror_sentence(text: str) -> str:
-    """What a sentence of `describe_instances` becomes when its photo is mirrored: left and right are exchanged."""
-    return " ".join(_MIRROR.get(word, word) for word in text.split(" "))
+    """What a sentence becomes when its photo is mirrored: left and right are exchanged, in lower case."""
+    return _SIDE.sub(lambda word: _MIRROR[word[0].lower()], text)
 
 # %% ../../nbs/workshop/photo_speaker.ipynb #c38
 def _read_coco(source: Path) -> tuple[list[dict], dict[int, list[tuple[int, Instance]]], list[str]]:
@@ -328,16 +333,17 @@ def _read_coco(source: Path) -> tuple[list[dict], dict[int, list[tuple[int, Inst
         raise RISError(f"{source} is not in COCO format ({_describe(error)})") from None
 
 
-def _find_photo(root: Path, name: str) -> Path:
+def _find_photo(root: Path, name: str, source: str = "annotations.json") -> Path:
     for place in ("", "photos/", "images/"):
         if (path := _path_below(root, place + name)).is_file():
             return path
-    raise RISError(f"annotations.json names {name}, which is not in {root}, nor in its photos or images: put it there")
+    raise RISError(f"{source} names {name}, which is not in {root}, nor in its photos or images: put it there")
 
 # %% ../../nbs/workshop/photo_speaker.ipynb #c39
 def describe_folder(
         root: str | Path, seed: int = 0, most: int = 3, several: int = 1, none: int = 1, style: str | None = None,
-        names: dict[str, tuple[str, ...]] | None = None, val: float = 0.1, force: bool = False) -> dict[str, int]:
+        names: dict[str, tuple[str, ...]] | None = None, val: float = 0.1, force: bool = False,
+        progress: bool = False) -> dict[str, int]:
     """Write `expressions.jsonl` for photos with `annotations.json` (COCO format), as `FolderData` reads it.
 
     Photos lie where `file_name` says, seen from the folder or from its `photos` or `images`. A share `val` of them,
@@ -351,7 +357,7 @@ def describe_folder(
     images, things, categories = _read_coco(root / "annotations.json")
     dice = Dice(seed, 977)
     held_out = set(sorted(range(len(images)), key=lambda _: dice.roll(1 << 16))[:math.ceil(val * len(images))])
-    for number, image in enumerate(images):
+    for number, image in enumerate(tqdm(images, "photos", disable=not progress)):
         path = _find_photo(root, image["file_name"])
         photo = read_image(path).resize((int(image["width"]), int(image["height"])))    # as the masks were drawn
         ids, instances = zip(*things[image["id"]]) if things[image["id"]] else ((), ())

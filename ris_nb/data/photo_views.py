@@ -9,7 +9,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,182 +17,188 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from pycocotools import mask as coco_mask
 
-from ..checkpoint import replacing
-from ..contract import RISError
-from .images import read_image
 from .photo_phrases import Instance
-from .photo_speaker import describe_instances
+from .photo_speaker import _KINDS, describe_instances, mirror_sentence
 
 # %% auto #0
-__all__ = ['LONG', 'Scene', 'cut', 'beside', 'recoloured', 'random_cut', 'random_mosaic', 'mirror_words', 'say_people',
-           'ViewWriter', 'described', 'zoomed']
+__all__ = []
 
 # %% ../../nbs/workshop/photo_views.ipynb #v05
+LEAST = 4       # pixels of a mask; what shows less of itself is left out
+
+
 @dataclass
-class Scene:
-    """A photo, the instances on it (bool masks of its size), and how much of each is seen, in 0..1."""
+class View:
+    """A picture, the instances on it (bool masks of its size), and how much of each is seen, in 0..1. A whole photo is a view, too."""
     image: Image.Image
     instances: list[Instance]
     visible: list[float]
 
 
-def cut(scene: Scene, box: tuple[float, float, float, float], size: tuple[int, int], mirrored: bool = False) -> Scene:
-    """The part of a scene in `box` (left, top, right, bottom in 0..1), resized to `size` (width, height), perhaps mirrored."""
-    W, H = scene.image.size
-    image = scene.image.resize(size, Image.Resampling.BICUBIC, box=(box[0] * W, box[1] * H, box[2] * W, box[3] * H))
-    columns = ((box[0] + (np.arange(size[0]) + 0.5) / size[0] * (box[2] - box[0])) * W).astype(int).clip(0, W - 1)
-    rows = ((box[1] + (np.arange(size[1]) + 0.5) / size[1] * (box[3] - box[1])) * H).astype(int).clip(0, H - 1)
-    scale = size[0] * size[1] / ((box[2] - box[0]) * (box[3] - box[1]) * W * H)
-    kept, seen = [], []
-    for instance, before in zip(scene.instances, scene.visible):
+def _cut(view: View, box: tuple[float, float, float, float], size: tuple[int, int], mirrored: bool) -> tuple[View, list[int]]:
+    """`cut`, and the numbers of the instances that are left."""
+    W, H = view.image.size
+    left, top, right, bottom = box
+    image = view.image.resize(size, Image.Resampling.BICUBIC, box=(left * W, top * H, right * W, bottom * H))
+    columns = ((left + (np.arange(size[0]) + 0.5) / size[0] * (right - left)) * W).astype(int).clip(0, W - 1)
+    rows = ((top + (np.arange(size[1]) + 0.5) / size[1] * (bottom - top)) * H).astype(int).clip(0, H - 1)
+    scale = size[0] * size[1] / ((right - left) * (bottom - top) * W * H)
+    if mirrored:
+        image, columns = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), columns[::-1]
+    kept, instances, visible = [], [], []
+    for number, (instance, before) in enumerate(zip(view.instances, view.visible)):
         mask = instance.segmentation[rows][:, columns]
-        if mask.sum() >= 4:
-            kept.append(replace(instance, segmentation=np.ascontiguousarray(mask[:, ::-1]) if mirrored else mask))
-            seen.append(before * min(1.0, float(mask.sum()) / max(1.0, instance.segmentation.sum() * scale)))
-    return Scene(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image, kept, seen)
-
-
-def beside(scenes: Sequence[Scene], columns: int) -> Scene:
-    """Scenes of one size in a grid, row by row, as one scene."""
-    w, h = scenes[0].image.size
-    whole = Image.new("RGB", (w * columns, h * (len(scenes) // columns)))
-    instances, visible = [], []
-    for k, scene in enumerate(scenes):
-        x, y = k % columns * w, k // columns * h
-        whole.paste(scene.image, (x, y))
-        for instance in scene.instances:
-            mask = np.zeros(whole.size[::-1], bool)
-            mask[y:y + h, x:x + w] = instance.segmentation
+        if mask.sum() >= LEAST:
+            kept.append(number)
             instances.append(replace(instance, segmentation=mask))
-        visible += scene.visible
-    return Scene(whole, instances, visible)
+            visible.append(before * min(1.0, float(mask.sum()) / max(1.0, instance.segmentation.sum() * scale)))
+    return View(image, instances, visible), kept
+
+# %% ../../nbs/workshop/photo_views.ipynb #v05b
+def cut(view: View, box: tuple[float, float, float, float], size: tuple[int, int], mirrored: bool = False) -> View:
+    """The part of a view in `box` (left, top, right, bottom in 0..1), resized to `size` (width, height), perhaps mirrored."""
+    return _cut(view, box, size, mirrored)[0]
 
 # %% ../../nbs/workshop/photo_views.ipynb #v08
-LONG = 400      # the longer side of a view
+LONG = 400      # the longer side of a view in pixels
 
 
 def recoloured(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The image with brightness, contrast and saturation changed by up to a quarter each."""
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(rng.uniform(0.75, 1.25))
     return image
 
 
-def _sides(width: float, height: float, long: int = LONG) -> tuple[int, int]:
-    scale = long / max(width, height)
+def _sides(width: float, height: float) -> tuple[int, int]:
+    scale = LONG / max(width, height)
     return max(32, round(width * scale)), max(32, round(height * scale))
 
 
-def random_cut(scene: Scene, rng: random.Random, smallest: float = 0.2, whole: float = 0.2) -> Scene:
-    """A random part of a scene, of `smallest` to all of its area, mirrored half the time; with probability `whole` all of it."""
+def random_cut(view: View, rng: random.Random, smallest: float = 0.2, whole: float = 0.2) -> View:
+    """A random part of a view, `smallest` to all of its area, mirrored half the time; with probability `whole` all of it."""
     w = h = 1.0
     if rng.random() >= whole:
         side, aspect = math.sqrt(rng.uniform(smallest, 1)), math.exp(rng.uniform(-0.25, 0.25))
         w, h = min(1.0, side * aspect), min(1.0, side / aspect)
     x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-    W, H = scene.image.size
-    return cut(scene, (x, y, x + w, y + h), _sides(w * W, h * H), rng.random() < 0.5)
+    W, H = view.image.size
+    return cut(view, (x, y, x + w, y + h), _sides(w * W, h * H), rng.random() < 0.5)
+
+# %% ../../nbs/workshop/photo_views.ipynb #v09
+def beside(views: Sequence[View], columns: int) -> View:
+    """Views of one size in a grid, row by row, as one view."""
+    w, h = views[0].image.size
+    whole = Image.new("RGB", (w * columns, h * (len(views) // columns)))
+    instances, visible = [], []
+    for k, view in enumerate(views):
+        x, y = k % columns * w, k // columns * h
+        whole.paste(view.image, (x, y))
+        for instance in view.instances:
+            mask = np.zeros(whole.size[::-1], bool)
+            mask[y:y + h, x:x + w] = instance.segmentation
+            instances.append(replace(instance, segmentation=mask))
+        visible += view.visible
+    return View(whole, instances, visible)
 
 
-def random_mosaic(scenes: Sequence[Scene], rng: random.Random) -> Scene:
-    """Two scenes side by side or one above the other, or four in a square, each cut to its tile."""
+def random_mosaic(views: Sequence[View], rng: random.Random) -> View:
+    """Two views side by side or one above the other, or four in a square, each cut to its tile."""
     columns, rows = rng.choice(((2, 1), (2, 1), (1, 2), (2, 2)))
-    size = (LONG // columns, round(LONG * 0.75) // rows) if (columns, rows) != (1, 2) else (round(LONG * 0.75), LONG // 2)
+    low = round(LONG * 0.75)
+    size = (low, LONG // 2) if (columns, rows) == (1, 2) else (LONG // columns, low // rows)
     tiles = []
-    for scene in scenes[:columns * rows]:
-        W, H = scene.image.size
+    for view in views[:columns * rows]:
+        W, H = view.image.size
         w = h = math.sqrt(rng.uniform(0.5, 1))
         aspect = size[0] / size[1] * H / W      # of the part, so that nothing is squashed
         w, h = (w, w / aspect) if aspect > 1 else (h * aspect, h)
         x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
-        tiles.append(cut(scene, (x, y, x + w, y + h), size, rng.random() < 0.5))
+        tiles.append(cut(view, (x, y, x + w, y + h), size, rng.random() < 0.5))
     return beside(tiles, columns)
 
 # %% ../../nbs/workshop/photo_views.ipynb #v11
-_SWAP = {"left": "right", "leftmost": "rightmost", "lft": "rt", "lefts": "rights", "lefthand": "righthand", "l": "r"}
-_SWAP |= {right: left for left, right in _SWAP.items()}
-
-
-def mirror_words(text: str) -> str:
-    """A person's sentence for the mirrored photo: left and right are exchanged, whatever stands around them."""
-    words = []
-    for word in text.split():
-        bare = word.strip(".,;:!?()\"'").lower()
-        words.append(word.lower().replace(bare, _SWAP[bare]) if bare in _SWAP else word)
-    return " ".join(words)
-
-
+Sentences = list[tuple[str, tuple[int, ...], str]]      # text, numbers of the instances that are meant, kind
+_BY_RULE = frozenset((*_KINDS, "mixed", "several"))      # kinds of sentences that mean something
 _PEOPLE = ("man", "man", "woman", "woman", "guy", "guy", "girl", "lady", "boy", "kid", "player")
 _SEVERAL = ("men", "women", "guys", "kids")
 
 
 def say_people(text: str, rng: random.Random, share: float = 0.55) -> str:
-    """Other words for a person in part of the sentences; no annotation tells which fits, so the choice teaches the noun alone."""
+    """Other words for a person in a share of the sentences, drawn at random: the annotations don't tell which fits."""
     if rng.random() >= share:
         return text
     one, many = rng.choice(_PEOPLE), rng.choice(_SEVERAL)
     return " ".join({"person": one, "people": many}.get(word, word) for word in text.split(" "))
 
-# %% ../../nbs/workshop/photo_views.ipynb #v14
-class ViewWriter:
-    """Collects views and their sentences in a folder that `FolderData` reads."""
 
-    def __init__(self, root: Path):
-        self.root, self.lines, self.images, self.annotations, self.counts = root, [], [], [], Counter()
-        self.categories: dict[str, int] = {}
-        (root / "photos").mkdir(parents=True, exist_ok=True)
+def described(view: View, rng: random.Random, categories: Sequence[str], most: int = 3, several: int = 1, none: int = 1,
+              visible: float = 0.4) -> Sentences:
+    """Sentences by rule, as of `describe_instances`, about things of which at least the share `visible` is seen."""
+    found = describe_instances(view.instances, view.image, rng.randrange(1 << 30), most, None, several, none, None, categories)
+    return [(say_people(d.text, rng), d.referents, d.kind) for d in found
+            if all(view.visible[i] >= visible for i in d.referents)]
 
-    def add(self, scene: Scene, sentences: Iterable[tuple[str, tuple[int, ...], str]], split: str) -> None:
-        """`sentences`: (text, numbers of the instances meant, kind). A scene without any is left out."""
-        sentences, number = list(sentences), len(self.images)
-        if not sentences:
-            return
-        name = f"photos/{split}_{number:05d}.jpg"
-        scene.image.save(self.root / name, quality=88)
-        self.images.append({"id": number, "file_name": name, "width": scene.image.width, "height": scene.image.height})
-        ids = {}
-        for i in {i for _, meant, _ in sentences for i in meant}:
-            instance = scene.instances[i]
-            code = coco_mask.encode(np.asfortranarray(instance.segmentation.astype(np.uint8)))
-            ids[i] = len(self.annotations)
-            category = self.categories.setdefault(instance.category, len(self.categories))
-            self.annotations.append({"id": ids[i], "image_id": number, "category_id": category, "iscrowd": 0,
-                                     "segmentation": {"size": code["size"], "counts": code["counts"].decode()}})
-        for text, meant, kind in sentences:
-            marks = [ids[i] for i in meant]
-            self.lines.append({"image": name, "expression": text, "annotation": marks[0] if len(marks) == 1 else marks,
-                               "kind": kind, "split": split})
-            self.counts[split] += 1
-
-    def write(self) -> dict[str, int]:
-        categories = [{"id": i, "name": name} for name, i in self.categories.items()]
-        content = {"images": self.images, "annotations": self.annotations, "categories": categories}
-        with replacing(self.root / "annotations.json") as file:
-            file.write_text(json.dumps(content))
-        with replacing(self.root / "expressions.jsonl") as file:
-            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines), encoding="utf-8")
-        return dict(self.counts)
-
-
-def described(scene: Scene, rng: random.Random, categories: Sequence[str], most: int = 3, several: int = 1, none: int = 1,
-              visible: float = 0.4) -> list[tuple[str, tuple[int, ...], str]]:
-    """Sentences by rule about the things of a scene of which at least the share `visible` is seen."""
-    found = describe_instances(scene.instances, scene.image, rng.randrange(1 << 30), most, None, several, none, None, categories)
-    return [(say_people(d.text, rng), d.referents, d.kind) for d in found if all(scene.visible[i] >= visible for i in d.referents)]
-
-
-def zoomed(scene: Scene, sentences: Sequence[tuple[str, tuple[int, ...], str]], rng: random.Random, most: float = 0.25) -> tuple[Scene, list]:
+# %% ../../nbs/workshop/photo_views.ipynb #v12
+def zoomed(view: View, sentences: Sentences, rng: random.Random, most: float = 0.25) -> tuple[View, Sentences]:
     """A view for sentences by people: what they speak of stays whole, and at most `most` is cut from each side."""
-    W, H = scene.image.size
-    boxes = np.array([[x.min() / W, y.min() / H, (x.max() + 1) / W, (y.max() + 1) / H]
-                      for y, x in (scene.instances[i].segmentation.nonzero() for _, meant, _ in sentences for i in meant)]).reshape(-1, 4)
-    low, high = (boxes[:, :2].min(0) - 0.02, boxes[:, 2:].max(0) + 0.02) if len(boxes) else (np.ones(2), np.zeros(2))
+    W, H = view.image.size
+    low, high, meant = np.ones(2), np.zeros(2), {i for _, numbers, _ in sentences for i in numbers}
+    if meant:
+        y, x = np.any([view.instances[i].segmentation for i in meant], 0).nonzero()
+        low = np.array([x.min() / W, y.min() / H]) - 0.02
+        high = np.array([(x.max() + 1) / W, (y.max() + 1) / H]) + 0.02
     left, top = (rng.uniform(0, max(0.0, min(v, most))) for v in low)
     right, bottom = (rng.uniform(min(1.0, max(v, 1 - most)), 1) for v in high)
     mirrored = rng.random() < 0.5
-    view = cut(replace(scene, instances=[replace(i, category=f"{k}:{i.category}") for k, i in enumerate(scene.instances)]),
-               (left, top, right, bottom), _sides((right - left) * W, (bottom - top) * H), mirrored)
-    place = {int(i.category.partition(":")[0]): n for n, i in enumerate(view.instances)}
-    view.instances = [replace(i, category=i.category.partition(":")[2]) for i in view.instances]
-    kept = [(mirror_words(text) if mirrored else text, tuple(place[i] for i in meant), kind)
-            for text, meant, kind in sentences if all(i in place for i in meant)]
-    return view, kept
+    part, kept = _cut(view, (left, top, right, bottom), _sides((right - left) * W, (bottom - top) * H), mirrored)
+    place = {number: k for k, number in enumerate(kept)}
+    return part, [(mirror_sentence(text) if mirrored else text, tuple(place[i] for i in numbers), kind)
+                  for text, numbers, kind in sentences if all(i in place for i in numbers)]
+
+# %% ../../nbs/workshop/photo_views.ipynb #v14
+class ViewWriter:
+    """Collects views and their sentences in a folder that `FolderData` reads. `made`: what was written, by split and maker.
+
+    In train, a sentence of a kind that rules make is left out if its mask is less than the share `smallest` of the view.
+    """
+
+    def __init__(self, root: Path, smallest: float = 0.0):
+        self.root, self.smallest, self.lines, self.images, self.annotations = root, smallest, [], [], []
+        self.categories: dict[str, int] = {}
+        self.made: dict[tuple[str, str], dict] = {}
+        (root / "photos").mkdir(parents=True, exist_ok=True)
+
+    def add(self, view: View, sentences: Sentences, split: str, maker: str) -> None:
+        """Write the picture and remember its sentences; a view without any is left out."""
+        if not sentences:
+            return
+        number = len(self.images)
+        name = f"photos/{split}_{number:05d}.jpg"
+        view.image.save(self.root / name, quality=88)
+        self.images.append({"id": number, "file_name": name, "width": view.image.width, "height": view.image.height})
+        ids = {i: self._annotate(number, view.instances[i]) for i in {i for _, meant, _ in sentences for i in meant}}
+        for text, meant, kind in sentences if split != "train" else self._large_enough(view, sentences):
+            marks = [ids[i] for i in meant]
+            self.lines.append({"image": name, "expression": text, "annotation": marks[0] if len(marks) == 1 else marks,
+                               "kind": kind, "split": split})
+            self.made.setdefault((split, maker), Counter())[kind] += 1
+
+    def _large_enough(self, view: View, sentences: Sentences) -> Sentences:
+        size = lambda meant: np.any([view.instances[i].segmentation for i in meant], 0).mean()
+        return [s for s in sentences if not s[1] or s[2] not in _BY_RULE or size(s[1]) >= self.smallest]
+
+    def _annotate(self, image: int, instance: Instance) -> int:
+        code = coco_mask.encode(np.asfortranarray(instance.segmentation.astype(np.uint8)))
+        category = self.categories.setdefault(instance.category, len(self.categories))
+        self.annotations.append({"id": len(self.annotations), "image_id": image, "category_id": category, "iscrowd": 0,
+                                 "segmentation": {"size": code["size"], "counts": code["counts"].decode()}})
+        return len(self.annotations) - 1
+
+    def write(self) -> None:
+        """Write `annotations.json` and `expressions.jsonl`."""
+        categories = [{"id": i, "name": name} for name, i in self.categories.items()]
+        content = {"images": self.images, "annotations": self.annotations, "categories": categories}
+        (self.root / "annotations.json").write_text(json.dumps(content), encoding="utf-8")
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
+        (self.root / "expressions.jsonl").write_text(lines, encoding="utf-8")
