@@ -67,14 +67,15 @@ def write_refer(root, splits, name="refcoco", split_by="unc"):
     folder = root / "images/mscoco/images/train2014"
     folder.mkdir(parents=True, exist_ok=True)
     (root / name).mkdir(exist_ok=True)
-    refs, content = [], dict(images=[], annotations=[], categories=[])
+    refs, file = [], root / name / "instances.json"
+    content = json.loads(file.read_text()) if file.exists() else dict(images=[], annotations=[], categories=[])
     for number, (id, split) in enumerate(splits.items()):
         drawn(id).image.resize((80, 100)).save(folder / f"{id}.jpg")
         content["images"].append(dict(id=id, file_name=f"{id}.jpg", width=160, height=100))
         content["annotations"].append(dict(id=10 * id, image_id=id, category_id=0, segmentation=[], bbox=[20, 10, 40, 60]))
         refs.append(dict(ref_id=number, ann_id=10 * id, category_id=0, image_id=id, split=split, sentences=[
             dict(sent=f"the {name} box of {id}", raw=f"the {name} box of {id}", sent_id=2 * number), dict(sent="left", raw="left", sent_id=2 * number + 1)]))
-    (root / name / "instances.json").write_text(json.dumps(content))
+    file.write_text(json.dumps(content))
     (root / name / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, 2))
     return root
 
