@@ -353,7 +353,7 @@ def describe_folder(
     root, counts, lines = Path(root), Counter(), []
     target = root / "expressions.jsonl"
     if target.exists() and not force:
-        raise RISError(f"{target} is there already: move it away, or say force=True to replace it")
+        raise RISError(f"{target} is there already: move it away, or replace it with --force (force=True)")
     images, things, categories = _read_coco(root / "annotations.json")
     dice = Dice(seed, 977)
     held_out = set(sorted(range(len(images)), key=lambda _: dice.roll(1 << 16))[:math.ceil(val * len(images))])
