@@ -20,7 +20,7 @@ from ..encoders.backbones import HFText, TimmStages, hf_vocabulary, pretraining_
 from ..registry import register_model
 from .base import RISModel
 from .lavt import PWAM, LanguageGate
-from .layers import dice_loss, read_attention, remember_encoders
+from .layers import read_attention, remember_encoders
 
 # %% auto #0
 __all__ = ['PHOTO_LOSSES', 'MINILM', 'COCO_THINGS', 'MINILM_SIZES', 'SelfAttention', 'FeedForward', 'fold_norms',
