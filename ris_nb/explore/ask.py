@@ -39,7 +39,7 @@ SOURCES = {"photographs of RefPhotos": "photos", "drawn scenes": "val", "drawn s
 
 @lru_cache(maxsize=1)
 def refphotos() -> dict[Path, list[Referral]]:
-    """The test photos of RefPhotos, which no shipped model has seen, with their referrals; none where the data set is missing."""
+    """The test photos of RefPhotos, which no shipped model has seen, with their referrals; none where it is missing."""
     root, photos = find_root("refphotos"), {}
     for referral in open_data(root).referrals("test") if root.is_dir() else ():
         photos.setdefault(referral.image_path, []).append(referral)
@@ -50,13 +50,15 @@ def refphotos() -> dict[Path, list[Referral]]:
 def photo_at(number: int) -> tuple[Image.Image, dict[str, np.ndarray]]:
     """Photo `number` of `refphotos`, and expressions about it with their masks (H, W), last those that fit nothing."""
     path, referrals = list(refphotos().items())[number]
-    known = {one.text: referral.mask() for referral in referrals for one in referral.sentences if "ambiguous" not in one.kind}
+    known = {one.text: referral.mask() for referral in referrals for one in referral.sentences
+             if "ambiguous" not in one.kind}
     return read_image(path), dict(sorted(known.items(), key=lambda pair: not pair[1].any()))
 
 
 def read_upload(files: tuple | dict) -> tuple[str, Image.Image]:
-    """The name of a `FileUpload`'s file, and the photo in it, upright. `RISError` for no file's bytes and for what `read_image` refuses."""
-    first = next(iter(files.values() if isinstance(files, dict) else files))  # ipywidgets 7, which Colab has, gives a dictionary by names
+    """The name of a `FileUpload`'s file, and the photo in it, upright. `RISError` for an empty file and for what `read_image`
+    refuses."""
+    first = next(iter(files.values() if isinstance(files, dict) else files))  # Colab's ipywidgets 7 gives a dictionary
     name, content = str(first.get("name") or first["metadata"]["name"])[:60], bytes(first["content"])
     if not content:
         raise RISError(f"{name}: is empty (0 bytes); upload the photo itself")
@@ -71,7 +73,8 @@ def word_buttons(expression: widgets.Textarea, words: Sequence[str]) -> widgets.
     def add(button: widgets.Button) -> None:
         expression.value = f"{expression.value} {button.description}".replace("\n ", "\n").replace("  ", " ").lstrip()
 
-    buttons = [widgets.Button(description=word, tooltip=f"Add {word}", layout=widgets.Layout(width="auto", height="26px")) for word in words]
+    narrow = widgets.Layout(width="auto", height="26px")
+    buttons = [widgets.Button(description=word, tooltip=f"Add {word}", layout=narrow) for word in words]
     for button in buttons:
         button.on_click(add)
     return widgets.HBox(buttons, layout=widgets.Layout(flex_flow="row wrap", max_width="720px"))
@@ -81,14 +84,15 @@ def ask_parts(vocabulary: Sequence[str]) -> dict[str, widgets.Widget]:
     """The widgets of `AskPanel`. vocabulary: words to choose from."""
     parts, auto = scene_parts(lines=True), widgets.Layout(width="auto")
     parts["source"] = parts.pop("split")
-    parts["source"].options = [(label, source) for label, source in SOURCES.items() if source != "photos" or refphotos()]
-    parts["source"].description = "Look at"
-    parts["expression"].set_trait("placeholder", "describe one thing on each line")
-    parts["expression"].description, parts["expression"].rows, parts["expression"].value = "Expressions", 3, ""
-    parts["expression"].layout.width = "420px"
-    parts |= {"upload": widgets.FileUpload(accept="image/*", description="Upload a photo", tooltip="A picture file of yours", layout=auto),
+    options = [(label, source) for label, source in SOURCES.items() if source != "photos" or refphotos()]
+    parts["source"].options, parts["source"].description = options, "Look at"
+    box = parts["expression"]
+    box.description, box.placeholder, box.rows, box.value = "Expressions", "describe one thing on each line", 3, ""
+    box.layout.width = "420px"
+    parts |= {"upload": widgets.FileUpload(accept="image/*", description="Upload a photo", tooltip="A photo of yours", layout=auto),
               "threshold": widgets.FloatSlider(0.5, min=0.05, max=0.95, step=0.05, description="Threshold"),
-              "words": widgets.ToggleButtons(options=[("the answer", -1)], description="Show", style={"button_width": "auto"}),
+              "words": widgets.ToggleButtons(options=[("the answer", -1)], description="Show",
+                                             style={"button_width": "auto"}),
               "clear": widgets.Button(description="Clear", tooltip="Empty the expressions", layout=auto),
               "suggestions": word_buttons(parts["expression"], vocabulary), "answers": widgets.VBox()}
     parts["clear"].on_click(lambda button: parts["expression"].set_trait("value", ""))
@@ -118,19 +122,20 @@ def same_place(pieces: Sequence[str], piece: str, place: int) -> int:
 
 # %% ../../nbs/workshop/explore_ask.ipynb #041s0
 def titles_of(names: Sequence[str], texts: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """For each answer of a panel where it is kept, who gave it, to what, and what stands at its picture: what they differ in."""
+    """For each answer of a panel: where it is kept, who gave it, to what, and what stands at its picture."""
     found = {}
     for i, text in enumerate(texts):
         for name in names:
-            title = name if len(texts) == 1 else text if len(names) == 1 else f"{text} ({name})"
+            short = textwrap.shorten(text, 90, placeholder=" ...")
+            title = name if len(texts) == 1 else short if len(names) == 1 else f"{short} ({name})"
             found[f"{name} {i + 1}" if i else name] = name, text, title
     return found
 
 
 def row_of_pictures(pictures: Mapping[str, np.ndarray], below: Mapping[str, str], title: str,
                     titles: Mapping[str, str] | None = None, columns: int | None = None) -> Figure:
-    """A figure of pictures under their names, or under `titles`, with lines below them, for a page that nobody can click; rows of
-    `columns` pictures, or one."""
+    """A figure of pictures under their names, or under `titles`, with lines below them, for a page that nobody can click;
+    in rows of `columns` pictures, or in one row."""
     columns = columns or len(pictures)
     rows, width = -(-len(pictures) // columns), min(9, 2.9 * columns)
     tall = max(picture.shape[0] / picture.shape[1] for picture in pictures.values())
@@ -139,7 +144,8 @@ def row_of_pictures(pictures: Mapping[str, np.ndarray], below: Mapping[str, str]
     for ax, (name, picture) in zip(axes, pictures.items()):
         ax.imshow(picture)
         ax.set_title(textwrap.fill((titles or {}).get(name, name), 36), fontsize=9, parse_math=False)
-        ax.text(0.5, -0.04, below.get(name, ""), transform=ax.transAxes, ha="center", va="top", fontsize=7, parse_math=False)
+        ax.text(0.5, -0.04, below.get(name, ""), transform=ax.transAxes, ha="center", va="top", fontsize=7,
+                parse_math=False)
     for ax in axes:
         ax.axis("off")
     figure.suptitle(title, fontsize=10, parse_math=False)
@@ -147,9 +153,10 @@ def row_of_pictures(pictures: Mapping[str, np.ndarray], below: Mapping[str, str]
 
 # %% ../../nbs/workshop/explore_ask.ipynb #041t
 class PicturePanel(Panel):
-    """What a panel looks at: a photograph of RefPhotos, a drawn scene, or a photo of one's own, `own`: its name and itself."""
+    """A panel that looks at a photograph of RefPhotos, a drawn scene, or a photo of one's own (`own`: its name and itself)."""
 
-    def __init__(self, parts: dict[str, widgets.Widget], rows: Sequence[Sequence[str]], own: tuple[str, Image.Image] | None):
+    def __init__(self, parts: dict[str, widgets.Widget], rows: Sequence[Sequence[str]],
+                 own: tuple[str, Image.Image] | None):
         self.own, self.photo, self.known, self.looked_at, self.files = own, None, {}, "", parts["upload"].value
         if own:
             self.offer_own(parts["source"])
@@ -157,7 +164,8 @@ class PicturePanel(Panel):
 
     def offer_own(self, source: widgets.Dropdown) -> None:
         """Put the photo of one's own first among the choices, and choose it."""
-        source.options = [(f"your photo {self.own[0]}", "yours"), *((label, value) for label, value in source.options if value != "yours")]
+        others = [(label, value) for label, value in source.options if value != "yours"]
+        source.options = [(f"your photo {self.own[0]}", "yours"), *others]
         source.value = "yours"
 
     def take_upload(self) -> str:
@@ -174,33 +182,37 @@ class PicturePanel(Panel):
 
     def look(self) -> None:
         """Set `photo`, and `known`, expressions about it with their masks."""
-        source, number, before = self["source"].value, self["number"], (self.looked_at, self.photo, self.known)
+        source, number, before = self["source"].value, self["number"], self.photo
         number.max = len(refphotos()) - 1 if source == "photos" else 99_999
-        self.photo, self.known = ((self.own[1], {}) if source == "yours" else photo_at(number.value) if source == "photos"
-                                  else scene_at(source, number.value)[1:])
-        self.looked_at = source
-        if self.photo is not before[1]:
-            self.turn_from(*before)
+        if source == "yours":
+            self.photo, known = self.own[1], {}
+        else:
+            self.photo, known = photo_at(number.value) if source == "photos" else scene_at(source, number.value)[1:]
+        if self.photo is not before:
+            scenes = {source, self.looked_at} <= {"val", "testC"}
+            self.looked_at, self.known, last = source, known, self.known
+            self.turn_from(last, scenes)
 
     def texts(self) -> list[str]:
         return [line for line in self["expression"].value.splitlines() if line.strip()]
 
-    def turn_from(self, source: str, photo: Image.Image | None, known: Mapping[str, np.ndarray]) -> None:
-        """Show what fits the new picture: its examples, and expressions of the last picture are replaced by its own."""
+    def turn_from(self, last: Mapping[str, np.ndarray], scenes: bool) -> None:
+        """Show what fits the new picture: its examples, in place of the `last` one's. From scene to scene, expressions stay."""
         now = self.looked_at
         offer(self["example"], [("(choose one)", ""), *((text, text) for text in self.known)], "")
-        if all(text in known for text in self.texts()) and not {source, now} <= {"val", "testC"}:  # all scenes share their words
+        if not scenes and all(text in last for text in self.texts()):
             self["expression"].value = "\n".join(list(self.known)[:2 if now == "photos" else 1])
         kind = "Photo" if now == "photos" else "Scene"
         self["number"].description, self["another"].description = kind, f"Another {kind.lower()}"
         self["another"].tooltip = f"Go on to the next {kind.lower()}"
-        for name, fits in {**dict.fromkeys(("number", "another", "example"), now != "yours"), "suggestions": now in ("val", "testC")}.items():
+        for name in ("number", "another", "example", "suggestions"):
+            fits = now in ("val", "testC") if name == "suggestions" else now != "yours"
             self[name].layout.display = None if fits else "none"
 
 # %% ../../nbs/workshop/explore_ask.ipynb #042
 class AskPanel(PicturePanel):
-    """Models before one picture: see `ask_panel`. `answers`: what they said last, `said`: how much of the picture they mark, or that there
-    is none, `pictures`: what is shown; each by the model's name for the first expression, by "NAME 2" for the second, and so on."""
+    """Models before one picture: see `ask_panel`. `answers`: what they said last, `said`: how much of the picture they mark, or
+    that there is none, `pictures`: what is shown; by the model's name for the first expression, "NAME 2" for the second."""
 
     def __init__(self, viewers: dict[str, Viewer], photo: tuple[str, Image.Image] | None = None):
         self.viewers, self.asked, self.pictures = viewers, {}, {}
@@ -210,8 +222,8 @@ class AskPanel(PicturePanel):
         words = next((tokenizer.vocabulary for tokenizer in tokenizers.values() if len(tokenizer.vocabulary) <= 64), [])
         parts = ask_parts([piece for piece in words if piece not in SPECIAL and piece[0] != "#"])
         parts["source"].value = "photos" if self.of_photos and refphotos() else "val"
-        super().__init__(parts, [("source", "number", "another", "upload"), ("expression", "clear", "example"), ("suggestions",),
-                                 ("threshold", "words"), ("answers",)], photo)
+        super().__init__(parts, [("source", "number", "another", "upload"), ("expression", "clear", "example"),
+                                 ("suggestions",), ("threshold", "words"), ("answers",)], photo)
 
     def show(self) -> None:
         complaint = self.take_upload()
@@ -221,8 +233,9 @@ class AskPanel(PicturePanel):
         some = texts[:LINES] or [""]
         self.titles = titles_of(self.asked, some)
         try:
-            self.answers = {key: self.ask[name](self.asked[name], self.photo, text) for key, (name, text, _) in self.titles.items()}
-            notes = [line for text in some for viewer in self.asked.values() for line in unread(viewer.model.tokenizer, text)]
+            self.answers = {key: self.ask[name](self.asked[name], self.photo, text)
+                            for key, (name, text, _) in self.titles.items()}
+            notes = [line for text in some for one in self.asked.values() for line in unread(one.model.tokenizer, text)]
         except RISError as error:
             self.answers, notes = {}, [str(error)]
         if len(texts) > LINES:
@@ -232,9 +245,10 @@ class AskPanel(PicturePanel):
         self.draw()
 
     def choose_models(self) -> None:
-        """Ask the models that fit the picture, or all where none does; others begin at their own threshold, if they share one."""
+        """Ask the models that fit the picture, or all where none does; new ones begin at their own threshold, if they share it."""
         scene, before = self.looked_at in ("val", "testC"), list(self.asked)
-        self.asked = {name: viewer for name, viewer in self.viewers.items() if (name in self.of_photos) != scene} or self.viewers
+        fit = {name: viewer for name, viewer in self.viewers.items() if (name in self.of_photos) != scene}
+        self.asked = fit or self.viewers
         if list(self.asked) != before:
             own = {getattr(viewer.model, "threshold", 0.5) for viewer in self.asked.values()}
             self["threshold"].value = own.pop() if len(own) == 1 else 0.5
@@ -251,13 +265,14 @@ class AskPanel(PicturePanel):
         for key, (name, text, title) in self.titles.items():
             drawn, caption = picture, ""
             if key in self.answers:
-                found = self.answers[key]
+                found, truth = self.answers[key], truths.get(text.strip().lower())
                 place = same_place(found.pieces, self["words"].label, word)
-                drawn, self.said[key], caption = draw_answer(picture, self.asked[name].model, found, place, threshold, truths.get(text.strip().lower()))
+                drawn, self.said[key], caption = draw_answer(picture, self.asked[name].model, found, place, threshold, truth)
             if key not in self.parts:
                 self.parts |= picture_part(key, PHOTO_SIDE)
             self[key].value, self.pictures[key] = png(drawn), drawn
-            self[f"{key} caption"].value = f'<div style="max-width:{PHOTO_SIDE}px"><b>{html.escape(title)}</b>{caption}</div>'
+            self[f"{key} caption"].value = (f'<div style="max-width:{PHOTO_SIDE}px;overflow-wrap:anywhere">'
+                                            f'<b>{html.escape(title)}</b>{caption}</div>')
         self.arrange()
 
     def arrange(self) -> None:
@@ -270,21 +285,24 @@ class AskPanel(PicturePanel):
 
     def figure(self) -> Figure:
         """The pictures as they are now, with the answer in words and each word's share."""
-        below = {key: self.said[key] + "\n" + textwrap.fill("  ".join(f"{w} {s:.0%}" for w, s in zip(found.pieces, found.shares.tolist())), 40)
-                 for key, found in self.answers.items()}
-        texts = self.texts()
-        title = f"“{texts[0]}”: {self['words'].label}" if len(texts) == 1 else ", ".join(self.asked)
+        texts, below = self.texts(), {}
+        for key, found in self.answers.items():
+            shares = "  ".join(f"{word} {share:.0%}" for word, share in zip(found.pieces, found.shares.tolist()))
+            below[key] = self.said[key] + "\n" + textwrap.fill(shares, 40)
+        title = ", ".join(self.asked)
+        if len(texts) == 1:
+            title = f"“{textwrap.shorten(texts[0], 90, placeholder=' ...')}”: {self['words'].label}"
         columns = len(self.asked) if len(self.asked) > 1 else min(len(self.titles), 3)
         return row_of_pictures(self.pictures, below, title, {key: one for key, (*_, one) in self.titles.items()}, columns)
 
 # %% ../../nbs/workshop/explore_ask.ipynb #043
 def ask_panel(models: Sequence[str] | Mapping[str, RISModel] | None = None, photo: str | Path | None = None) -> AskPanel:
-    """Type expressions, one a line, and see what each model marks. Parts: `source` ("photos" of RefPhotos, drawn scenes "val" or "testC",
-    or "yours"), `number`, `another`, `upload`, `example`, `expression`, `clear`, `suggestions`, `threshold`, `words`, and of each model its
-    picture and `NAME caption`, for the second expression `NAME 2` and `NAME 2 caption`.
+    """Type expressions, one a line, and see what each model marks. Parts: `source` ("photos" of RefPhotos, drawn scenes "val" or
+    "testC", or "yours"), `number`, `another`, `upload`, `example`, `expression`, `clear`, `suggestions`, `threshold`, `words`,
+    and of each model its picture and `NAME caption`, for the second expression `NAME 2` and `NAME 2 caption`.
 
-    models: names, folders or Hub ids of trained models, or such models by name; where none are given, "lavt_photo" answers photographs and
-    three small models drawn scenes. photo: a picture file to begin with.
+    models: names, folders or Hub ids of trained models, or such models by name; where none are given, "lavt_photo" answers
+    photographs, and three small models answer drawn scenes. photo: a picture file to begin with.
     """
     models = models or [name for name in ("lavt_photo", "lavt_tiny", "magnet_tiny", "sag_tiny") if name in _shipped()]
     return AskPanel(viewers_of(models), photo and (Path(photo).name, read_image(photo, upright=True)))
