@@ -16,6 +16,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 SCREENSHOTS = ROOT / "tests" / "screenshots"
@@ -27,6 +29,8 @@ pytest.importorskip("voila", reason="the page needs the extra ris_nb[explore]")
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: make chromium"), pytest.mark.slow, pytest.mark.timeout(900)]
 
 from playwright.sync_api import sync_playwright
+
+from ris_nb.models.photo import PhotoLAVT
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,12 @@ def await_change(page, panel, before):
 
 def type_text(panel, text):
     panel.locator("textarea").first.fill(text)
+
+
+def upload(page, panel, file):
+    with page.expect_file_chooser(timeout=MINUTE) as chooser:
+        panel.get_by_role("button", name="Upload a photo").click()
+    chooser.value.set_files(file)
 
 
 def choose_scenes(page, panel):
@@ -231,6 +241,49 @@ def test_the_page_of_ris_nb_explore(page, tmp_path):
         page.screenshot(path=SCREENSHOTS / "voila.png")
         page.get_by_role("tab", name="Loss lab").click()
         page.locator(".LossPanel svg").first.wait_for()
+    finally:
+        server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 0
+
+
+def test_a_photo_of_ones_own_on_the_page(page, tmp_path):
+    """A phone's photo is uploaded, two sentences are typed, the threshold is moved, and a file that is no photo is one line."""
+    bert = dict(model_type="bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    torch.manual_seed(0)
+    PhotoLAVT(64, "bert-base-uncased", vision={"timm": "tf_efficientnet_lite0", "pretrained": False},
+              text={"hf": "small", "pretrained": False, "layers": 1, "config": bert}).save_pretrained(tmp_path / "mine")
+    photo, exif = Image.open(sorted((ROOT / "data" / "refphotos" / "photos").glob("*.jpg"))[0]), Image.Exif()
+    exif[0x0112] = 6  # held upright, stored lying
+    photo.rotate(90, expand=True).save(tmp_path / "phone.jpg", exif=exif)
+    (tmp_path / "notes.txt").write_text("no photo")
+    server, address = start(tmp_path, "-m", "ris_nb.cli", "explore", "--models", "mine", "--port", "{port}", "--no-browser")
+    try:
+        page.goto(address)
+        panel = page.locator(".AskPanel").first
+        panel.locator("img").nth(1).wait_for()  # a photo of RefPhotos with two sentences
+        before = sources(panel)
+        upload(page, panel, tmp_path / "phone.jpg")
+        panel.get_by_role("status").get_by_text("says nothing").wait_for()
+        uploaded = await_change(page, panel, before)
+        assert len(uploaded) == 1 and "phone.jpg" in panel.locator("select").first.locator("option:checked").inner_text()
+        type_text(panel, "the man on the left\nthe sky")
+        typed = await_change(page, panel, uploaded)
+        assert len(typed) == 2
+        panel.get_by_text("the sky", exact=True).wait_for()
+        width, height = panel.locator("img").first.evaluate("image => [image.naturalWidth, image.naturalHeight]")
+        assert (width > height) == (photo.width > photo.height)
+        handle = panel.locator(".widget-slider .noUi-handle").first
+        handle.focus()
+        for _ in range(9):
+            handle.press("ArrowLeft")
+        moved = await_change(page, panel, typed)
+        page.screenshot(path=SCREENSHOTS / "own_photo.png")
+        upload(page, panel, tmp_path / "notes.txt")
+        panel.get_by_role("status").get_by_text("notes.txt: can't be read").wait_for()
+        assert sources(panel) == moved
+        type_text(panel, "the man on the left\nthe sky\nthe ground")
+        panel.get_by_text("the ground", exact=True).wait_for()
+        page.screenshot(path=SCREENSHOTS / "own_photo_line.png")
     finally:
         server.send_signal(signal.SIGINT)
     assert server.wait(60) == 0
