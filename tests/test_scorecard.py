@@ -12,6 +12,7 @@ from ris_nb.data.batches import ReferralDataset
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import SPECIAL
 from ris_nb.data.writer import make_refshapes
+from ris_nb.evaluation.evaluate import evaluate
 from ris_nb.evaluation.floors import Floor
 from ris_nb.evaluation.report import Record
 from ris_nb.evaluation.scorecard import by_kind, card_markdown, none_settings, scorecard
@@ -26,10 +27,10 @@ class Sure(RISModel):
         self.none = 0.25
 
     def forward(self, batch):
-        return Output(torch.stack([torch.full((8, 8), 1.0 / len(text.split())) for text in batch.expression]))
+        return Output(torch.stack([torch.full((8, 8), 1 / len(text.split())).logit() for text in batch.expression]))
 
     def masks(self, output, sizes):
-        return [torch.full(tuple(size), bool(p[0, 0] >= self.none)) for p, size in zip(output.score, sizes)]
+        return [torch.full(tuple(size), bool(p[0, 0].sigmoid() >= self.none)) for p, size in zip(output.score, sizes)]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,9 @@ def test_settings_of_none_trade_absent_things_for_sentences(plural):
     assert model.none == 0.25 and [*rows] == ["0.00", "0.30", "1.10"]
     assert (rows["0.00"]["N-acc"], rows["0.00"]["T-acc"]) == (0, 1) and (rows["1.10"]["N-acc"], rows["1.10"]["T-acc"], rows["1.10"]["mIoU"]) == (1, 0, 0)
     assert rows["0.00"]["mIoU"] > rows["0.30"]["mIoU"] > 0
+    model.none = 0.3   # the setting itself, in place of what the table expects of it
+    found = evaluate(model, dataset, progress=False).scores()
+    assert (found["N-acc"], found["T-acc"]) == (rows["0.30"]["N-acc"], rows["0.30"]["T-acc"]) and 0 < found["T-acc"] < 1
     assert none_settings(Floor("nothing"), dataset) == {}
 
 

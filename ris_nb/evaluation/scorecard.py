@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+import torch
+
 from ..contract import device_of
 from ..data.batches import ReferralDataset
 from ..data.refer import Referrals
-from .evaluate import evaluate, machine_facts
+from ..distributed import gather
+from .evaluate import evaluate, machine_facts, share_loader
 from .floors import FLOORS, Floor
 from .report import Record, bootstrap, markdown_table, percent, score
 from .rewording import ask_rewordings, find_rewordings
-from ..models.base import RISModel
+from ..models.base import RISModel, evaluating
 
 # %% auto #0
 __all__ = ['scorecard']
@@ -66,22 +70,34 @@ def wrong_sentences(model: RISModel, dataset: ReferralDataset, seeds: Sequence[i
     return rows
 
 # %% ../../nbs/workshop/scorecard.ipynb #sc11
-NONE_CUTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+NONE_CUTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+
+
+@torch.no_grad()
+def peaks(model: RISModel, dataset: ReferralDataset, batch_size: int, workers: int) -> list[float]:
+    """The largest probability of each answer, in the order of a report's records."""
+    loader, found = share_loader(dataset, batch_size, workers), []
+    with evaluating(model):
+        for images, batch in zip(loader.batch_sampler, loader):
+            best = model(batch.to(device_of(model))).score.float().flatten(1).amax(1).sigmoid().tolist()
+            found += zip([images[n] for n in batch.which.tolist()], range(len(found), len(found) + len(best)), best)
+    return [best for *_, best in sorted(gather(found))]
 
 
 def none_settings(model: RISModel, dataset: ReferralDataset, cuts: Iterable[float] = NONE_CUTS, batch_size: int = 32, workers: int = 0) -> dict[str, dict]:
-    """For each value of the model's `none`: mIoU of the sentences with a referent, N-acc and T-acc; {} for a model without this setting."""
+    """For each value of the model's `none`, below which an answer's largest probability empties it: mIoU of the sentences with a referent,
+    N-acc and T-acc; {} for a model without this setting."""
     if not hasattr(model, "none"):
         return {}
-    own, rows = model.none, {}
+    best, own, model.none = np.array(peaks(model, dataset, batch_size, workers)), model.none, 0.0
     try:
-        for cut in cuts:
-            model.none = cut
-            records = evaluate(model, dataset, batch_size, workers, progress=False).records
-            rows[f"{cut:.2f}"] = {"mIoU": score(with_target(records))["mIoU"], **{k: v for k, v in score(records).items() if k in ("N-acc", "T-acc")}}
+        records = evaluate(model, dataset, batch_size, workers, progress=False).records
     finally:
         model.none = own
-    return rows
+    ious, absent, empty = (np.array([getattr(r, name) for r in records]) for name in ("iou", "absent", "empty"))
+    rows = {f"{cut:.2f}": {"mIoU": (ious * (best >= cut))[~absent].mean(), "N-acc": (empty | (best < cut))[absent].mean() if absent.any() else None,
+                           "T-acc": (~empty & (best >= cut))[~absent].mean()} for cut in cuts}
+    return {cut: {name: float(value) for name, value in row.items() if value is not None} for cut, row in rows.items()}
 
 # %% ../../nbs/workshop/scorecard.ipynb #sc13
 def split_card(model: RISModel, dataset: ReferralDataset, seeds: Sequence[int], batch_size: int, workers: int) -> dict:
