@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..contract import RISError
+from ..data.photo_speaker import mirror_sentence
 from ..data.refer import Referral
 from ..data.scenes import Scenes
 from .evaluate import shuffle_expressions
@@ -66,24 +67,14 @@ class Sentences:
 
 # %% ../../nbs/workshop/probes.ipynb #b02
 _OPPOSITES = tuple(dict(pair for a, b in (words.split("/") for words in line.split()) for pair in ((a, b), (b, a))) for line in (
-    "left/right leftmost/rightmost",
     "top/bottom topmost/bottommost highest/lowest upper/lower above/below over/under",
     "large/small big/little larger/smaller bigger/tinier largest/smallest biggest/tiniest"))
 
 
-def exchanged(text: str, table: dict[str, str]) -> str:
-    """A text in small letters with each word that stands in a table replaced by what stands there for it."""
-    return re.sub("[a-z]+", lambda word: table.get(word[0], word[0]), text)
-
-
-def other_side(text: str) -> str:
-    """The text with left and right exchanged: what it says of the mirrored picture."""
-    return exchanged(text, _OPPOSITES[0])
-
-
 def opposites(text: str) -> list[str]:
     """The text with left and right, with top and bottom, and with large and small exchanged, each where it has such a word."""
-    return [other for other in (exchanged(text, table) for table in _OPPOSITES) if other != text]
+    changed = (re.sub("[a-z]+", lambda word: table.get(word[0], word[0]), text) for table in _OPPOSITES)
+    return [other for other in (mirror_sentence(text), *changed) if other != text]
 
 # %% ../../nbs/workshop/probes.ipynb #b04
 class Stock:
@@ -182,7 +173,7 @@ def find_changes(referrals: Sequence[Referral], knows: Sentences | Scenes | None
             for probe, texts in options.items():
                 for k in range(len(texts)) if texts is replaced else rng.permutation(len(texts)):
                     what, things = meaning(knows, referral, texts[k])
-                    trusted = what != "unknown" or knows.asks_unknown and (probe != "opposite" or texts[k] == other_side(text))
+                    trusted = what != "unknown" or knows.asks_unknown and (probe != "opposite" or texts[k] == mirror_sentence(text))
                     if what in _MEANS[probe] and trusted:
                         new = things[0] if what == "another" and probe != "shuffled" else None
                         found.append(Change(probe, referral, before, texts[k], new))

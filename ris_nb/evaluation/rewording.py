@@ -16,10 +16,11 @@ from tqdm.auto import tqdm
 
 from ..contract import Batch, Output, RISError
 from ..data.batches import ReferralDataset
+from ..data.photo_speaker import mirror_sentence
 from ..data.refer import Referral
 from ..distributed import gather, processes
 from .evaluate import answer_batch, pairs_at_once, share_loader
-from .probes import Sentences, foreign_texts, other_side, plain
+from .probes import Sentences, foreign_texts, plain
 from .report import markdown_table, percent
 from ..metrics import iou
 from ..models.base import RISModel, evaluating
@@ -57,7 +58,7 @@ def first_word(text: str) -> str:
 
 def reword(referral: Referral, text: str, knows: Sentences, foreign: Sequence[str], rng: np.random.Generator) -> dict[str, str]:
     """What is asked in place of a sentence, by the keys of `HOWS`; `foreign`: sentences of other pictures."""
-    words, side = text.split(), other_side(text)
+    words, side = text.split(), mirror_sentence(text)
     others = [other for other in knows.others(referral, text) if knows.means(referral, other)]
     found = {"random order": " ".join(words[k] for k in rng.permutation(len(words))), "first word": first_word(text),
              "category": "" if referral.category == "part" else plain(referral.category),
