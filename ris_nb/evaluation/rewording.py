@@ -26,7 +26,7 @@ from ..metrics import iou
 from ..models.base import RISModel, evaluating
 
 # %% auto #0
-__all__ = ['HOWS', 'Rewording', 'find_rewordings']
+__all__ = []
 
 # %% ../../nbs/workshop/rewording.ipynb #rw06
 HOWS = {"random order": "its words in random order", "first word": "its first word alone", "category": "the name of the category alone",

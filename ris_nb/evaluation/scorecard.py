@@ -21,7 +21,7 @@ from .rewording import ask_rewordings, find_rewordings
 from ..models.base import RISModel, evaluating
 
 # %% auto #0
-__all__ = ['scorecard']
+__all__ = []
 
 # %% ../../nbs/workshop/scorecard.ipynb #sc06
 def with_target(records: Iterable[Record]) -> list[Record]:
