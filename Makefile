@@ -18,7 +18,7 @@ DEMO := runs/demo
 
 # The first answers are about a photograph that no model was trained on, and come from the model that ships, in seconds.
 demo: .venv/installed
-	$(BIN)/ris-nb predict data/refphotos/photos/000000377575.jpg "the dog tied to the hydrant" "fire hydrant" "the woman holding the leash" --out $(DEMO)/photo
+	$(BIN)/ris-nb predict data/refphotos/photos/000000196393.jpg "green parakeet" "white cat with the purple collar" "a black cat" --out $(DEMO)/photo
 	$(BIN)/ris-nb data shapes $(DEMO)/data
 	$(BIN)/ris-nb data pack $(DEMO)/data --image-size 64 --out $(DEMO)/data.pack
 	$(BIN)/ris-nb train --root $(DEMO)/data --pack $(DEMO)/data.pack --model lavt_tiny --pretrained --out $(DEMO)/lavt_tiny --force

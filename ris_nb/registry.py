@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from ris_nb.models.base import RISModel
 
 # %% auto #0
-__all__ = ['DEFAULT_CHECKPOINT', 'register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint',
-           'load_model']
+__all__ = ['register_model', 'import_file', 'list_models', 'create_model', 'shipped_checkpoint', 'load_model']
 
 # %% ../nbs/workshop/registry.ipynb #083
 _CLASSES: dict[str, type[RISModel]] = {}
@@ -188,10 +187,10 @@ def _arguments(kind: type) -> list[str]:
             break
     return list(known)
 
+# %% ../nbs/workshop/registry.ipynb #n09d
+DEFAULT_CHECKPOINT = "lavt_photo"  # the trained model that answers where none is named
+
 # %% ../nbs/workshop/registry.ipynb #n09
-DEFAULT_CHECKPOINT = "lavt_photo"  # of the trained models that come with the library the one that answers where none is named
-
-
 def _shipped() -> list[str]:
     names = [path.parent.name for path in (Path(ris_nb.__path__[0]) / "checkpoints").glob("*/config.json")]
     return sorted(names, key=lambda name: (name != DEFAULT_CHECKPOINT, name))

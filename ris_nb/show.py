@@ -79,13 +79,19 @@ def overlay(image, mask, kind: str = "prediction") -> np.ndarray:
     if image.dtype != np.uint8 or mask.dtype != bool or image.shape != (*mask.shape, 3):
         raise RISError(f"an image {image.shape} of {image.dtype} cannot carry a mask {mask.shape} of {mask.dtype}: "
                        "it takes (H, W, 3) of uint8 and (H, W) of bool")
-    thick = max(1, round(max(mask.shape) / 200))
+    thick, gap = max(1, round(max(mask.shape) / 200)), max(mask.shape) // 20
     drawn = image.copy()
+    if not mask.any():
+        return drawn
+    found = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+    near = tuple(slice(max(0, line[0] - thick), line[-1] + thick + 1) for line in found)  # a photo of a phone is large
+    mask, part = mask[near], drawn[near]
     if kind == "prediction":
-        stripe = np.add(*np.indices(mask.shape)) % max(8 * thick, max(mask.shape) // 20) // thick
-        drawn[mask & (stripe == 0)], drawn[mask & (stripe == 1)] = 255, 0
-    drawn[mask & ~binary_erosion(mask, iterations=thick)] = 255
-    drawn[~mask & binary_dilation(mask, iterations=thick)] = 0
+        ends = (np.arange(start.start, start.start + n, dtype=np.int32) for start, n in zip(near, mask.shape))
+        stripe = np.add.outer(*ends) % max(8 * thick, gap) // thick
+        part[mask & (stripe == 0)], part[mask & (stripe == 1)] = 255, 0
+    part[mask & ~binary_erosion(mask, iterations=thick)] = 255
+    part[~mask & binary_dilation(mask, iterations=thick)] = 0
     return drawn
 
 # %% ../nbs/workshop/show.ipynb #063n

@@ -35,7 +35,7 @@ COMMANDS = {  # name -> module, the dataclass of its flags (or what makes one fr
     "evaluate": (".evaluate", "Evaluate", "run_evaluate", "score a model on every expression of a split"),
     "listen": (".listen", "Listen", "run_listen", "measure how far a model's answers follow the words"),
     "results": (".results", "Results", "run_results", "published scores, and beside them what was measured here"),
-    "predict": (".predict", "Predict", "run_predict", "find what an expression speaks of in a photo of yours"),
+    "predict": (".predict", "Predict", "run_predict", "find what expressions speak of in photos of yours"),
     "compare": (".compare", "Compare", "run_compare", "put an expression to several models and draw what they answer"),
     "explore": (".explore", "Explore", "run_explore", "play with the trained models in a browser"),
     "models": (".models", "Models", "run_models", "list the models that can be trained"),
@@ -53,6 +53,9 @@ ris-nb: referring image segmentation from the command line
 usage: ris-nb COMMAND [flags]        `ris-nb COMMAND --help` explains a command and its flags
 
 {commands}
+
+a photo of yours, in seconds:
+  ris-nb predict photo.jpg "the dog on the left" "the man in the red cap"
 
 a first round, some minutes on a laptop:
   ris-nb data shapes data
