@@ -46,9 +46,8 @@ class Predict(Answering):
       ris-nb predict photo.jpg "the dog" --model clipseg
     """
     photo: Annotated[Positional[str], arg(metavar="PHOTO")]
-    """A photo, turned upright as its camera says; a folder of photos; or a CSV table with the columns image (a path,
-    from the table's folder) and expression."""
-    expression: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPRESSION ...")] = ()
+    """A photo, turned upright as its camera says; a folder of photos; or a CSV table with the columns image (a path from its folder) and expression."""
+    expression: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPRESSION ...", help_behavior_hint="")] = ()
     """What to find, each in quotes. Further photos or folders stand before the first."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path(".")
     """Folder for the pictures."""
