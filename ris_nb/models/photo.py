@@ -23,9 +23,7 @@ from .lavt import PWAM, LanguageGate
 from .layers import read_attention, remember_encoders
 
 # %% auto #0
-__all__ = ['PHOTO_LOSSES', 'MINILM', 'COCO_THINGS', 'MINILM_SIZES', 'SelfAttention', 'FeedForward', 'fold_norms',
-           'freeze_depthwise', 'ReadingStage', 'LookingStage', 'Photo', 'PhotoEncoder', 'follow_edges', 'EdgeDecoder',
-           'shrink', 'dice_terms', 'box_terms', 'mean_of', 'mask_boxes', 'owners', 'PhotoLAVT', 'lavt_photo']
+__all__ = ['PhotoLAVT', 'lavt_photo']
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p05
 class SelfAttention(nn.Module):
@@ -43,14 +41,6 @@ class SelfAttention(nn.Module):
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.query(y + where), *self.key_value(placed).chunk(2, -1)))
         A = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, heads, P, P/4)
         return x + self.out((A @ v).transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Sequential):
-    def __init__(self, width: int, inner: int):
-        super().__init__(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p07
 def fold_norms(net: nn.Module) -> None:
@@ -74,31 +64,32 @@ def freeze_depthwise(net: nn.Module) -> None:
             layer.weight.requires_grad_(False)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p08
-class ReadingStage(nn.Module):
+class LookingStage(nn.Module):
+    """A stage without words: places attend to each other."""
+
+    def __init__(self, width: int, heads: int, ffn: int):
+        super().__init__()
+        self.attention = SelfAttention(width, heads)
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, ffn), nn.GELU(), nn.Linear(ffn, width))
+
+    def forward(self, x: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
+        x = self.attention(x, where, size)
+        return x + self.ffn(x)
+
+
+class ReadingStage(LookingStage):
     """A stage of LAVT on a grid of places: they read the words (`PWAM`), a gate lets language in, then they attend to each other."""
 
     def __init__(self, width: int, language_width: int, heads: int, ffn: int):
-        super().__init__()
+        super().__init__(width, heads, ffn)
         self.before, self.fusion, self.gate = nn.LayerNorm(width), PWAM(width, language_width, nn.LayerNorm), LanguageGate(width, nn.GELU)
-        self.attention, self.ffn = SelfAttention(width, heads), FeedForward(width, ffn)
         for layer in self.gate.layers[::2]:
             nn.init.xavier_uniform_(layer.weight)  # nothing pretrained stands behind the gate, so it needn't begin closed
 
     def forward(self, x: Tensor, l: Tensor, words: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
         f = self.fusion((self.before(x) + where).unflatten(1, size), l, words).flatten(1, 2)
         x = x + self.gate(f) * f
-        return self.ffn(self.attention(x, where, size))
-
-
-class LookingStage(nn.Module):
-    """A stage without words: places attend to each other."""
-
-    def __init__(self, width: int, heads: int, ffn: int):
-        super().__init__()
-        self.attention, self.ffn = SelfAttention(width, heads), FeedForward(width, ffn)
-
-    def forward(self, x: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.ffn(self.attention(x, where, size))
+        return super().forward(x, where, size)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p11
 @dataclass
@@ -245,8 +236,8 @@ def owners(cover: Tensor, area: Tensor, which: Tensor, photos: int) -> Tensor:
     return which.new_full((photos, cover.shape[1]), -1).index_reduce(0, which, mine, "amax")
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p20
-PHOTO_LOSSES = dict(mask=2.0, dice=1.0, boxed=2.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its pieces are those of bert-base-uncased
+_LOSSES = dict(mask=2.0, dice=1.0, boxed=2.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
+_MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its pieces are those of bert-base-uncased
 
 
 class PhotoLAVT(RISModel):
@@ -269,17 +260,17 @@ class PhotoLAVT(RISModel):
 
     def __init__(self, image_size: int = 288, vocabulary=None, max_words: int = 24, mean=None, std=None, resolution: str = "original", *,
                  vision: Mapping = dict(timm="tf_efficientnet_lite2", pretrained=True, stages=None, drop_path=None),
-                 text: Mapping = dict(hf=MINILM, pretrained=True, layers=3, config=None),
+                 text: Mapping = dict(hf=_MINILM, pretrained=True, layers=3, config=None),
                  stages: Mapping = dict(width=192, heads=6, ffn=384, looking=2, reading=3),
-                 decoder: Mapping = dict(detail=32, affinity=48), loss: Mapping = PHOTO_LOSSES,
+                 decoder: Mapping = dict(detail=32, affinity=48), loss: Mapping = _LOSSES,
                  pieces: int | None = 10_000, categories: Sequence[str] = (), depthwise: bool = False, threshold: float = 0.5, none: float = 0.0,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
-        if not 0 < threshold < 1 or not 0 <= none < 1 or set(loss) != set(PHOTO_LOSSES) or min(loss.values()) < 0:
-            raise RISError(f"threshold and none are probabilities, and the loss has weights of at least 0 for {', '.join(PHOTO_LOSSES)}; "
+        if not 0 < threshold < 1 or not 0 <= none < 1 or set(loss) != set(_LOSSES) or min(loss.values()) < 0:
+            raise RISError(f"threshold and none are probabilities, and the loss has weights of at least 0 for {', '.join(_LOSSES)}; "
                            f"not {threshold}, {none} and {dict(loss)}")
         mean, std = pretraining_statistics(vision, mean, std, ((0.5,) * 3, (0.5,) * 3))
         if vocabulary is None:
-            known = read_vocabulary(BERT_UNCASED) if text["hf"] == MINILM else hf_vocabulary(text["hf"])
+            known = read_vocabulary(BERT_UNCASED) if text["hf"] == _MINILM else hf_vocabulary(text["hf"])
             vocabulary = known[:pieces]
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         self.weights, self.categories, self.threshold, self.none = dict(loss), list(categories), threshold, none
@@ -381,17 +372,17 @@ class PhotoLAVT(RISModel):
 
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p23
-COCO_THINGS = tuple((
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,"
-    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
-    "surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
-    "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,"
-    "mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
-    "teddy bear,hair drier,toothbrush").split(","))
+_COCO_THINGS = tuple((
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
+    "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
+    "backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,"
+    "baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,"
+    "banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,"
+    "potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,"
+    "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(","))
 
 
-MINILM_SIZES = dict(model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+_MINILM_SIZES = dict(model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
 
 
 @register_model
@@ -401,10 +392,10 @@ def lavt_photo(pretrained: bool = False, **overrides) -> PhotoLAVT:
     `pretrained`: both encoders start with their weights, from an installed package or the Hub, and learn at 0.3 and 0.125 of the rate;
     what their first layers know stands still.
     """
-    settings = {"vision": {"pretrained": pretrained}, "text": {"pretrained": pretrained}, "categories": COCO_THINGS}
+    settings = {"vision": {"pretrained": pretrained}, "text": {"pretrained": pretrained}, "categories": _COCO_THINGS}
     if not pretrained:  # nothing is asked of the Hub
         known = read_vocabulary(overrides["vocabulary"]) if overrides.get("vocabulary") else read_vocabulary(BERT_UNCASED)[:overrides.get("pieces", 10_000)]
-        settings["text"]["config"] = {**MINILM_SIZES, "vocab_size": len(known)}
+        settings["text"]["config"] = {**_MINILM_SIZES, "vocab_size": len(known)}
     else:
         settings |= {"freeze": ("text.model.embeddings", "text.model.encoder.layer.0", "vision.stages.0"),
                      "lr_factors": {"vision": 0.3, "text": 0.125}}
