@@ -23,7 +23,7 @@ from .lavt import PWAM, LanguageGate
 from .layers import read_attention, remember_encoders
 
 # %% auto #0
-__all__ = ['PhotoLAVT', 'lavt_photo']
+__all__ = ['PhotoLAVT']
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p05
 class SelfAttention(nn.Module):
@@ -130,16 +130,14 @@ class PhotoEncoder(nn.Module):
 
     def positions(self, size: tuple[int, int]) -> Tensor:
         """(1, P, D) for a grid of any size."""
-        where = self.where
-        if tuple(where.shape[2:]) != tuple(size):
-            where = F.interpolate(where, size=size, mode="bilinear", align_corners=False)
+        known = tuple(self.where.shape[2:]) == tuple(size)
+        where = self.where if known else F.interpolate(self.where, size=size, mode="bilinear", align_corners=False)
         return where.flatten(2).mT
 
     def forward(self, maps: Sequence[Tensor]) -> Photo:
         """Maps (N, h_k, w_k, C_k), finest first."""
         m4, m8, m16, m32 = (m.permute(0, 3, 1, 2) for m in maps)
-        def enlarge(x, like):
-            return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+        enlarge = lambda x, like: F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
         x = self.join16(self.from16(m16) + enlarge(self.from32(m32), m16))
         size = h, w = tuple(x.shape[2:])
         where, t = self.positions(size), x.flatten(2).mT
