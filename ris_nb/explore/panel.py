@@ -140,7 +140,7 @@ def scene_parts(world: str = "refshapes", lines: bool = False) -> dict[str, widg
 
     lines: `expression` takes several, one a line, and an example becomes a further line.
     """
-    wide, box = widgets.Layout(width="330px"), widgets.Textarea if lines else widgets.Text
+    wide, box = {"width": "330px"}, widgets.Textarea if lines else widgets.Text
     parts = {
         "split": widgets.Dropdown(options=[("like those of training", "val"), (f"new pairs of colour and {'kind' if world == 'toys' else 'shape'}", "testC")],
                                   description="Scenes", layout=wide),
