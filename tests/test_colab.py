@@ -55,7 +55,7 @@ def test_an_upload_is_read_as_either_ipywidgets_gives_it():
     file = io.BytesIO()
     Image.new("RGB", (5, 4), "red").save(file, "png")
     for files in (({"name": "a.png", "content": file.getvalue()},), {"a.png": {"metadata": {}, "content": file.getvalue()}}):  # 8; 7, which Colab has
-        assert read_upload(files).size == (5, 4)
+        assert read_upload(files)[1].size == (5, 4)
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,7 @@ def test_a_shipped_model_keeps_the_contract(name):
 
 
 def test_every_shipped_model_is_checked():
-    assert set(_shipped()) == {"lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "rela_tiny"}
+    assert set(_shipped()) == {"lavt_photo", "lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "rela_tiny"}
 
 
 def test_a_declaration_of_padding_hides_no_neighbour():

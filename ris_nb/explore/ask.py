@@ -59,7 +59,7 @@ def read_upload(files: tuple | dict) -> tuple[str, Image.Image]:
     """The name of a `FileUpload`'s file, and the photo in it, upright. `RISError` for an empty file and for what `read_image`
     refuses."""
     first = next(iter(files.values() if isinstance(files, dict) else files))  # Colab's ipywidgets 7 gives a dictionary
-    name, content = str(first.get("name") or first["metadata"]["name"])[:60], bytes(first["content"])
+    name, content = str(first.get("name") or first["metadata"].get("name") or "the photo")[:60], bytes(first["content"])
     if not content:
         raise RISError(f"{name}: is empty (0 bytes); upload the photo itself")
     try:

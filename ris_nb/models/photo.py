@@ -52,16 +52,17 @@ def fold_norms(net: nn.Module) -> None:
             if isinstance(before, nn.Conv2d) and isinstance(child, nn.BatchNorm2d) and child.num_features == before.out_channels:
                 fused = fuse_conv_bn_eval(before.eval(), child.eval())
                 before.weight, before.bias = fused.weight, fused.bias
-                setattr(parent, name, nn.Sequential(*(getattr(child, part) for part in ("drop", "act") if hasattr(child, part))))
+                parts = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
+                for part in parts: part.inplace = False  # checkpointing keeps what goes in
+                setattr(parent, name, nn.Sequential(*parts))
             before = child if next(child.parameters(recurse=False), None) is not None or isinstance(child, nn.Sequential) else before
     freeze_batch_norm_2d(net)
 
 
 def freeze_depthwise(net: nn.Module) -> None:
     """Let the kernels of depthwise convolutions stand still. On a CPU their gradient takes a third of a step, and they hold 2 % of the weights."""
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
-            layer.weight.requires_grad_(False)
+    for layer in (part for part in net.modules() if isinstance(part, nn.Conv2d) and part.groups == part.in_channels > 1):
+        layer.weight.requires_grad_(False)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p08
 class LookingStage(nn.Module):
@@ -120,10 +121,9 @@ class PhotoEncoder(nn.Module):
         self.join16, self.join8, self.join4 = _conv(width, width), _conv(96 + width, 96), _conv(96 + 32, 64)
         self.where = nn.Parameter(torch.randn(1, width, grid, grid) * 0.02)
         self.stages = nn.ModuleList(LookingStage(width, heads, ffn) for _ in range(looking))
-        self.meaning = nn.Linear(width, language_width)
+        self.meaning, self.read_meaning = nn.Linear(width, language_width), nn.Linear(language_width, width)
         self.box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
         self.read_box = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, width))
-        self.read_meaning = nn.Linear(language_width, width)
         self.affine8, self.affine16, self.sharpness = nn.Linear(96, affinity), nn.Linear(width, affinity), nn.Parameter(torch.ones(()))
         self.fine = nn.Conv2d(64, detail, 1)
         self.blend = nn.Sequential(nn.Conv2d(96 + 4 * 32, 96, 3, padding=1), nn.GELU(), nn.Conv2d(96, 36, 1))
@@ -278,15 +278,16 @@ class PhotoLAVT(RISModel):
             raise RISError(f"PhotoLAVT needs maps of strides 4, 8, 16 and 32, and timm's {vision['timm']} has {self.vision.strides}: "
                            "take one such as tf_efficientnet_lite0, convnext_tiny or resnet50, or choose its stages")
         fold_norms(self.vision)
-        if not depthwise:
-            freeze_depthwise(self.vision)
+        if not depthwise: freeze_depthwise(self.vision)
         width, E = stages["width"], self.text.width
         self.photo = PhotoEncoder(self.vision.widths, E, width, stages["heads"], stages["ffn"], stages["looking"],
                                   image_size // 16, decoder["detail"], decoder["affinity"])
         self.language = nn.Sequential(nn.Linear(E, width), nn.LayerNorm(width))
         self.stages = nn.ModuleList(ReadingStage(width, width, stages["heads"], stages["ffn"]) for _ in range(stages["reading"]))
         self.decoder = EdgeDecoder(width, decoder["detail"])
-        self.background, self.warmth = nn.Parameter(torch.randn(1, E) * 0.05), nn.Parameter(torch.tensor(2.0))
+        train = len(categories) > 0  # else no loss reaches them
+        self.background = nn.Parameter(torch.randn(1, E) * 0.05, requires_grad=train)
+        self.warmth = nn.Parameter(torch.tensor(2.0), requires_grad=train)
         remember_encoders(self, self.vision, self.text)
 
     def encode_image(self, image: Tensor) -> Photo:
@@ -309,7 +310,7 @@ class PhotoLAVT(RISModel):
     def name_meanings(self) -> Tensor:
         """(1 + C, E) of length one: background, then the mean of each category's words."""
         ids, words = self.tokenizer(self.categories)
-        L = int(words.sum(1).amax())  # they are known to the CPU
+        L = max(len(self.tokenizer.pieces(name)) for name in self.categories)
         ids, words = (t[:, :L].to(self.background.device, non_blocking=True) for t in (ids, words))
         with torch.no_grad():
             l = self.text(ids, words).float()
@@ -346,10 +347,10 @@ class PhotoLAVT(RISModel):
         same = owner8[:, :, None] == owner[:, None]  # (N, 4 P, P)
         weight = torch.where(owner8 >= 0, 1.0, 0.2) * same.any(-1) * known[:, None]
         terms = {"box": mean_of(off, own), "affinity": mean_of(-photo.affinity.masked_fill(~same, -1e4).logsumexp(-1), weight)}
-        if not self.categories or batch.category is None:
+        if not self.categories:
             return terms
         place = {name: k for k, name in enumerate(self.categories, 1)}
-        label = without_waiting([place.get(name, -1) for name in batch.category], which.device)[owner.clamp(min=0)]
+        label = without_waiting([place.get(name, -1) for name in batch.category or [""] * len(batch)], which.device)[owner.clamp(min=0)]
         label = torch.where(owner >= 0, label, 0)  # (N, P); 0: no thing that a sentence means
         logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()  # (N, P, 1 + C)
         weight = torch.where(label > 0, 1.0, torch.where(label == 0, 0.1 * known[:, None], 0.0))
@@ -359,8 +360,7 @@ class PhotoLAVT(RISModel):
         """Bool masks (H, W) of the asked sizes: where the probability, enlarged, is above `threshold`; empty where it stays below `none`."""
         cut = self.threshold if threshold is None else threshold
         p = output.score.float().sigmoid()
-        if self.none:
-            p = torch.where(p.flatten(1).amax(1)[:, None, None] < self.none, torch.zeros_like(p), p)
+        if self.none: p = torch.where(p.flatten(1).amax(1)[:, None, None] < self.none, torch.zeros_like(p), p)
         return [F.interpolate(s[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0] > cut
                 for s, size in zip(p, sizes, strict=True)]
 
