@@ -36,7 +36,7 @@ DIRECTIVE = re.compile(r"^#\|\s*([\w-]+):?[ \t]*(.*)\n?", re.M)
 TEACHING = ["syllabus", "self_test", "project_photos", "project_host", "project_negatives", "midterm", "final", "instructor"]  # as they are read
 # The panels of chapter 25 need Python behind them; the site shows what they look like (screenshots of `ris-nb explore`).
 PANELS = {
-    "AskPanel": "The panel Ask: fields for scene and expression, a button for every word, and the masks of lavt_tiny, magnet_tiny and sag_tiny with each word's share.",
+    "AskPanel": "The panel Ask: fields for the photo and the expressions, a button to upload a photo, a threshold, and two answers of lavt_photo with each word's share.",
     "FillPanel": "The panel Fill in the word: an expression with one word hidden, a scene with a mask on one thing, and three bar charts of the likeliest words.",
     "ShatterPanel": "The panel Shatter and gather: a scene coloured by slots, a button for each slot, the share read of each, and the mask with the maps behind it.",
     "LossPanel": "The panel Loss lab: sliders for angles and temperature, vectors on two circles, a table of the softmax of C3, and bars for the terms of alignment.",
