@@ -28,11 +28,11 @@ __all__ = []
 class Predict(Answering):
     """Find what expressions speak of in photos.
 
-    Writes PHOTO_overlay.png (the photo with the answer marked) and PHOTO_mask.png (white on black, at the photo's size);
-    of a photo with several expressions PHOTO_1_overlay.png and so on, and for more than one answer a table, answers.csv.
-    Says "there is none" where no pixel is marked, and warns of words that the model doesn't know. Where no model is
-    named, lavt_photo answers, which comes with the library and has learned from photographs; the models of drawn scenes
-    answer by their names.
+    Writes PHOTO_overlay.png (the photo with the answer marked) and PHOTO_mask.png (white on black, at the photo's
+    size); of a photo with several expressions PHOTO_1_overlay.png and so on, and for more than one answer a table,
+    answers.csv. Says "there is none" where no pixel is marked, and warns of words that the model doesn't know.
+    Where no model is named, lavt_photo answers, which comes with the library and has learned from photographs; the
+    models of drawn scenes answer by their names.
 
     examples:
       ris-nb predict photo.jpg "the dog on the left"
@@ -46,7 +46,8 @@ class Predict(Answering):
       ris-nb predict photo.jpg "the dog" --model clipseg
     """
     photo: Annotated[Positional[str], arg(metavar="PHOTO")]
-    """A photo, turned upright as its camera says; a folder of photos; or a CSV table with the columns image (a path from its folder) and expression."""
+    """A photo, turned upright as its camera says; a folder of photos; or a CSV table with the columns image (a path
+    from its folder) and expression."""
     expression: Annotated[Positional[tuple[str, ...]], arg(metavar="EXPRESSION ...", help_behavior_hint="")] = ()
     """What to find, each in quotes. Further photos or folders stand before the first."""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path(".")
@@ -58,7 +59,8 @@ OWN = ("_overlay", "_mask", "_answers")  # how the pictures end that `predict` a
 
 
 def photos_in(place: str) -> list[Path]:
-    """A photo, or the photos that lie in a folder, by name, without what this command wrote there. `UsageError`: none."""
+    """A photo, or the photos that lie in a folder, by name, without what this command wrote there. `UsageError`:
+    none."""
     path = Path(place)
     if not os.path.isdir(place):
         if not os.path.exists(place):
@@ -90,7 +92,8 @@ def find_questions(place: str, words: Sequence[str]) -> dict[Path, list[str]]:
 
 # %% ../../nbs/workshop/cli_predict.ipynb #q05
 def ask_rows(path: Path, text: str) -> tuple[dict[Path, list[str]], list[str]]:
-    """The expressions of each photo in the text of a table, and what is wrong with its lines. `UsageError`: its columns."""
+    """The expressions of each photo in the text of a table, and what is wrong with its lines. `UsageError`: its
+    columns."""
     head = text.split("\n", 1)[0]
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=head.count), skipinitialspace=True)
     missing = sorted({"image", "expression"} - set(rows.fieldnames or ()))
@@ -109,7 +112,8 @@ def ask_rows(path: Path, text: str) -> tuple[dict[Path, list[str]], list[str]]:
 
 
 def read_table(path: Path) -> dict[Path, list[str]]:
-    """The expressions of each photo in a CSV file with the columns image and expression. `UsageError` names a bad line."""
+    """The expressions of each photo in a CSV file with the columns image and expression. `UsageError` names a bad
+    line."""
     try:
         questions, faults = ask_rows(path, path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -137,7 +141,8 @@ def none_line(name: str, expression: str, where: str | Path = "the photo") -> st
 
 
 def ask(name: str, model, photo, expression: str):
-    """The model's mask of the photo, bool (H, W); `none_line` where it is empty, and warnings on stderr for words that it doesn't read."""
+    """The model's mask of the photo, bool (H, W); `none_line` where it is empty, and warnings on stderr for words
+    that it doesn't read."""
     mask = model.predict([photo], [expression])[0]
     say_unread(model.tokenizer, expression)
     if not mask.any():
@@ -156,7 +161,8 @@ def answers(model, photo, expressions: Sequence[str]) -> Iterator:
 
 
 def name_files(questions: dict[Path, list[str]]) -> dict[Path, list[str]]:
-    """How the files of each answer begin: the photo's name, and a number where it is asked several things; no two alike."""
+    """How the files of each answer begin: the photo's name, and a number where it is asked several things; no two
+    alike."""
     names, taken = {}, set()
     for photo, expressions in questions.items():
         numbers = [f"_{k}" for k in range(1, len(expressions) + 1)] if len(expressions) > 1 else [""]

@@ -129,15 +129,15 @@ class ReferralDataset(Dataset):
                  pack: Pack | None = None, sentences: int = 0):
         self.referrals, self.tokenizer, self.transform = _checked(referrals, masks), tokenizer, transform
         self.every, self.masks, self.pack, self.sentences = every, masks, pack, sentences
-        self.images = {}  # images: path -> referrals; in evaluation item i is the i-th
+        self.images = {}  # path -> referrals; where an item is an image, item i is the i-th
         for referral in self.referrals:
             self.images.setdefault(referral.image_path, []).append(referral)
-        self._groups = list(self.images.values())
+        self._groups = list(self.images.values()) if every or sentences else [[referral] for referral in self.referrals]
         if pack:
             pack.check(self.referrals, transform, masks)
 
     def __len__(self) -> int:
-        return len(self._groups) if self.every or self.sentences else len(self.referrals)
+        return len(self._groups)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Batch:
         return self.raw(index).to("cpu")
@@ -145,7 +145,7 @@ class ReferralDataset(Dataset):
     def raw(self, index: int | tuple[int, int]) -> Batch:
         """The item with its image still as bytes, as loaders pass it on; `Batch.to` makes floats of it."""
         i, draw = index if isinstance(index, tuple) else (index, 0)
-        group = self._groups[i] if self.every or self.sentences else [self.referrals[i]]
+        group = self._groups[i]
         pairs = [(referral, sentence) for referral in group for sentence in referral.sentences]
         chosen = pairs if self.every else draw_pairs(group, self.sentences, draw) if self.sentences else [pairs[draw % len(pairs)]]
         return encode_item(chosen, self.tokenizer, self.transform, self.masks, truth=self.every, pack=self.pack)

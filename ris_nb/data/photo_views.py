@@ -29,13 +29,15 @@ LEAST = 4       # pixels of a mask; what shows less of itself is left out
 
 @dataclass
 class View:
-    """A picture, the instances on it (bool masks of its size), and how much of each is seen, in 0..1. A whole photo is a view, too."""
+    """A picture, the instances on it (bool masks of its size), and how much of each is seen, in 0..1. A whole photo
+    is a view, too."""
     image: Image.Image
     instances: list[Instance]
     visible: list[float]
 
 
-def _cut(view: View, box: tuple[float, float, float, float], size: tuple[int, int], mirrored: bool) -> tuple[View, list[int]]:
+def _cut(view: View, box: tuple[float, float, float, float], size: tuple[int, int],
+         mirrored: bool) -> tuple[View, list[int]]:
     """`cut`, and the numbers of the instances that are left."""
     W, H = view.image.size
     left, top, right, bottom = box
@@ -56,7 +58,8 @@ def _cut(view: View, box: tuple[float, float, float, float], size: tuple[int, in
 
 # %% ../../nbs/workshop/photo_views.ipynb #v05b
 def cut(view: View, box: tuple[float, float, float, float], size: tuple[int, int], mirrored: bool = False) -> View:
-    """The part of a view in `box` (left, top, right, bottom in 0..1), resized to `size` (width, height), perhaps mirrored."""
+    """The part of a view in `box` (left, top, right, bottom in 0..1), resized to `size` (width, height), perhaps
+    mirrored."""
     return _cut(view, box, size, mirrored)[0]
 
 # %% ../../nbs/workshop/photo_views.ipynb #v08
@@ -76,7 +79,8 @@ def _sides(width: float, height: float) -> tuple[int, int]:
 
 
 def random_cut(view: View, rng: random.Random, smallest: float = 0.2, whole: float = 0.2) -> View:
-    """A random part of a view, `smallest` to all of its area, mirrored half the time; with probability `whole` all of it."""
+    """A random part of a view, `smallest` to all of its area, mirrored half the time; with probability `whole` all
+    of it."""
     w = h = 1.0
     if rng.random() >= whole:
         side, aspect = math.sqrt(rng.uniform(smallest, 1)), math.exp(rng.uniform(-0.25, 0.25))
@@ -135,7 +139,8 @@ def say_people(text: str, rng: random.Random, share: float = 0.55) -> str:
 def described(view: View, rng: random.Random, categories: Sequence[str], most: int = 3, several: int = 1, none: int = 1,
               visible: float = 0.4) -> Sentences:
     """Sentences by rule, as of `describe_instances`, about things of which at least the share `visible` is seen."""
-    found = describe_instances(view.instances, view.image, rng.randrange(1 << 30), most, None, several, none, None, categories)
+    found = describe_instances(view.instances, view.image, rng.randrange(1 << 30), most, None, several, none, None,
+                               categories)
     return [(say_people(d.text, rng), d.referents, d.kind) for d in found
             if all(view.visible[i] >= visible for i in d.referents)]
 
@@ -158,9 +163,11 @@ def zoomed(view: View, sentences: Sentences, rng: random.Random, most: float = 0
 
 # %% ../../nbs/workshop/photo_views.ipynb #v14
 class ViewWriter:
-    """Collects views and their sentences in a folder that `FolderData` reads. `made`: what was written, by split and maker.
+    """Collects views and their sentences in a folder that `FolderData` reads. `made`: what was written, by split
+    and maker.
 
-    In train, a sentence of a kind that rules make is left out if its mask is less than the share `smallest` of the view.
+    In train, a sentence of a kind that rules make is left out if its mask is less than the share `smallest` of the
+    view.
     """
 
     def __init__(self, root: Path, smallest: float = 0.0):

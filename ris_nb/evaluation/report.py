@@ -90,19 +90,28 @@ def score_by(records: Iterable[Record], group: Callable[[Record], str | list[str
     scores = {name: score(groups[name]) for name in names}
     return {name: {key: s[key] for key in ("expressions", "oIoU", "mIoU")} for name, s in scores.items()}
 
+# %% ../../nbs/workshop/report.ipynb #031t
+def image_samples(images: Sequence[int], values: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+    """Sums of the rows of `values` (B, C) over samples of the images, drawn with replacement (Efron, 1979): (draws, C).
+
+    images: the image of each row, whose rows come or stay away together.
+    """
+    _, index = np.unique(images, return_inverse=True)
+    table = np.zeros((index.max() + 1, values.shape[1]))  # a row for each image
+    np.add.at(table, index, values)
+    rng = np.random.default_rng(seed)
+    return np.stack([table[rng.integers(len(table), size=len(table))].sum(0) for _ in range(draws)])
+
 # %% ../../nbs/workshop/report.ipynb #031
 def bootstrap(records: Sequence[Record], draws: int = 1000, level: float = 0.95, seed: int = 0) -> dict[str, list[float]]:
     """How far the scores might move on other images of the same kind: {"oIoU": [low, high], "mIoU": [low, high]}, and N-acc and T-acc
     where some records are `absent`.
 
-    Percentiles of the scores over samples of the images, drawn with replacement (Efron, 1979).
+    Percentiles of the scores over `image_samples`.
     """
-    images, index = np.unique([r.image for r in records], return_inverse=True)
-    table = np.zeros((len(images), 8))  # per image: what stands above and below the line in each score
-    np.add.at(table, index, [(r.intersection, r.union, r.iou, 1, r.absent and r.iou, r.absent, not (r.absent or r.empty), not r.absent)
-                             for r in records])
-    rng = np.random.default_rng(seed)
-    sums = np.stack([table[rng.integers(len(table), size=len(table))].sum(0) for _ in range(draws)])
+    sums = image_samples([r.image for r in records], np.array([
+        (r.intersection, r.union, r.iou, 1, r.absent and r.iou, r.absent, not (r.absent or r.empty), not r.absent)
+        for r in records], float), draws, seed)  # what stands above and below the line in each score
     names = ["oIoU", "mIoU"] + ["N-acc", "T-acc"] * any(r.absent for r in records)
     values = {name: sums[:, 2 * i] / np.maximum(sums[:, 2 * i + 1], 1) for i, name in enumerate(names)}
     return {name: np.quantile(v, [(1 - level) / 2, (1 + level) / 2]).tolist() for name, v in values.items()}

@@ -21,7 +21,7 @@ from ..data.refer import Referral
 from ..distributed import gather, processes
 from .evaluate import answer_batch, pairs_at_once, share_loader
 from .probes import Sentences, foreign_texts, plain
-from .report import markdown_table, percent
+from .report import image_samples, markdown_table, percent
 from ..metrics import iou
 from ..models.base import RISModel, evaluating
 
@@ -68,7 +68,8 @@ def reword(referral: Referral, text: str, knows: Sentences, foreign: Sequence[st
 
 # %% ../../nbs/workshop/rewording.ipynb #rw08
 def find_rewordings(referrals: Sequence[Referral], seed: int = 0) -> list[Rewording]:
-    """One `Rewording` of each kind of `HOWS` for each expression that names something, where there is one; the same for the same seed."""
+    """One `Rewording` of each kind of `HOWS` for each expression that names something, where there is one; the same
+    for the same seed."""
     knows, rng, found = Sentences(referrals), np.random.default_rng(seed), []
     foreign = foreign_texts(referrals, seed)
     for referral in referrals:
@@ -97,8 +98,8 @@ class Mirrored(nn.Module):
 # %% ../../nbs/workshop/rewording.ipynb #rw14
 @dataclass(frozen=True)
 class Answered:
-    """What became of an answer. `image`: the picture's position; `before`, `after`: IoUs with the thing; `same`: of both answers (1 where both
-    are empty); `empty`: whether the answer after has no pixel."""
+    """What became of an answer. `image`: the picture's position; `before`, `after`: IoUs with the thing; `same`: of
+    both answers (1 where both are empty); `empty`: whether the answer after has no pixel."""
     image: int
     how: str
     before: float
@@ -118,7 +119,8 @@ def asked_of(rewordings: Iterable[Rewording], mirrored: bool) -> dict[Path, list
 
 # %% ../../nbs/workshop/rewording.ipynb #rw15
 def answers_to(model: nn.Module, asked: Mapping[Path, list[tuple[Referral, str]]], like: RISModel, batch_size: int, workers: int):
-    """For each picture of this process's share its path, its answers by `ref_id` and text, and the true masks by `ref_id`; `like` tells how to read."""
+    """For each picture of this process's share its path, its answers by `ref_id` and text, and the true masks by
+    `ref_id`; `like` tells how to read."""
     referrals = [replace(r, sentences=(replace(r.sentences[0], text=text),)) for pairs in asked.values() for r, text in pairs]
     dataset = ReferralDataset(referrals, like.tokenizer, like.transform, every=True)
     loader = share_loader(dataset, batch_size, workers)
@@ -141,7 +143,8 @@ def compare(r: Rewording, image: int, plain_answers: Mapping, mirrored_answers: 
 
 @torch.no_grad()
 def ask_rewordings(model: RISModel, rewordings: Sequence[Rewording], batch_size: int = 32, workers: int = 0, progress: bool = True) -> list[Answered]:
-    """Put rewordings (of `find_rewordings`) to a model. Under `torch.distributed` the pictures are dealt out, and all processes return the same."""
+    """Put rewordings (of `find_rewordings`) to a model. Under `torch.distributed` the pictures are dealt out, and
+    all processes return the same."""
     if not rewordings:
         raise RISError("no expression could be reworded: use more pictures")
     by_picture: dict[Path, list[Rewording]] = {}
@@ -159,19 +162,18 @@ def ask_rewordings(model: RISModel, rewordings: Sequence[Rewording], batch_size:
 
 # %% ../../nbs/workshop/rewording.ipynb #rw18
 def sum_rewordings(answers: Sequence[Answered], draws: int = 1000, seed: int = 0) -> dict[str, dict]:
-    """For each key of `HOWS`: sentences, mean IoU before and after, its loss and the loss's 95 % interval over pictures, `same`, `empty`."""
-    rows, rng = {}, np.random.default_rng(seed)
+    """For each key of `HOWS`: sentences, mean IoU before and after, its loss and the loss's 95 % interval over
+    pictures, `same`, `empty`."""
+    rows = {}
     for how in HOWS:
         found = [a for a in answers if a.how == how]
         if not found:
             continue
-        _, index = np.unique([a.image for a in found], return_inverse=True)
-        table = np.zeros((index.max() + 1, 2))
-        np.add.at(table, index, [(a.before - a.after, 1) for a in found])
-        sums = np.stack([table[rng.integers(len(table), size=len(table))].sum(0) for _ in range(draws)])
+        losses = np.array([(a.before - a.after, 1) for a in found])
+        sums = image_samples([a.image for a in found], losses, draws, seed)
         means = {name: float(np.mean([getattr(a, name) for a in found])) for name in ("before", "after", "same", "empty")}
         interval = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975]).tolist()
-        rows[how] = {"sentences": len(found), "pictures": len(table), **means, "loss": means["before"] - means["after"], "interval": interval}
+        rows[how] = {"sentences": len(found), "pictures": len({a.image for a in found}), **means, "loss": means["before"] - means["after"], "interval": interval}
         if how == "absent":  # it has no thing to compare with
             rows[how] = {name: rows[how][name] for name in ("sentences", "pictures", "empty")}
     return rows

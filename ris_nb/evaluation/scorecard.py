@@ -30,7 +30,8 @@ def with_target(records: Iterable[Record]) -> list[Record]:
 
 
 def brief(records: Sequence[Record]) -> dict:
-    """sentences, photos, mIoU, oIoU and Prec@X of records with a target, and `interval`, 95 % over photos, of the first two."""
+    """sentences, photos, mIoU, oIoU and Prec@X of records with a target, and `interval`, 95 % over photos, of the
+    first two."""
     found = score(records)
     return {"sentences": len(records), "photos": len({r.image for r in records}), "mIoU": found["mIoU"], "oIoU": found["oIoU"],
             **{name: value for name, value in found.items() if name.startswith("Prec@")}, "interval": bootstrap(records)}
@@ -55,7 +56,8 @@ def emptiness(records: Sequence[Record]) -> dict:
 
 # %% ../../nbs/workshop/scorecard.ipynb #sc09
 def wrong_sentences(model: RISModel, dataset: ReferralDataset, seeds: Sequence[int], batch_size: int, workers: int) -> dict:
-    """Mean IoU with the thing where another photo's sentence was asked, and one of another thing of the same photo; with intervals over photos."""
+    """Mean IoU with the thing where another photo's sentence was asked, and one of another thing of the same photo;
+    with intervals over photos."""
     shuffled = [with_target(evaluate(model, dataset, batch_size, workers, seed, progress=False).records) for seed in seeds]
     pooled = [r for records in shuffled for r in records]
     rows = {"other photos": {"mIoU": score(pooled)["mIoU"], "interval": bootstrap(pooled)["mIoU"],
@@ -85,8 +87,8 @@ def peaks(model: RISModel, dataset: ReferralDataset, batch_size: int, workers: i
 
 
 def none_settings(model: RISModel, dataset: ReferralDataset, cuts: Iterable[float] = NONE_CUTS, batch_size: int = 32, workers: int = 0) -> dict[str, dict]:
-    """For each value of the model's `none`, below which an answer's largest probability empties it: mIoU of the sentences with a referent,
-    N-acc and T-acc; {} for a model without this setting."""
+    """For each value of the model's `none`, below which an answer's largest probability empties it: mIoU of the
+    sentences with a referent, N-acc and T-acc; {} for a model without this setting."""
     if not hasattr(model, "none"):
         return {}
     best, own, model.none = np.array(peaks(model, dataset, batch_size, workers)), model.none, 0.0
@@ -115,8 +117,9 @@ def split_card(model: RISModel, dataset: ReferralDataset, seeds: Sequence[int], 
 # %% ../../nbs/workshop/scorecard.ipynb #sc14
 def scorecard(model: RISModel, data: Referrals, splits: Sequence[str] | None = None, seeds: Sequence[int] = (0, 1, 2), batch_size: int = 32,
               workers: int = 0, checkpoint: str = "") -> dict:
-    """The score card of a model: for each of `splits` (default: all but train) what the model gets, by kind, with intervals over photos;
-    for the wrong sentences (`seeds`: of the shuffles); and floors. Under "none settings" what other values of `none` bring, on the first split."""
+    """The score card of a model: for each of `splits` (default: all but train) what the model gets, by kind, with
+    intervals over photos; for the wrong sentences (`seeds`: of the shuffles); and floors. Under "none settings"
+    what other values of `none` bring, on the first split."""
     splits = [split for split in data.splits if split != "train"] if splits is None else splits
     datasets = {split: ReferralDataset(data.referrals(split), model.tokenizer, model.transform, every=True) for split in splits}
     cards = {split: split_card(model, dataset, seeds, batch_size, workers) for split, dataset in datasets.items()}

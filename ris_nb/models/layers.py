@@ -55,14 +55,19 @@ def mask_loss(score: Tensor, mask: Tensor, weights: tuple[float, float] = (0.9, 
     terms = F.binary_cross_entropy_with_logits(score.float(), mask.float(), weight, reduction="none")
     return (terms.sum((1, 2)) / weight.sum((1, 2))).mean()
 
+# %% ../../nbs/workshop/layers.ipynb #053t
+def dice_terms(p: Tensor, t: Tensor) -> Tensor:
+    """1 - (2 * sum p t + 1) / (sum p + sum t + 1) of each of B sentences: probabilities and shares (B, ...) -> (B,) in [0, 1].
+
+    V-Net (Milletari et al., 2016), with the +1 that most code adds for empty masks.
+    """
+    others = tuple(range(1, p.ndim))
+    return 1 - (2 * (p * t).sum(others) + 1) / (p.sum(others) + t.sum(others) + 1)
+
 # %% ../../nbs/workshop/layers.ipynb #053
 def dice_loss(score: Tensor, mask: Tensor) -> Tensor:
-    """1 - (2 * sum p t + 1) / (sum p + sum t + 1), p = sigmoid(score): (B, H, W) and bool (B, H, W) -> a scalar in [0, 1].
-
-    Images count evenly. V-Net (Milletari et al., 2016), with the +1 that most code adds for empty masks.
-    """
-    p, t = score.float().sigmoid(), mask.float()
-    return (1 - (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)).mean()
+    """The mean of `dice_terms` of p = sigmoid(score): (B, H, W) and bool (B, H, W) -> a scalar in [0, 1]. Images count evenly."""
+    return dice_terms(score.float().sigmoid(), mask.float()).mean()
 
 # %% ../../nbs/workshop/layers.ipynb #056x
 def text_encoder(text: Mapping, vocabulary: Sequence[str]) -> TextEncoder | HFText:

@@ -15,54 +15,60 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..contract import Batch, Output, RISError, without_waiting
-from ..data.tokenizer import BERT_UNCASED, read_vocabulary
-from ..encoders.backbones import HFText, TimmStages, hf_vocabulary, pretraining_statistics
-from ..registry import register_model
+from ..encoders.backbones import MINILM, HFText, TimmStages, pretraining_statistics, vocabulary_for
 from .base import RISModel
 from .lavt import PWAM, LanguageGate
 from .layers import read_attention, remember_encoders
+from .photo_losses import box_and_affinity, category_term, sentence_terms
+from ..registry import register_model
 
 # %% auto #0
 __all__ = ['PhotoLAVT']
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p05
 class SelfAttention(nn.Module):
-    """Places attend to places: x (B, P, D) -> (B, P, D). Keys and values are means of 2 x 2 places, for a quarter of the work."""
+    """Places attend to places: x (B, P, D) -> (B, P, D). Keys and values are means of 2 x 2 places."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(width)
-        self.query, self.key_value, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
         """where (1, P, D): the places' positions; size: h, w with h * w = P."""
         y = self.norm(x)
         placed = F.avg_pool2d((y + where).mT.unflatten(2, size), 2, ceil_mode=True).flatten(2).mT  # (B, P/4, D)
-        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in (self.query(y + where), *self.key_value(placed).chunk(2, -1)))
+        every = self.query(y + where), *self.key_value(placed).chunk(2, -1)
+        q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in every)
         A = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, heads, P, P/4)
         return x + self.out((A @ v).transpose(1, 2).flatten(2))
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p07
 def fold_norms(net: nn.Module) -> None:
-    """Batch norms with the statistics of pretraining become part of the convolutions before them: nothing to keep still while few
-    photos train the rest, and a quarter less work. Norms that follow no convolution are frozen."""
+    """Batch norms with the statistics of pretraining become part of the convolutions before them: nothing is left
+    to keep still while a few photos a step train the rest. Norms that follow no convolution are frozen."""
     for parent in net.modules():
         before = None
         for name, child in list(parent.named_children()):
-            if isinstance(before, nn.Conv2d) and isinstance(child, nn.BatchNorm2d) and child.num_features == before.out_channels:
+            follows = isinstance(before, nn.Conv2d) and isinstance(child, nn.BatchNorm2d)
+            if follows and child.num_features == before.out_channels:
                 fused = fuse_conv_bn_eval(before.eval(), child.eval())
                 before.weight, before.bias = fused.weight, fused.bias
                 parts = [getattr(child, part) for part in ("drop", "act") if hasattr(child, part)]
-                for part in parts: part.inplace = False  # checkpointing keeps what goes in
+                for part in parts:
+                    part.inplace = False  # checkpointing keeps what goes in
                 setattr(parent, name, nn.Sequential(*parts))
-            before = child if next(child.parameters(recurse=False), None) is not None or isinstance(child, nn.Sequential) else before
+            weighs = next(child.parameters(recurse=False), None) is not None
+            before = child if weighs or isinstance(child, nn.Sequential) else before
     freeze_batch_norm_2d(net)
 
 
 def freeze_depthwise(net: nn.Module) -> None:
-    """Let the kernels of depthwise convolutions stand still. On a CPU their gradient takes a third of a step, and they hold 2 % of the weights."""
-    for layer in (part for part in net.modules() if isinstance(part, nn.Conv2d) and part.groups == part.in_channels > 1):
-        layer.weight.requires_grad_(False)
+    """Let the kernels of depthwise convolutions stand still: few weights, whose gradient is slow on a CPU."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1:
+            layer.weight.requires_grad_(False)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p08
 class LookingStage(nn.Module):
@@ -79,15 +85,18 @@ class LookingStage(nn.Module):
 
 
 class ReadingStage(LookingStage):
-    """A stage of LAVT on a grid of places: they read the words (`PWAM`), a gate lets language in, then they attend to each other."""
+    """A stage of LAVT on a grid of places: they read the words (`PWAM`), a gate lets language in, and they attend
+    to each other."""
 
     def __init__(self, width: int, language_width: int, heads: int, ffn: int):
         super().__init__(width, heads, ffn)
-        self.before, self.fusion, self.gate = nn.LayerNorm(width), PWAM(width, language_width, nn.LayerNorm), LanguageGate(width, nn.GELU)
+        self.before, self.fusion = nn.LayerNorm(width), PWAM(width, language_width, nn.LayerNorm)
+        self.gate = LanguageGate(width, nn.GELU)
         for layer in self.gate.layers[::2]:
-            nn.init.xavier_uniform_(layer.weight)  # nothing pretrained stands behind the gate, so it needn't begin closed
+            nn.init.xavier_uniform_(layer.weight)  # no pretrained stage behind it would be disturbed
 
     def forward(self, x: Tensor, l: Tensor, words: Tensor, where: Tensor, size: tuple[int, int]) -> Tensor:
+        """x (B, P, D), l (B, L, E), words (B, L) bool, where and size as for `SelfAttention` -> (B, P, D)."""
         f = self.fusion((self.before(x) + where).unflatten(1, size), l, words).flatten(1, 2)
         x = x + self.gate(f) * f
         return super().forward(x, where, size)
@@ -102,7 +111,7 @@ class Photo:
     box: Tensor         # (N, P, 4): the box of the thing at each place, centre and sides in 0..1
     affinity: Tensor    # (N, 4 P, P): log of how much each pixel of stride 8 belongs to each place
     fine: Tensor        # (N, K, 4 h, 4 w): features at stride 4
-    blend: Tensor       # (N, 9, 4, 2 h, 2 w): which of its nine neighbours of stride 8 each pixel of stride 4 takes over
+    blend: Tensor       # (N, 9, 4, 2 h, 2 w): the share of each of nine pixels of stride 8 in one of stride 4
 
 
 def _conv(inside: int, width: int) -> nn.Sequential:
@@ -110,21 +119,23 @@ def _conv(inside: int, width: int) -> nn.Sequential:
 
 
 class PhotoEncoder(nn.Module):
-    """timm's maps of strides 4 to 32 -> a `Photo`. No word is read here: a photo with many sentences is encoded once."""
+    """timm's maps of strides 4 to 32 -> a `Photo`. No word is read here: a photo with many sentences is encoded
+    once."""
 
-    def __init__(self, widths: Sequence[int], language_width: int, width: int, heads: int, ffn: int, looking: int, grid: int,
-                 detail: int, affinity: int):
+    def __init__(self, widths: Sequence[int], language_width: int, width: int, heads: int, ffn: int, looking: int,
+                 grid: int, detail: int, affinity: int):
         super().__init__()
         c4, c8, c16, c32 = widths
-        self.from32, self.from16, self.from8 = nn.Conv2d(c32, width, 1), nn.Conv2d(c16, width, 1), nn.Conv2d(c8, 96, 1)
-        self.from4 = nn.Conv2d(c4, 32, 1)
+        self.from32, self.from16 = nn.Conv2d(c32, width, 1), nn.Conv2d(c16, width, 1)
+        self.from8, self.from4 = nn.Conv2d(c8, 96, 1), nn.Conv2d(c4, 32, 1)
         self.join16, self.join8, self.join4 = _conv(width, width), _conv(96 + width, 96), _conv(96 + 32, 64)
         self.where = nn.Parameter(torch.randn(1, width, grid, grid) * 0.02)
         self.stages = nn.ModuleList(LookingStage(width, heads, ffn) for _ in range(looking))
         self.meaning, self.read_meaning = nn.Linear(width, language_width), nn.Linear(language_width, width)
         self.box = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 4))
         self.read_box = nn.Sequential(nn.Linear(4, width), nn.GELU(), nn.Linear(width, width))
-        self.affine8, self.affine16, self.sharpness = nn.Linear(96, affinity), nn.Linear(width, affinity), nn.Parameter(torch.ones(()))
+        self.affine8, self.affine16 = nn.Linear(96, affinity), nn.Linear(width, affinity)
+        self.sharpness = nn.Parameter(torch.ones(()))
         self.fine = nn.Conv2d(64, detail, 1)
         self.blend = nn.Sequential(nn.Conv2d(96 + 4 * 32, 96, 3, padding=1), nn.GELU(), nn.Conv2d(96, 36, 1))
 
@@ -137,7 +148,9 @@ class PhotoEncoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Photo:
         """Maps (N, h_k, w_k, C_k), finest first."""
         m4, m8, m16, m32 = (m.permute(0, 3, 1, 2) for m in maps)
-        enlarge = lambda x, like: F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+        def enlarge(x, like):
+            return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
         x = self.join16(self.from16(m16) + enlarge(self.from32(m32), m16))
         size = h, w = tuple(x.shape[2:])
         where, t = self.positions(size), x.flatten(2).mT
@@ -152,15 +165,17 @@ class PhotoEncoder(nn.Module):
         box = torch.cat([centre + 0.3 * shift[..., :2], 0.3 * shift[..., 2:].clamp(-4, 2).exp()], -1)
         places = t + self.read_box(box.detach() * 2 - 1) + self.read_meaning(10 * F.normalize(meaning, dim=-1))
         a8, a16 = self.affine8(x8.flatten(2).mT).float(), self.affine16(t).float()
-        closeness = 2 * a8 @ a16.mT - a16.square().sum(-1)[:, None]  # the squared distance, less what is the same for all places
+        closeness = 2 * a8 @ a16.mT - a16.square().sum(-1)[:, None]  # minus the squared distance, up to a constant
         blend = self.blend(torch.cat([x8, F.pixel_unshuffle(own4, 2)], 1)).float().unflatten(1, (9, 4)).softmax(1)
-        return Photo(places, size, meaning, box, (closeness * self.sharpness.abs()).log_softmax(-1), self.fine(x4), blend)
+        affinity = (closeness * self.sharpness.abs()).log_softmax(-1)
+        return Photo(places, size, meaning, box, affinity, self.fine(x4), blend)
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p14
 def follow_edges(coarse: Tensor, blend: Tensor) -> Tensor:
-    """Convex upsampling (RAFT, Teed and Deng 2020): scores (B, h, w) -> (B, 2 h, 2 w), each a mean of nine neighbours by `blend`
-    (B, 9, 4, h, w), of sum one over the nine, which was computed from the photo and so ends where its things end."""
-    near = F.unfold(F.pad(coarse[:, None], (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, coarse.shape[1:])  # (B, 9, h, w)
+    """Convex upsampling (RAFT, Teed and Deng 2020): scores (B, h, w) -> (B, 2 h, 2 w), each a mean of nine
+    neighbours by `blend` (B, 9, 4, h, w), of sum one over the nine, which was computed from the photo."""
+    near = F.unfold(F.pad(coarse[:, None], (1, 1, 1, 1), mode="replicate"), 3)
+    near = near.unflatten(2, coarse.shape[1:])  # (B, 9, h, w)
     return F.pixel_shuffle((near[:, :, None] * blend).sum(1), 2)[:, 0]
 
 
@@ -179,67 +194,19 @@ class EdgeDecoder(nn.Module):
         values = torch.cat([coarse[..., None].to(x.dtype), self.look_for(x)], -1)
         spread = photo.affinity.exp().to(values.dtype)[which] @ values  # (B, 4 P, 1 + K)
         spread = spread.mT.unflatten(2, (2 * h, 2 * w)).float()
-        enlarged = F.interpolate(coarse.view(-1, 1, h, w), scale_factor=2.0, mode="bilinear", align_corners=False)[:, 0]
-        score = follow_edges(self.mix[0] * spread[:, 0] + self.mix[1] * enlarged, photo.blend[which])
-        wanted = F.interpolate(spread[:, 1:], scale_factor=2.0, mode="bilinear", align_corners=False)  # (B, K, 4 h, 4 w)
-        return score + self.mix[2] * (wanted * photo.fine[which].float()).mean(1) * wanted.shape[1] ** 0.5, coarse
-
-# %% ../../nbs/workshop/lavt_photo.ipynb #p17
-def shrink(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bool masks (B, H, W) -> the share of each cell that they cover, (B, h, w)."""
-    return F.interpolate(mask.float()[:, None], size=tuple(size), mode="area")[:, 0]
-
-
-def dice_terms(p: Tensor, t: Tensor) -> Tensor:
-    """`dice_loss` of each of B sentences, from probabilities and shares (B, ...) -> (B,)."""
-    p, t = p.flatten(1), t.flatten(1)
-    return 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
-
-
-def box_terms(score: Tensor, box: Tensor, fill: float = 0.5) -> Tensor:
-    """For things of which only the box is known, filled in `box` (B, h, w): no pixel outside, one in each row and column inside
-    (BoxInst, Tian et al. 2021, section 3.1), and at least the share `fill` of the box; (B,)."""
-    p, outside = score.sigmoid(), 1 - box
-    empty = -(F.logsigmoid(-score) * outside).sum((1, 2)) / outside.sum((1, 2)).clamp(min=1)
-    projected = sum(dice_terms(p.amax(axis), box.amax(axis)) for axis in (1, 2))
-    return empty + projected + (fill - (p * box).sum((1, 2)) / box.sum((1, 2)).clamp(min=1)).clamp(min=0)
-
-
-def mean_of(terms: Tensor, weight: Tensor) -> Tensor:
-    """The weighted mean, 0 where all weights are."""
-    return (terms * weight).sum() / weight.sum().clamp(min=1e-6)
-
-
-def mask_boxes(mask: Tensor) -> Tensor:
-    """Bool masks (B, H, W) -> centre x, y and sides w, h of their boxes in 0..1, (B, 4)."""
-    found = []
-    for axis in (1, 2):  # without rows: x; without columns: y
-        line = mask.any(axis)  # (B, n)
-        n = line.shape[1]
-        at = torch.arange(n, device=mask.device)
-        low, high = torch.where(line, at, n).amin(1), torch.where(line, at + 1, 0).amax(1)
-        found.append(((low + high) / (2 * n), (high - low).clamp(min=0) / n))
-    (x, w), (y, h) = found
-    return torch.stack([x, y, w, h], 1)
-
-
-def owners(cover: Tensor, area: Tensor, which: Tensor, photos: int) -> Tensor:
-    """Which sentence each cell belongs to: of those of its photo whose mask covers more than half of it, the one of least area.
-
-    cover (B, P), area (B,), which (B,) -> (photos, P) int64, -1 where there is none."""
-    cost = torch.where(cover > 0.5, area[:, None], torch.inf)
-    least = cost.new_full((photos, cover.shape[1]), torch.inf).index_reduce(0, which, cost, "amin")
-    numbers = torch.arange(len(which), device=which.device)[:, None]
-    mine = torch.where((cost == least[which]) & cost.isfinite(), numbers, -1)
-    return which.new_full((photos, cover.shape[1]), -1).index_reduce(0, which, mine, "amax")
+        smooth, wanted = (F.interpolate(t, scale_factor=2.0, mode="bilinear", align_corners=False)
+                          for t in (coarse.view(-1, 1, h, w), spread[:, 1:]))  # (B, 1, 2 h, 2 w), (B, K, 4 h, 4 w)
+        score = follow_edges(self.mix[0] * spread[:, 0] + self.mix[1] * smooth[:, 0], photo.blend[which])
+        detail = (wanted * photo.fine[which].float()).mean(1) * wanted.shape[1] ** 0.5
+        return score + self.mix[2] * detail, coarse
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p20
 _LOSSES = dict(mask=2.0, dice=1.0, boxed=2.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
-_MINILM = "sentence-transformers/all-MiniLM-L6-v2"  # its pieces are those of bert-base-uncased
 
 
 class PhotoLAVT(RISModel):
-    """A LAVT for photographs: early stages are a pretrained CNN that reads no word, late ones are transformer blocks that do.
+    """A LAVT for photographs: early stages are a pretrained CNN that reads no word, late ones are transformer
+    blocks that do.
 
     | group | settings |
     |---|---|
@@ -249,41 +216,45 @@ class PhotoLAVT(RISModel):
     | decoder | detail: features at stride 4; affinity: features by which pixels and places are compared |
     | loss | the weight of each term of `losses`, 0: without it |
 
-    pieces: how many of the text encoder's pieces are kept, the most frequent ones; a longer word is spelt with them. categories: names
-    that the loss "category" tells apart. depthwise: do the CNN's depthwise kernels learn? threshold: the probability above which a
-    pixel is in the mask; none: the one that some pixel must reach, or the mask is empty. The rest: of `RISModel`.
+    vocabulary: by default the text encoder's; pieces: how many of these are kept, from the first, None for all:
+    other words are spelt with them. categories: names that the loss "category" tells apart. depthwise: do the CNN's
+    depthwise kernels learn? threshold: the probability above which a pixel is in the mask; none: the one that some
+    pixel must reach, or the mask is empty. The rest: of `RISModel`. `RISError`: a backbone without maps of these
+    strides, a loss or a probability out of range.
     """
 
     foreign = {"vision": "timm", "text": "hf"}
 
-    def __init__(self, image_size: int = 288, vocabulary=None, max_words: int = 24, mean=None, std=None, resolution: str = "original", *,
+    def __init__(self, image_size: int = 288, vocabulary=None, max_words: int = 24, mean=None, std=None,
+                 resolution: str = "original", *,
                  vision: Mapping = dict(timm="tf_efficientnet_lite2", pretrained=True, stages=None, drop_path=None),
-                 text: Mapping = dict(hf=_MINILM, pretrained=True, layers=3, config=None),
+                 text: Mapping = dict(hf=MINILM, pretrained=True, layers=3, config=None),
                  stages: Mapping = dict(width=192, heads=6, ffn=384, looking=2, reading=3),
                  decoder: Mapping = dict(detail=32, affinity=48), loss: Mapping = _LOSSES,
-                 pieces: int | None = 10_000, categories: Sequence[str] = (), depthwise: bool = False, threshold: float = 0.5, none: float = 0.0,
+                 pieces: int | None = 10_000, categories: Sequence[str] = (), depthwise: bool = False,
+                 threshold: float = 0.5, none: float = 0.0,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
         if not 0 < threshold < 1 or not 0 <= none < 1 or set(loss) != set(_LOSSES) or min(loss.values()) < 0:
-            raise RISError(f"threshold and none are probabilities, and the loss has weights of at least 0 for {', '.join(_LOSSES)}; "
-                           f"not {threshold}, {none} and {dict(loss)}")
+            raise RISError(f"threshold and none are probabilities, and the loss has weights of at least 0 for "
+                           f"{', '.join(_LOSSES)}; not {threshold}, {none} and {dict(loss)}")
         mean, std = pretraining_statistics(vision, mean, std, ((0.5,) * 3, (0.5,) * 3))
-        if vocabulary is None:
-            known = read_vocabulary(BERT_UNCASED) if text["hf"] == _MINILM else hf_vocabulary(text["hf"])
-            vocabulary = known[:pieces]
+        vocabulary = vocabulary_for(text, None)[:pieces] if vocabulary is None else vocabulary
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         self.weights, self.categories, self.threshold, self.none = dict(loss), list(categories), threshold, none
         self.text = HFText(vocabulary=self.vocabulary, **text)
         self.vision = TimmStages(image_size=image_size, **vision)
         if self.vision.strides != [4, 8, 16, 32]:
-            raise RISError(f"PhotoLAVT needs maps of strides 4, 8, 16 and 32, and timm's {vision['timm']} has {self.vision.strides}: "
-                           "take one such as tf_efficientnet_lite0, convnext_tiny or resnet50, or choose its stages")
+            raise RISError(f"PhotoLAVT needs maps of strides 4, 8, 16 and 32, and timm's {vision['timm']} has "
+                           f"{self.vision.strides}: take one such as convnext_tiny or resnet50, or choose stages")
         fold_norms(self.vision)
-        if not depthwise: freeze_depthwise(self.vision)
+        if not depthwise:
+            freeze_depthwise(self.vision)
         width, E = stages["width"], self.text.width
         self.photo = PhotoEncoder(self.vision.widths, E, width, stages["heads"], stages["ffn"], stages["looking"],
                                   image_size // 16, decoder["detail"], decoder["affinity"])
         self.language = nn.Sequential(nn.Linear(E, width), nn.LayerNorm(width))
-        self.stages = nn.ModuleList(ReadingStage(width, width, stages["heads"], stages["ffn"]) for _ in range(stages["reading"]))
+        self.stages = nn.ModuleList(
+            ReadingStage(width, width, stages["heads"], stages["ffn"]) for _ in range(stages["reading"]))
         self.decoder = EdgeDecoder(width, decoder["detail"])
         train = len(categories) > 0  # else no loss reaches them
         self.background = nn.Parameter(torch.randn(1, E) * 0.05, requires_grad=train)
@@ -297,7 +268,7 @@ class PhotoLAVT(RISModel):
     def forward(self, batch: Batch) -> Output:
         """`score` (B, H / 4, W / 4); `extra`: `coarse` (B, P), the score of the places, `photo` and `which`."""
         photo = batch.encoded if batch.encoded is not None else self.encode_image(batch.image)
-        which = batch.which if batch.which is not None else torch.arange(len(batch.ids), device=batch.ids.device)
+        which = torch.arange(len(batch), device=batch.ids.device) if batch.which is None else batch.which
         L = batch.longest
         words = batch.words[:, :L]
         l = self.language(self.text(batch.ids[:, :L], words))
@@ -318,49 +289,28 @@ class PhotoLAVT(RISModel):
         return F.normalize(torch.cat([self.background, mean]), dim=-1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """Terms by the names of the group `loss`; needs `batch.mask`. A sentence whose `kind` has "box" in it has its box for a mask."""
+        """The terms of the group `loss`, by its names, weighted; needs `batch.mask`. A sentence whose `kind` has
+        "box" in it has its filled box for a mask."""
         if batch.mask is None:
             raise RISError("PhotoLAVT learns from masks and this batch has none: read the data with masks=True")
-        W, photo, which, coarse = self.weights, output.extra["photo"], output.extra["which"], output.extra["coarse"]
-        boxed = without_waiting([float("box" in kind.split("+")) for kind in batch.kind or [""] * len(batch)], which.device)
-        drawn, score = 1 - boxed, output.score
-        target, small = shrink(batch.mask, score.shape[1:]), shrink(batch.mask, photo.size).flatten(1)  # (B, 4 h, 4 w), (B, P)
-        there = (small.amax(1) > 0).float()
-        bce = F.binary_cross_entropy_with_logits(score, target, reduction="none").mean((1, 2))
-        low = F.binary_cross_entropy_with_logits(coarse, small, reduction="none").mean(1)
-        terms = {"mask": mean_of(bce, drawn), "dice": mean_of(dice_terms(score.sigmoid(), target), drawn),
-                 "boxed": mean_of(box_terms(score, target), boxed) * boxed.mean(),
-                 "coarse": mean_of(low + dice_terms(coarse.sigmoid(), small), drawn),
-                 "pointing": mean_of(-(coarse.log_softmax(-1) + (small + 1e-4).log()).logsumexp(-1), there)}
-        terms |= self.photo_terms(photo, which, small, batch, drawn)
-        return {name: W[name] * term for name, term in terms.items() if W[name]}
+        photo, which, coarse = (output.extra[name] for name in ("photo", "which", "coarse"))
+        kinds, categories = (given or [""] * len(batch) for given in (batch.kind, batch.category))
+        boxed = without_waiting([float("box" in kind.split("+")) for kind in kinds], which.device)
+        terms, owner, known = box_and_affinity(photo, which, batch.mask, boxed)
+        terms |= sentence_terms(output.score, coarse, batch.mask, boxed, photo.size)
+        if self.categories:
+            logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()  # (N, P, 1 + C)
+            place = {name: k for k, name in enumerate(self.categories, 1)}
+            terms["category"] = category_term(logits, [place.get(name, -1) for name in categories], owner, known)
+        return {name: self.weights[name] * term for name, term in terms.items() if self.weights[name]}
 
-    def photo_terms(self, photo: Photo, which: Tensor, small: Tensor, batch: Batch, drawn: Tensor) -> dict[str, Tensor]:
-        """What is asked of places whatever the sentence: which category, which box, and which pixels belong together."""
-        (h, w), N, area = photo.size, len(photo.places), small.sum(1)
-        fine = shrink(batch.mask, (2 * h, 2 * w)).flatten(1)
-        owner, owner8 = (owners(cover, area, which, N) for cover in (small, fine))
-        own, known = (owner >= 0).float(), drawn.new_ones(N).index_reduce(0, which, drawn, "amin")  # (N, P), (N,)
-        boxes = mask_boxes(batch.mask)[owner.clamp(min=0)]  # (N, P, 4)
-        off = 4 * F.smooth_l1_loss(photo.box[..., :2], boxes[..., :2], beta=0.05, reduction="none").mean(-1)
-        off = off + F.smooth_l1_loss(photo.box[..., 2:].log(), boxes[..., 2:].clamp(min=0.01).log(), beta=0.3, reduction="none").mean(-1)
-        same = owner8[:, :, None] == owner[:, None]  # (N, 4 P, P)
-        weight = torch.where(owner8 >= 0, 1.0, 0.2) * same.any(-1) * known[:, None]
-        terms = {"box": mean_of(off, own), "affinity": mean_of(-photo.affinity.masked_fill(~same, -1e4).logsumexp(-1), weight)}
-        if not self.categories:
-            return terms
-        place = {name: k for k, name in enumerate(self.categories, 1)}
-        label = without_waiting([place.get(name, -1) for name in batch.category or [""] * len(batch)], which.device)[owner.clamp(min=0)]
-        label = torch.where(owner >= 0, label, 0)  # (N, P); 0: no thing that a sentence means
-        logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()  # (N, P, 1 + C)
-        weight = torch.where(label > 0, 1.0, torch.where(label == 0, 0.1 * known[:, None], 0.0))
-        return terms | {"category": mean_of(F.cross_entropy(logits.flatten(0, 1), label.clamp(min=0).flatten(), reduction="none"), weight.flatten())}
-
-    def masks(self, output: Output, sizes: Sequence[tuple[int, int]], threshold: float | None = None) -> list[Tensor]:
-        """Bool masks (H, W) of the asked sizes: where the probability, enlarged, is above `threshold`; empty where it stays below `none`."""
+    def masks(self, output: Output, sizes: Sequence[tuple[int, int]],
+              threshold: float | None = None) -> list[Tensor]:
+        """Bool masks (H, W) of the asked sizes: where the probability, enlarged, is above `threshold`; empty where
+        it stays below `none`."""
         cut = self.threshold if threshold is None else threshold
         p = output.score.float().sigmoid()
-        if self.none: p = torch.where(p.flatten(1).amax(1)[:, None, None] < self.none, torch.zeros_like(p), p)
+        p = p * (p.amax((1, 2), keepdim=True) >= self.none)
         return [F.interpolate(s[None, None], size=tuple(size), mode="bilinear", align_corners=False)[0, 0] > cut
                 for s, size in zip(p, sizes, strict=True)]
 
@@ -380,21 +330,16 @@ _COCO_THINGS = tuple((
     "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(","))
 
 
-_MINILM_SIZES = dict(model_type="bert", hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-
-
 @register_model
 def lavt_photo(pretrained: bool = False, **overrides) -> PhotoLAVT:
-    """A LAVT for photographs that trains on two CPU cores: EfficientNet-lite2 on 288 pixels, three layers of MiniLM.
+    """A LAVT for photographs that trains on two CPU cores: EfficientNet-lite2 on 288 pixels, three layers of
+    MiniLM.
 
-    `pretrained`: both encoders start with their weights, from an installed package or the Hub, and learn at 0.3 and 0.125 of the rate;
-    what their first layers know stands still.
+    `pretrained`: both encoders start with their weights, from an installed package or the Hub, and learn at 0.3 and
+    0.125 of the rate; what their first layers know stands still.
     """
     settings = {"vision": {"pretrained": pretrained}, "text": {"pretrained": pretrained}, "categories": _COCO_THINGS}
-    if not pretrained:  # nothing is asked of the Hub
-        known = read_vocabulary(overrides["vocabulary"]) if overrides.get("vocabulary") else read_vocabulary(BERT_UNCASED)[:overrides.get("pieces", 10_000)]
-        settings["text"]["config"] = {**_MINILM_SIZES, "vocab_size": len(known)}
-    else:
+    if pretrained:
         settings |= {"freeze": ("text.model.embeddings", "text.model.encoder.layer.0", "vision.stages.0"),
                      "lr_factors": {"vision": 0.3, "text": 0.125}}
     return PhotoLAVT(**PhotoLAVT.settings(settings, overrides))
