@@ -200,6 +200,7 @@ class Views:
     cocodataset.org) or a part of them. Sentences by people in a folder such as RefPhotos: --people. Sentences by people about
     things of which masks or boxes are known: --refer, RefCOCO and its siblings, which `ris-nb data prepare refcoco` fetches.
     No photo is used that belongs to val or test of --people, to another split of --refer, or to a data root of --exclude.
+    Where --refer has boxes only, a net learns from the other masks what a box holds, and outlines it: three minutes.
     OUT gets a manifest.json with the photos' ids and licences, and the counts. A pass over 1,000 photos takes about a minute.
 
     examples:
@@ -218,7 +219,7 @@ class Views:
     people: Annotated[str, arg(metavar="FOLDER")] = "refphotos"
     """Photos with masks and sentences: train is zoomed, val becomes part of val; or none."""
     refer: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """A data root with refcoco/, refcoco+/ or refcocog/; where a thing has no mask, its filled box stands for it."""
+    """A data root with refcoco/, refcoco+/ or refcocog/; where a thing has only a box, a net outlines it."""
     refer_splits: Annotated[tuple[str, ...], arg(metavar="SPLIT ...")] = ("train",)
     """The splits of --refer to use."""
     exclude: Annotated[tuple[Path, ...], arg(metavar="FOLDER ...")] = ()
@@ -235,6 +236,8 @@ class Views:
     """Photos with masks that are held out as val."""
     smallest: float = 0.01
     """No sentence by rule about less than this share of a view."""
+    outline: int = 350
+    """Steps in which the net that turns boxes into masks learns from the other masks; 0: boxes stay filled."""
     seed: int = 0
     """Another seed makes other views."""
     force: bool = False
@@ -243,16 +246,20 @@ class Views:
 # %% ../../nbs/workshop/cli_data.ipynb #dv2
 def run_views(flags: Views) -> int:
     """Make the views, with a progress bar; say how many there are, and which masks could not be used."""
-    within(flags, passes=(1, 1000), mosaics=(0, 100), zooms=(0, 1000), box_zooms=(0, 1000), val_photos=(0, 1_000_000), smallest=(0, 1), seed=(0, SEEDS[1] - 1))
+    within(flags, passes=(1, 1000), mosaics=(0, 100), zooms=(0, 1000), box_zooms=(0, 1000), val_photos=(0, 1_000_000), smallest=(0, 1), outline=(0, 1_000_000), seed=(0, SEEDS[1] - 1))
     if (flags.coco is None) == (flags.instances is None) or (flags.instances is None) != (flags.photos is None):
         raise UsageError("name photos with masks: --coco FOLDER (with an annotations.json), or --instances FILE and --photos FOLDER")
     from ris_nb.data.view_folders import ViewCounts, make_views
+    from ris_nb.training.outlines import BoxMask, outline_boxes
+    net = BoxMask() if flags.refer and flags.outline else None     # says at once if its weights can't be had
     counts = ViewCounts(flags.passes, flags.mosaics, flags.zooms, flags.box_zooms, flags.val_photos, flags.smallest, flags.seed)
     done = make_views(flags.out, flags.instances or flags.coco / "annotations.json", flags.photos or flags.coco,
                       None if flags.people == "none" else flags.people, flags.refer, flags.refer_splits, flags.exclude,
                       counts, flags.force, progress=True)
     print(table(("split", "from", "sentences"),
                 [(made.pop("split"), made.pop("from"), sum(made.values())) for made in done["sentences"]]))
+    if net and (outlined := outline_boxes(flags.out, net, flags.outline, flags.seed, progress=True))["boxes"]:
+        print("{boxes:,} boxes are masks now; on {things} masks of val: outlines {outline} mIoU, filled boxes {filled_box}".format(**outlined))
     print(f"next: ris-nb data check {shlex.quote(str(flags.out))}")
     if bad := done["unusable_masks"]:
         print(f"{len(bad)} masks left out, such as {next(iter(bad))}: {next(iter(bad.values()))}", file=sys.stderr)

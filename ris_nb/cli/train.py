@@ -21,7 +21,7 @@ from .flags import Data, Own, machine, rank_and_world
 from ..data.sources import open_data
 from ..recipes.expectation import expectation
 from ..recipes.recipe import plan
-from ..recipes.recipes import COUNTED_FROM, find_recipe
+from ..recipes.recipes import COUNTED_FROM, OWN_RECIPES, find_recipe
 from ..recipes.run import DEFAULT_MODEL, RunSettings, check_imports, folder_of, read_command, train
 from ..registry import _FUNCTION, _written
 from ..training.config import TINY_RECIPE, TrainConfig
@@ -87,18 +87,24 @@ def _number(word: str | None) -> int | None:
     return int(word) or None if re.fullmatch(r"\d{1,9}", word or "") else None
 
 # %% ../../nbs/workshop/cli_train.ipynb #064u
+def began_with(model: str | None, start: str | None, pretrained: bool) -> tuple[str | None, str | None, bool]:
+    """The same of the first run: one that began from a run that began from another ... has that one's model."""
+    for _ in range(9):
+        path = Path(str(start)) / "command.json"
+        if start is None or not path.is_file():
+            break
+        began = read_command(path)
+        model, start, pretrained = began.get("model"), began.get("from"), bool(began.get("pretrained"))
+    return model, start, pretrained
+
+
 def usual_config(model: str | None = None, start: str | None = None, pretrained: bool = False) -> tuple[TrainConfig, str]:
     """How a run without a recipe trains, and why: tiny models, and others that learn from nothing, as `TINY_RECIPE`;
     full-size and pretrained ones as `TrainConfig`.
 
     start: of --from. A run's folder tells its model, and so does the name of a model that comes with the library.
     """
-    for _ in range(9):  # a run that began from a run that began ...
-        path = Path(str(start)) / "command.json"
-        if start is None or not path.is_file():
-            break
-        began = read_command(path)
-        model, start, pretrained = began.get("model"), began.get("from"), bool(began.get("pretrained"))
+    model, start, pretrained = began_with(model, start, pretrained)
     name = str(start or model or DEFAULT_MODEL)
     tiny, ours = name.endswith(("_tiny", "_toys")), name in _written(_FUNCTION)
     if tiny or not (ours or start or pretrained):
@@ -114,9 +120,10 @@ def train_flags(words: list[str] = ()) -> type[Train]:
     given = {name: said[name] for name in COUNTED_FROM}
     given |= {"dataset": said["dataset"] or said["data"], "batch_size": _number(said["batch_size"]),
               "each": said["each"] if said["each"] in ("object", "sentence", "image") else None}  # what makes no sense is left to the parser
-    recipe = find_recipe(said["recipe"], **given) if said["recipe"] else None
+    name = said["recipe"] or OWN_RECIPES.get(began_with(None, said["from"], False)[1])
+    recipe = find_recipe(name, **given) if name else None
     usual = None if recipe else usual_config(said["model"], said["from"], said["pretrained"] is not None)[0]
-    values, config = (recipe.values(world), recipe.config(world)) if recipe else ({}, usual)
+    values, config = ({**recipe.values(world), "recipe": name}, recipe.config(world)) if recipe else ({}, usual)
     if said["from"] is not None:  # what the trained model settles
         values = {name: value for name, value in values.items() if name not in ("model", "pretrained", "image_size", "freeze")}
     types = get_type_hints(Train, include_extras=True)  # a type and not its text: the new class knows no names of this module

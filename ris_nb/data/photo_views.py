@@ -163,8 +163,8 @@ def zoomed(view: View, sentences: Sentences, rng: random.Random, most: float = 0
 
 # %% ../../nbs/workshop/photo_views.ipynb #v14
 class ViewWriter:
-    """Collects views and their sentences in a folder that `FolderData` reads. `made`: what was written, by split
-    and maker.
+    """Collects views and their sentences in a folder that `FolderData` reads. A file is named
+    after its split and maker; `made`: what was written, by both.
 
     In train, a sentence of a kind that rules make is left out if its mask is less than the share `smallest` of the
     view.
@@ -181,7 +181,7 @@ class ViewWriter:
         if not sentences:
             return
         number = len(self.images)
-        name = f"photos/{split}_{number:05d}.jpg"
+        name = f"photos/{split}_{maker}_{number:05d}.jpg"
         view.image.save(self.root / name, quality=88)
         self.images.append({"id": number, "file_name": name, "width": view.image.width, "height": view.image.height})
         ids = {i: self._annotate(number, view.instances[i]) for i in {i for _, meant, _ in sentences for i in meant}}

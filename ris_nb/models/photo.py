@@ -14,7 +14,7 @@ from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..contract import Batch, Output, RISError, without_waiting
+from ..contract import Batch, Output, RISError
 from ..encoders.backbones import MINILM, HFText, TimmStages, pretraining_statistics, vocabulary_for
 from .base import RISModel
 from .lavt import PWAM, LanguageGate
@@ -201,7 +201,7 @@ class EdgeDecoder(nn.Module):
         return score + self.mix[2] * detail, coarse
 
 # %% ../../nbs/workshop/lavt_photo.ipynb #p20
-_LOSSES = dict(mask=2.0, dice=1.0, boxed=2.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
+_LOSSES = dict(mask=2.0, dice=1.0, coarse=0.5, pointing=0.15, category=0.3, box=0.5, affinity=0.3)
 
 
 class PhotoLAVT(RISModel):
@@ -289,19 +289,16 @@ class PhotoLAVT(RISModel):
         return F.normalize(torch.cat([self.background, mean]), dim=-1)
 
     def losses(self, output: Output, batch: Batch) -> dict[str, Tensor]:
-        """The terms of the group `loss`, by its names, weighted; needs `batch.mask`. A sentence whose `kind` has
-        "box" in it has its filled box for a mask."""
+        """The terms of the group `loss`, by its names, weighted; needs `batch.mask`."""
         if batch.mask is None:
             raise RISError("PhotoLAVT learns from masks and this batch has none: read the data with masks=True")
         photo, which, coarse = (output.extra[name] for name in ("photo", "which", "coarse"))
-        kinds, categories = (given or [""] * len(batch) for given in (batch.kind, batch.category))
-        boxed = without_waiting([float("box" in kind.split("+")) for kind in kinds], which.device)
-        terms, owner, known = box_and_affinity(photo, which, batch.mask, boxed)
-        terms |= sentence_terms(output.score, coarse, batch.mask, boxed, photo.size)
+        terms, owner = box_and_affinity(photo, which, batch.mask)
+        terms |= sentence_terms(output.score, coarse, batch.mask, photo.size)
         if self.categories:
             logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()  # (N, P, 1 + C)
             place = {name: k for k, name in enumerate(self.categories, 1)}
-            terms["category"] = category_term(logits, [place.get(name, -1) for name in categories], owner, known)
+            terms["category"] = category_term(logits, [place.get(name, -1) for name in batch.category or [""] * len(batch)], owner)
         return {name: self.weights[name] * term for name, term in terms.items() if self.weights[name]}
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]],

@@ -14,6 +14,7 @@ from ..data.writer import make_refshapes
 from .gathering import gathering_study
 from .law import law_study
 from .magnet import magnet_study, parts_study
+from .photo import own_study, photo_study
 from .rivals import rivals_study
 from .runner import run_study, study_table
 from .sag import sag_study
@@ -38,6 +39,8 @@ STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refs
            "rivals": StudyPlan(rivals_study, ("refshapes", "refshapes+"), ("refshapes oIoU", "refshapes mIoU", "refshapes+ mIoU")),
            "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU", "kind mIoU", "kind+more mIoU")),  # it makes its own data
            "parts": StudyPlan(parts_study, (), ("mIoU", "found", "rival marked")),  # so does this
+           "photo": StudyPlan(photo_study, (), ("val mIoU", "val none")),  # this needs a folder of views
+           "own": StudyPlan(own_study, (), ("test mIoU", "test none")),
            "gathering": StudyPlan(gathering_study, (), ("mIoU", "oIoU", "on the referent", "by chance"))}  # and this needs none
 
 # %% ../../nbs/workshop/study_table.ipynb #s03
