@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ris_nb.contract import RISError
@@ -14,6 +15,7 @@ from ris_nb.data.photo_phrases import Instance
 from ris_nb.data.photo_speaker import mirror_sentence
 from ris_nb.data.photo_views import View, ViewWriter, _cut, cut, described, random_mosaic, zoomed
 from ris_nb.data.view_folders import ViewCounts, _boxed, _Coco, _find_referrals, make_views
+from ris_nb.training.outlines import BoxMask, FolderBoxes, outline_boxes
 
 KINDS = ("person", "car", "dog")
 FEW = ViewCounts(passes=1, mosaics=0.5, zooms=2, box_zooms=2, val=2)
@@ -193,6 +195,24 @@ def test_boxes_are_filled_and_joined_by_thing(tmp_path):
     assert view.image.size == (80, 100)     # stored at half the width that the box was drawn on
     (box,) = view.instances
     assert box.segmentation[10:70, 10:30].all() and box.segmentation.sum() == 60 * 20
+
+
+def test_boxes_of_a_folder_become_masks_inside_them(tmp_path):
+    coco = write_coco(tmp_path / "coco", range(1, 9))
+    make_views(tmp_path / "out", coco / "annotations.json", coco, None, write_refer(tmp_path / "refer", {31: "train"}), counts=FEW)
+    before, lines = FolderBoxes.read(tmp_path / "out"), said(tmp_path / "out")
+    torch.manual_seed(0)
+    found = outline_boxes(tmp_path / "out", BoxMask("tf_efficientnet_lite0", pretrained=False, width=8), steps=2)
+    after = FolderBoxes.read(tmp_path / "out")
+    assert found["boxes"] == sum(map(len, before.boxes.values())) > 0 and not after.boxes and before.val == after.val
+    masks = {mark["id"]: mark for mark in after.content["annotations"]}
+    for name, marks in before.boxes.items():
+        for box, mask in zip(before.load(name, marks)[1], after.load(name, [masks[mark["id"]] for mark in marks])[1], strict=True):
+            assert mask.any() and not (mask & ~box).any()
+    for name, marks in before.train.items():
+        assert all(masks[mark["id"]] == mark for mark in marks)
+    assert [line | {"kind": line["kind"].replace("box", "outlined")} for line in lines] == said(tmp_path / "out")
+    FolderData(tmp_path / "out")
 
 
 def test_masks_that_enclose_nothing_are_left_out_and_listed(tmp_path):

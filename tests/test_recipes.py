@@ -92,7 +92,7 @@ def refcoco(root, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_the_default_of_every_flag(name, monkeypatch):
-    world = 1 if name == "lavt_photo" else 2  # its 7 photos can't be shared out
+    world = 1 if name in ("lavt_photo", "own_photos") else 2  # its 7 photos can't be shared out
     monkeypatch.setenv("WORLD_SIZE", str(world))
     flags = parse(train_flags(["--recipe", name]), "train", ["--recipe", name])
     values, given = RECIPES[name].values(world), {**vars(flags), **asdict(flags.training)}

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from .errors import MAX_IMAGE_SIZE, MAX_WORKERS, SEEDS, UsageError, within
+from ..contract import RISError
 
 # %% auto #0
 __all__ = []
@@ -250,16 +251,20 @@ def run_views(flags: Views) -> int:
     if (flags.coco is None) == (flags.instances is None) or (flags.instances is None) != (flags.photos is None):
         raise UsageError("name photos with masks: --coco FOLDER (with an annotations.json), or --instances FILE and --photos FOLDER")
     from ris_nb.data.view_folders import ViewCounts, make_views
-    from ris_nb.training.outlines import BoxMask, outline_boxes
-    net = BoxMask() if flags.refer and flags.outline else None     # says at once if its weights can't be had
     counts = ViewCounts(flags.passes, flags.mosaics, flags.zooms, flags.box_zooms, flags.val_photos, flags.smallest, flags.seed)
     done = make_views(flags.out, flags.instances or flags.coco / "annotations.json", flags.photos or flags.coco,
                       None if flags.people == "none" else flags.people, flags.refer, flags.refer_splits, flags.exclude,
                       counts, flags.force, progress=True)
+    if flags.outline and any("human+box" in made for made in done["sentences"]):
+        from ris_nb.training.outlines import BoxMask, outline_boxes
+        try:
+            found = outline_boxes(flags.out, BoxMask(), flags.outline, flags.seed, progress=True)
+        except RISError as error:   # the folder is complete without it
+            print(f"boxes stay filled: {error}", file=sys.stderr)
+        else:
+            print("{boxes:,} boxes are masks now; on {things} masks of val: outlines {outline} mIoU, filled boxes {filled_box}".format(**found))
     print(table(("split", "from", "sentences"),
                 [(made.pop("split"), made.pop("from"), sum(made.values())) for made in done["sentences"]]))
-    if net and (outlined := outline_boxes(flags.out, net, flags.outline, flags.seed, progress=True))["boxes"]:
-        print("{boxes:,} boxes are masks now; on {things} masks of val: outlines {outline} mIoU, filled boxes {filled_box}".format(**outlined))
     print(f"next: ris-nb data check {shlex.quote(str(flags.out))}")
     if bad := done["unusable_masks"]:
         print(f"{len(bad)} masks left out, such as {next(iter(bad))}: {next(iter(bad.values()))}", file=sys.stderr)
