@@ -187,8 +187,7 @@ def run_describe(flags: Describe) -> int:
     names = {category: tuple(said.split("/")) for category, said in (flags.names or {}).items()}
     counts = describe_folder(flags.root, flags.seed, flags.most, flags.several, flags.none, flags.style, names, flags.val,
                              flags.force, progress=True)
-    print(table(("kind", "sentences"), list(counts.items())))
-    print(f"next: ris-nb data check {shlex.quote(str(flags.root))}")
+    print(table(("kind", "sentences"), list(counts.items())), f"next: ris-nb data check {shlex.quote(str(flags.root))}", sep="\n")
     return 0
 
 # %% ../../nbs/workshop/cli_data.ipynb #dv1
@@ -196,17 +195,15 @@ def run_describe(flags: Describe) -> int:
 class Views:
     """Make many views of few photos, a folder to train on: cut, mirrored, recoloured, put side by side, and described by rule.
 
-    Three sources. Photos with masks and categories: --coco FOLDER, which holds photos and an annotations.json in COCO format,
-    or --instances FILE with --photos FOLDER, such as COCO 2017's train images and instances_train2017.json (from
-    cocodataset.org) or a part of them. Sentences by people in a folder such as RefPhotos: --people. Sentences by people about
-    things of which masks or boxes are known: --refer, RefCOCO and its siblings, which `ris-nb data prepare refcoco` fetches.
-    No photo is used that belongs to val or test of --people, to another split of --refer, or to a data root of --exclude.
-    Where --refer has boxes only, a net learns from the other masks what a box holds, and outlines it: three minutes.
-    OUT gets a manifest.json with the photos' ids and licences, and the counts. A pass over 1,000 photos takes about a minute.
+    Three sources. Photos with masks and categories: --coco FOLDER, with photos and an annotations.json in COCO format, or
+    --instances FILE with --photos FOLDER, such as COCO 2017's train images and instances_train2017.json. Sentences by people
+    in a folder such as RefPhotos: --people. Sentences by people about things of which masks or boxes are known: --refer,
+    RefCOCO and its siblings; boxes are outlined by a net that learns from the other masks, which takes some minutes. No photo
+    is used that belongs to val or test of --people, to another split of --refer, or to a data root of --exclude. OUT gets
+    a manifest.json with the photos' ids and licences, and the counts. A pass over 1,000 photos takes about a minute.
 
     examples:
       ris-nb data views views --coco mine --people none
-      ris-nb data views views --instances instances_train2017.json --photos train2017 --passes 1 --val-photos 500
       ris-nb data views views --coco coco --refer data --exclude held_out
     """
     out: Annotated[Positional[Path], arg(metavar="OUT")]
@@ -252,20 +249,16 @@ def run_views(flags: Views) -> int:
         raise UsageError("name photos with masks: --coco FOLDER (with an annotations.json), or --instances FILE and --photos FOLDER")
     from ris_nb.data.view_folders import ViewCounts, make_views
     counts = ViewCounts(flags.passes, flags.mosaics, flags.zooms, flags.box_zooms, flags.val_photos, flags.smallest, flags.seed)
-    done = make_views(flags.out, flags.instances or flags.coco / "annotations.json", flags.photos or flags.coco,
-                      None if flags.people == "none" else flags.people, flags.refer, flags.refer_splits, flags.exclude,
-                      counts, flags.force, progress=True)
+    done = make_views(flags.out, flags.instances or flags.coco / "annotations.json", flags.photos or flags.coco, {"none": None}.get(flags.people, flags.people),
+                      flags.refer, flags.refer_splits, flags.exclude, counts, flags.force, progress=True)
     if flags.outline and any("human+box" in made for made in done["sentences"]):
         from ris_nb.training.outlines import BoxMask, outline_boxes
         try:
             found = outline_boxes(flags.out, BoxMask(), flags.outline, flags.seed, progress=True)
+            print("{boxes:,} boxes are masks now; on {things} masks of val: outlines {outline} mIoU, filled boxes {filled_box}".format(**found))
         except RISError as error:   # the folder is complete without it
             print(f"boxes stay filled: {error}", file=sys.stderr)
-        else:
-            print("{boxes:,} boxes are masks now; on {things} masks of val: outlines {outline} mIoU, filled boxes {filled_box}".format(**found))
-    print(table(("split", "from", "sentences"),
-                [(made.pop("split"), made.pop("from"), sum(made.values())) for made in done["sentences"]]))
-    print(f"next: ris-nb data check {shlex.quote(str(flags.out))}")
+    print(table(("split", "from", "sentences"), [(made.pop("split"), made.pop("from"), sum(made.values())) for made in done["sentences"]]), f"next: ris-nb data check {shlex.quote(str(flags.out))}", sep="\n")
     if bad := done["unusable_masks"]:
         print(f"{len(bad)} masks left out, such as {next(iter(bad))}: {next(iter(bad.values()))}", file=sys.stderr)
     return 0

@@ -21,7 +21,7 @@ from .flags import Data, Own, machine, rank_and_world
 from ..data.sources import open_data
 from ..recipes.expectation import expectation
 from ..recipes.recipe import plan
-from ..recipes.recipes import COUNTED_FROM, OWN_RECIPES, find_recipe
+from ..recipes.recipes import COUNTED_FROM, find_recipe
 from ..recipes.run import DEFAULT_MODEL, RunSettings, check_imports, folder_of, read_command, train
 from ..registry import _FUNCTION, _written
 from ..training.config import TINY_RECIPE, TrainConfig
@@ -87,6 +87,9 @@ def _number(word: str | None) -> int | None:
     return int(word) or None if re.fullmatch(r"\d{1,9}", word or "") else None
 
 # %% ../../nbs/workshop/cli_train.ipynb #064u
+_OWN_RECIPES = {"lavt_photo": "own_photos"}    # by which a trained model goes on, where none is named
+
+
 def began_with(model: str | None, start: str | None, pretrained: bool) -> tuple[str | None, str | None, bool]:
     """The same of the first run: one that began from a run that began from another ... has that one's model."""
     for _ in range(9):
@@ -120,7 +123,7 @@ def train_flags(words: list[str] = ()) -> type[Train]:
     given = {name: said[name] for name in COUNTED_FROM}
     given |= {"dataset": said["dataset"] or said["data"], "batch_size": _number(said["batch_size"]),
               "each": said["each"] if said["each"] in ("object", "sentence", "image") else None}  # what makes no sense is left to the parser
-    name = said["recipe"] or OWN_RECIPES.get(began_with(None, said["from"], False)[1])
+    name = said["recipe"] or _OWN_RECIPES.get(began_with(None, said["from"], False)[1])
     recipe = find_recipe(name, **given) if name else None
     usual = None if recipe else usual_config(said["model"], said["from"], said["pretrained"] is not None)[0]
     values, config = ({**recipe.values(world), "recipe": name}, recipe.config(world)) if recipe else ({}, usual)

@@ -15,10 +15,10 @@ from ..data.refer import PUBLISHED
 from ..data.tokenizer import BERT_UNCASED
 from .recipe import RECIPE_FILES, Recipe, Setting, read_recipe, schedule, sourced
 from ..settings import BERT_BASE, CLIP_MEAN, CLIP_R101, CLIP_STD, CLIP_TEXT, SWIN_B, SWIN_T
-from ..training.config import TINY_RECIPE
+from ..training.config import OWN_PHOTOS_RECIPE, PHOTO_RECIPE, TINY_RECIPE
 
 # %% auto #0
-__all__ = ['LAVT_CODE', 'DEMO', 'RECIPES', 'BORROWED', 'OWN_RECIPES', 'COUNTED_FROM', 'list_recipes', 'find_recipe']
+__all__ = ['LAVT_CODE', 'DEMO', 'RECIPES', 'BORROWED', 'COUNTED_FROM', 'list_recipes', 'find_recipe']
 
 # %% ../../nbs/workshop/paper_recipes.ipynb #017a
 LAVT_CODE, _LAVT_PAPER = "LAVT's released code", "LAVT, CVPR 2022"
@@ -244,10 +244,9 @@ RECIPES |= {
 # %% ../../nbs/workshop/paper_recipes.ipynb #p02
 _PHOTO = "our choice, for two hours on two CPU cores: workshop/lavt_photo"
 _PHOTO_SETTINGS = sourced(
-    _PHOTO, model="lavt_photo", pretrained=True, image_size=288, split="train", val="val", best="mIoU", each="image", sentences=6,
-    batch_size=7, steps=3000, lr=4e-4, weight_decay=0.03, schedule="cosine", warmup=60, clip=1.0, ema=0.998, precision="bf16", workers=1,
-    validate_every=500, save_every=500, seed=0)
-_OWN_PHOTOS = "our choice, for some dozens of photos: chapter 23"
+    _PHOTO, model="lavt_photo", pretrained=True, image_size=288, split="train", val="val", best="mIoU", each="image", sentences=6, seed=0,
+    **PHOTO_RECIPE)
+_OWN_PHOTOS = "our choice, for some dozens of photos: workshop/study_photo"
 _PHOTO_GPU = "our choice, not run: larger encoders, for one GPU"
 _PHOTO_REFCOCO = {
     "dataset": Setting("refcoco", "the recipe's name"), "split_by": _LAVT_SETS["refcoco"],
@@ -257,11 +256,10 @@ _PHOTO_REFCOCO = {
 _PHOTO_ENCODERS = {**sourced(_PHOTO_GPU, "vision", timm="convnext_base.fb_in22k_ft_in1k"), **sourced(_PHOTO_GPU, "text", hf=BERT_UNCASED, layers=12),
                    **sourced(_PHOTO_GPU, pieces=None, depthwise=True)}
 
-OWN_RECIPES = {"lavt_photo": "own_photos"}    # by which a trained model goes on, where none is named
 RECIPES |= {
     "lavt_photo": Recipe("LAVT for photographs on a folder of views", _PHOTO_SETTINGS, {}, Setting(7, _PHOTO), ("text", "vision")),
     "own_photos": Recipe("lavt_photo goes on with photos of your own",
-                         {**_PHOTO_SETTINGS, **sourced(_OWN_PHOTOS, steps=150, lr=1e-4, warmup=15, ema=0.98, validate_every=50, save_every=50)},
+                         {**_PHOTO_SETTINGS, **sourced(_OWN_PHOTOS, **OWN_PHOTOS_RECIPE)},
                          {}, Setting(7, _PHOTO), ("text", "vision")),
     "lavt_photo_refcoco": Recipe("LAVT for photographs on refcoco", _PHOTO_REFCOCO, _PHOTO_ENCODERS, Setting(16, _PHOTO_GPU), ("text", "vision"),
                                  Setting(40, _PHOTO_GPU))}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from ..data.refer import Referral
 from ..data.sources import open_data
 from ..evaluation.evaluate import evaluate
 from ..models.base import RISModel
-from ..recipes.recipes import RECIPES
 from ..registry import create_model, load_model
+from ..training.config import OWN_PHOTOS_RECIPE, PHOTO_RECIPE, TrainConfig
 from ..training.loop import fit
 
 # %% auto #0
@@ -93,7 +93,7 @@ def photo_study(root: str | Path, steps: int = 400, image_size: int = 192, pretr
             groups = {name: {**network.get(name, {}), **value} if isinstance(value, Mapping) else value for name, value in changes.items()}
             model = create_model("lavt_photo", pretrained=pretrained, image_size=image_size, **{**network, **groups})
             data = ReferralDataset(chosen(train, without, filled), model.tokenizer, model.transform, sentences=6)
-            config = replace(RECIPES["lavt_photo"].config(), steps=steps, seed=seed, warmup=min(60, steps // 4), validate_every=0, save_every=steps)
+            config = TrainConfig(**PHOTO_RECIPE | dict(steps=steps, seed=seed, warmup=min(60, steps // 4), validate_every=0, save_every=steps))
             start = time.process_time()
             fit(model, data, config, folder / "run", progress=False)
             return {"steps": steps, "seconds": time.process_time() - start, **scored(model, val, "val")}
@@ -102,7 +102,7 @@ def photo_study(root: str | Path, steps: int = 400, image_size: int = 192, pretr
     return {row: variant(**changes) for row, changes in PHOTO_STUDY.items()}
 
 # %% ../../nbs/workshop/study_photo.ipynb #s03
-def own_study(root: str | Path, steps: int = 150, photos: Iterable[int] = (5, 10, 19), model: str = "lavt_photo") -> dict[str, Callable[[int, Path], dict]]:
+def own_study(root: str | Path, steps: int = 100, photos: Iterable[int] = (5, 10, 19), model: str = "lavt_photo") -> dict[str, Callable[[int, Path], dict]]:
     """The variants for `run_study`: a trained model goes on with so many photos of RefPhotos' val, by the recipe
     "own_photos", and is scored on its test."""
     @cache
@@ -118,7 +118,7 @@ def own_study(root: str | Path, steps: int = 150, photos: Iterable[int] = (5, 10
                 images = sorted({r.image_path for r in own})
                 drawn = set(np.random.default_rng(seed).permutation(images)[:count].tolist())
                 mine = ReferralDataset([r for r in own if r.image_path in drawn], learner.tokenizer, learner.transform, sentences=6)
-                config = replace(RECIPES["own_photos"].config(), steps=steps, seed=seed, warmup=min(15, steps // 4), validate_every=0, save_every=steps)
+                config = TrainConfig(**OWN_PHOTOS_RECIPE | dict(steps=steps, seed=seed, warmup=min(15, steps // 4), validate_every=0, save_every=steps))
                 fit(learner, mine, config, folder / "run", progress=False)
             return {**figures, **scored(learner, test, "test")}
         return run

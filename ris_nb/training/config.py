@@ -94,3 +94,8 @@ def check_length(config: TrainConfig) -> None:
 
 # %% ../../nbs/workshop/training_config.ipynb #022
 TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup=100, clip=1.0, save_every=250)
+
+# %% ../../nbs/workshop/training_config.ipynb #024
+PHOTO_RECIPE = dict(steps=3000, batch_size=7, lr=4e-4, weight_decay=0.03, schedule="cosine", warmup=60, clip=1.0, ema=0.998, precision="bf16",
+                    workers=1, validate_every=500, save_every=500)      # photographs, each with some of its sentences
+OWN_PHOTOS_RECIPE = PHOTO_RECIPE | dict(steps=100, lr=1e-4, warmup=15, ema=0.98, validate_every=50, save_every=50)

@@ -27,7 +27,7 @@ from ..models.layers import dice_terms
 from ..models.photo import fold_norms, freeze_depthwise
 
 # %% auto #0
-__all__ = ['BoxMask', 'outline_boxes']
+__all__ = []
 
 # %% ../../nbs/workshop/outlines.ipynb #p05
 SIDE = 128      # pixels of a crop
