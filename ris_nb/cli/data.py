@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from .errors import MAX_IMAGE_SIZE, MAX_WORKERS, SEEDS, UsageError, within
-from ..contract import RISError
 
 # %% auto #0
 __all__ = []
@@ -252,7 +251,7 @@ def run_views(flags: Views) -> int:
     done = make_views(flags.out, flags.instances or flags.coco / "annotations.json", flags.photos or flags.coco, {"none": None}.get(flags.people, flags.people),
                       flags.refer, flags.refer_splits, flags.exclude, counts, flags.force, progress=True)
     if flags.outline and any("human+box" in made for made in done["sentences"]):
-        from ris_nb.training.outlines import BoxMask, outline_boxes
+        from ris_nb.training.outlines import BoxMask, RISError, outline_boxes
         try:
             found = outline_boxes(flags.out, BoxMask(), flags.outline, flags.seed, progress=True)
             print("{boxes:,} boxes are masks now; on {things} masks of val: outlines {outline} mIoU, filled boxes {filled_box}".format(**found))
