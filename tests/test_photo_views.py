@@ -3,10 +3,10 @@ import json
 import pickle
 import random
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ris_nb.contract import RISError
@@ -201,8 +201,7 @@ def test_boxes_of_a_folder_become_masks_inside_them(tmp_path):
     coco = write_coco(tmp_path / "coco", range(1, 9))
     make_views(tmp_path / "out", coco / "annotations.json", coco, None, write_refer(tmp_path / "refer", {31: "train"}), counts=FEW)
     before, lines = FolderBoxes.read(tmp_path / "out"), said(tmp_path / "out")
-    torch.manual_seed(0)
-    found = outline_boxes(tmp_path / "out", BoxMask("tf_efficientnet_lite0", pretrained=False, width=8), steps=2)
+    found = outline_boxes(tmp_path / "out", steps=2, make_net=partial(BoxMask, "tf_efficientnet_lite0", pretrained=False, width=8))
     after = FolderBoxes.read(tmp_path / "out")
     assert found["boxes"] == sum(map(len, before.boxes.values())) > 0 and not after.boxes and before.val == after.val
     masks = {mark["id"]: mark for mark in after.content["annotations"]}
@@ -213,6 +212,7 @@ def test_boxes_of_a_folder_become_masks_inside_them(tmp_path):
         assert all(masks[mark["id"]] == mark for mark in marks)
     assert [line | {"kind": line["kind"].replace("box", "outlined")} for line in lines] == said(tmp_path / "out")
     FolderData(tmp_path / "out")
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["outlines"] == found
 
 
 def test_masks_that_enclose_nothing_are_left_out_and_listed(tmp_path):

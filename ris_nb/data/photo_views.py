@@ -162,9 +162,15 @@ def zoomed(view: View, sentences: Sentences, rng: random.Random, most: float = 0
                   for text, numbers, kind in sentences if all(i in place for i in numbers)]
 
 # %% ../../nbs/workshop/photo_views.ipynb #v14
+def encode_mask(mask: np.ndarray) -> dict:
+    """A bool mask (H, W) as COCO's compressed RLE."""
+    code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
 class ViewWriter:
-    """Collects views and their sentences in a folder that `FolderData` reads. A file is named
-    after its split and maker; `made`: what was written, by both.
+    """Collects views and their sentences in a folder that `FolderData` reads. A file is named after its split and
+    maker; `made`: what was written, by both.
 
     In train, a sentence of a kind that rules make is left out if its mask is less than the share `smallest` of the
     view.
@@ -196,10 +202,9 @@ class ViewWriter:
         return [s for s in sentences if not s[1] or s[2] not in _BY_RULE or size(s[1]) >= self.smallest]
 
     def _annotate(self, image: int, instance: Instance) -> int:
-        code = coco_mask.encode(np.asfortranarray(instance.segmentation.astype(np.uint8)))
         category = self.categories.setdefault(instance.category, len(self.categories))
         self.annotations.append({"id": len(self.annotations), "image_id": image, "category_id": category, "iscrowd": 0,
-                                 "segmentation": {"size": code["size"], "counts": code["counts"].decode()}})
+                                 "segmentation": encode_mask(instance.segmentation)})
         return len(self.annotations) - 1
 
     def write(self) -> None:

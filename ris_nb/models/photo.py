@@ -298,7 +298,8 @@ class PhotoLAVT(RISModel):
         if self.categories:
             logits = F.normalize(photo.meaning, dim=-1) @ self.name_meanings().mT * self.warmth.exp()  # (N, P, 1 + C)
             place = {name: k for k, name in enumerate(self.categories, 1)}
-            terms["category"] = category_term(logits, [place.get(name, -1) for name in batch.category or [""] * len(batch)], owner)
+            numbers = [place.get(name, -1) for name in batch.category or [""] * len(batch)]
+            terms["category"] = category_term(logits, numbers, owner)
         return {name: self.weights[name] * term for name, term in terms.items() if self.weights[name]}
 
     def masks(self, output: Output, sizes: Sequence[tuple[int, int]],

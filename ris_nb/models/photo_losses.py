@@ -55,16 +55,15 @@ def owners(cover: Tensor, area: Tensor, which: Tensor, photos: int) -> Tensor:
     return which.new_full((photos, cover.shape[1]), -1).index_reduce(0, which, mine, "amax")
 
 # %% ../../nbs/workshop/photo_losses.ipynb #p12
-def sentence_terms(score: Tensor, coarse: Tensor, mask: Tensor,
-                   size: tuple[int, int]) -> dict[str, Tensor]:
+def sentence_terms(score: Tensor, coarse: Tensor, mask: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     """Terms without their weights. score (B, h, w) and coarse (B, P), logits of pixels and of places; mask (B, H,
     W) bool; size: height and width of the grid of places."""
     target, small = shrink(mask, score.shape[1:]), shrink(mask, size).flatten(1)
     there = (small.amax(1) > 0).float()
     low = F.binary_cross_entropy_with_logits(coarse, small) + dice_terms(coarse.sigmoid(), small).mean()
     found = (coarse.log_softmax(-1) + (small + 1e-4).log()).logsumexp(-1)
-    return {"mask": F.binary_cross_entropy_with_logits(score, target), "dice": dice_terms(score.sigmoid(), target).mean(),
-            "coarse": low, "pointing": mean_of(-found, there)}
+    return {"mask": F.binary_cross_entropy_with_logits(score, target),
+            "dice": dice_terms(score.sigmoid(), target).mean(), "coarse": low, "pointing": mean_of(-found, there)}
 
 # %% ../../nbs/workshop/photo_losses.ipynb #p15
 def box_and_affinity(photo: Photo, which: Tensor, mask: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,58 +19,62 @@ from ..data.batches import ReferralDataset
 from ..data.refer import Referral
 from ..data.sources import open_data
 from ..evaluation.evaluate import evaluate
+from ..evaluation.report import score
+from ..evaluation.scorecard import with_target
 from ..models.base import RISModel
+from ..models.photo import _LOSSES
 from ..registry import create_model, load_model
+from ..settings import nested
 from ..training.config import OWN_PHOTOS_RECIPE, PHOTO_RECIPE, TrainConfig
 from ..training.loop import fit
+from ..training.outlines import box_of
 
 # %% auto #0
 __all__ = []
 
 # %% ../../nbs/workshop/study_photo.ipynb #s01
-LOSSES = ("dice", "coarse", "pointing", "category", "box", "affinity")
 PHOTO_STUDY: dict[str, dict] = {    # row -> what is changed: sources left out, boxes filled, arguments of the model
     "all": {},
     "no mosaics": dict(without="mosaic"),
     "no sentences of RefPhotos": dict(without="people"),
     "no sentences of RefCOCO": dict(without="boxes"),
-    "filled boxes": dict(filled=True),
-    "the mask's losses alone": dict(loss=dict.fromkeys(LOSSES[1:], 0.0)),
-    **{f"no {name}": dict(loss={name: 0.0}) for name in LOSSES},
+    "filled boxes": dict(boxes=True),
+    "the mask's losses alone": dict(loss=dict.fromkeys(set(_LOSSES) - {"mask", "dice"}, 0.0)),
+    **{f"no {name}": dict(loss={name: 0.0}) for name in _LOSSES if name != "mask"},
     "two layers of text": dict(text={"layers": 2}),
     "six layers of text": dict(text={"layers": 6}),
     "all word pieces": dict(pieces=None),
 }
 
 
-class Filled(Referral):
-    """A referral whose mask is its box."""
-
-    @classmethod
-    def of(cls, referral: Referral) -> Filled:
-        return cls(**{f.name: getattr(referral, f.name) for f in fields(Referral)})
-
-    def mask(self) -> np.ndarray:
-        found = super().mask()
-        rows, columns = found.any(1).nonzero()[0], found.any(0).nonzero()[0]
-        if len(rows):
-            found[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] = True
-        return found
+def filled(referral: Referral) -> Referral:
+    """The same with its box for a mask."""
+    left, top, right, bottom = box_of(referral.mask())
+    return replace(referral, segmentation=[[left, top, right, top, right, bottom, left, bottom]])
 
 
-def chosen(referrals: Iterable[Referral], without: str = "", filled: bool = False) -> list[Referral]:
-    """The referrals of a folder of views but for those of one source; with `filled`, boxes in place of outlined masks."""
-    maker = lambda r: r.image_path.stem.split("_")[1]
+def maker(referral: Referral) -> str:
+    return referral.image_path.stem.split("_")[1]
+
+
+def chosen(referrals: Iterable[Referral], without: str = "", boxes: bool = False) -> list[Referral]:
+    """The referrals of a folder of views but for those of one source; with `boxes`, outlined masks as boxes again."""
     kept = [r for r in referrals if maker(r) != without]
-    return [Filled.of(r) if filled and maker(r) == "boxes" else r for r in kept]
+    return [filled(r) if boxes and maker(r) == "boxes" else r for r in kept]
 
 # %% ../../nbs/workshop/study_photo.ipynb #s02
 def scored(model: RISModel, referrals: Iterable[Referral], name: str) -> dict[str, float]:
-    """mIoU of what is there, and the share of "there is none" where nothing is (N-acc), as figures of a run."""
+    """Figures of a run: mIoU of the sentences that fit something, and N-acc where some fit nothing."""
     data = ReferralDataset(referrals, model.tokenizer, model.transform, every=True)
     records = evaluate(model, data, batch_size=4, progress=False).records
-    there, absent = ([r.iou for r in records if ("none" in r.kind.split("+")) == none] for none in (False, True))
-    return {f"{name} mIoU": float(np.mean(there)), **({f"{name} none": float(np.mean(absent))} if absent else {})}
+    found = {"mIoU": score(with_target(records))["mIoU"], **{k: v for k, v in score(records).items() if k == "N-acc"}}
+    return {f"{name} {figure}": value for figure, value in found.items()}
+
+
+def shortened(recipe: Mapping, steps: int, seed: int) -> TrainConfig:
+    """The recipe with other steps, and nothing but the last weights kept."""
+    warmup = min(recipe["warmup"], steps // 4)
+    return TrainConfig(**recipe | dict(steps=steps, seed=seed, warmup=warmup, validate_every=0, save_every=steps))
 
 
 def photo_study(root: str | Path, steps: int = 400, image_size: int = 192, pretrained: bool = True,
@@ -86,16 +90,14 @@ def photo_study(root: str | Path, steps: int = 400, image_size: int = 192, pretr
         data = open_data(Path(root) / "views")
         return data.referrals("train"), data.referrals("val")
 
-    def variant(without: str = "", filled: bool = False, **changes):
+    def variant(without: str = "", boxes: bool = False, **changes):
         def run(seed: int, folder: Path) -> dict:
             train, val = read()
             torch.manual_seed(seed)
-            groups = {name: {**network.get(name, {}), **value} if isinstance(value, Mapping) else value for name, value in changes.items()}
-            model = create_model("lavt_photo", pretrained=pretrained, image_size=image_size, **{**network, **groups})
-            data = ReferralDataset(chosen(train, without, filled), model.tokenizer, model.transform, sentences=6)
-            config = TrainConfig(**PHOTO_RECIPE | dict(steps=steps, seed=seed, warmup=min(60, steps // 4), validate_every=0, save_every=steps))
+            model = create_model("lavt_photo", pretrained=pretrained, image_size=image_size, **nested(network, changes))
+            data = ReferralDataset(chosen(train, without, boxes), model.tokenizer, model.transform, sentences=6)
             start = time.process_time()
-            fit(model, data, config, folder / "run", progress=False)
+            fit(model, data, shortened(PHOTO_RECIPE, steps, seed), folder / "run", progress=False)
             return {"steps": steps, "seconds": time.process_time() - start, **scored(model, val, "val")}
         return run
 
@@ -118,8 +120,7 @@ def own_study(root: str | Path, steps: int = 100, photos: Iterable[int] = (5, 10
                 images = sorted({r.image_path for r in own})
                 drawn = set(np.random.default_rng(seed).permutation(images)[:count].tolist())
                 mine = ReferralDataset([r for r in own if r.image_path in drawn], learner.tokenizer, learner.transform, sentences=6)
-                config = TrainConfig(**OWN_PHOTOS_RECIPE | dict(steps=steps, seed=seed, warmup=min(15, steps // 4), validate_every=0, save_every=steps))
-                fit(learner, mine, config, folder / "run", progress=False)
+                fit(learner, mine, shortened(OWN_PHOTOS_RECIPE, steps, seed), folder / "run", progress=False)
             return {**figures, **scored(learner, test, "test")}
         return run
 

@@ -39,8 +39,8 @@ STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refs
            "rivals": StudyPlan(rivals_study, ("refshapes", "refshapes+"), ("refshapes oIoU", "refshapes mIoU", "refshapes+ mIoU")),
            "law": StudyPlan(law_study, (), ("iid mIoU", "shape mIoU", "shape+size mIoU", "kind mIoU", "kind+more mIoU")),  # it makes its own data
            "parts": StudyPlan(parts_study, (), ("mIoU", "found", "rival marked")),  # so does this
-           "photo": StudyPlan(photo_study, (), ("val mIoU", "val none")),  # this needs a folder of views
-           "own": StudyPlan(own_study, (), ("test mIoU", "test none")),
+           "photo": StudyPlan(photo_study, (), ("val mIoU", "val N-acc")),  # this needs a folder of views
+           "own": StudyPlan(own_study, (), ("test mIoU", "test N-acc")),
            "gathering": StudyPlan(gathering_study, (), ("mIoU", "oIoU", "on the referent", "by chance"))}  # and this needs none
 
 # %% ../../nbs/workshop/study_table.ipynb #s03

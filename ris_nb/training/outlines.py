@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,8 +21,11 @@ from tqdm.auto import tqdm
 
 from ..contract import RISError
 from ..data.images import read_image
+from ..data.photo_views import encode_mask
 from ..data.pickles import _read_json
+from ..data.view_folders import _write_json
 from ..encoders.backbones import describe_timm, timm_features
+from ..evaluation.report import write_text
 from ..models.layers import dice_terms
 from ..models.photo import fold_norms, freeze_depthwise
 
@@ -110,7 +113,7 @@ Marks = dict[str, list[dict]]   # COCO's annotations, by the name of their image
 
 @dataclass
 class FolderBoxes:
-    """The annotations of a folder that `make_views` wrote."""
+    """The annotations of a folder that `make_views` wrote; of an image without a sentence none are used."""
     root: Path
     content: dict
     lines: list[dict]
@@ -126,8 +129,8 @@ class FolderBoxes:
         group |= {line["image"]: found.boxes for line in lines if "box" in line["kind"].split("+")}
         names = {image["id"]: image["file_name"] for image in found.content["images"]}
         for mark in found.content["annotations"]:
-            name = names[mark["image_id"]]
-            group[name].setdefault(name, []).append(mark)
+            if (name := names[mark["image_id"]]) in group:
+                group[name].setdefault(name, []).append(mark)
         return found
 
     def load(self, name: str, marks: list[dict], least: float = 0.0) -> tuple[Image.Image, list[np.ndarray]]:
@@ -136,24 +139,28 @@ class FolderBoxes:
         return read_image(self.root / name), [mask for mask in masks if mask.mean() > least]
 
     def write(self) -> None:
-        """Write both files anew; the kind `box` is `outlined` from now on."""
+        """Write both files anew, the masks first: a kill in between leaves boxes, which are tight ones now. The kind
+        `box` is `outlined` from now on."""
         for line in self.lines:
             line["kind"] = "+".join("outlined" if kind == "box" else kind for kind in line["kind"].split("+"))
-        (self.root / "annotations.json").write_text(json.dumps(self.content), encoding="utf-8")
+        write_text(self.root / "annotations.json", json.dumps(self.content))
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-        (self.root / "expressions.jsonl").write_text(lines, encoding="utf-8")
+        write_text(self.root / "expressions.jsonl", lines)
 
 # %% ../../nbs/workshop/outlines.ipynb #p09
 LOOSE = 0.06    # by how much of its sides a box is off, at most
+SPECK = 0.002   # of the image; a mask that covers less teaches nothing
+RATES = 1e-3, 2e-4  # of what is new, and of the pretrained backbone
 
 
-def draw_crops(net: BoxMask, folder: FolderBoxes, names: Sequence[str], rng: random.Random, crops: int) -> tuple[Tensor, Tensor]:
+def draw_crops(net: BoxMask, folder: FolderBoxes, names: Sequence[str], rng: random.Random,
+               crops: int) -> tuple[Tensor, Tensor]:
     """At least so many crops, at most four of an image, and the share of each cell that the thing covers."""
     seen, truth = [], []
     while sum(map(len, seen)) < crops:
         name = rng.choice(names)
         marks = folder.train[name]
-        image, masks = folder.load(name, rng.sample(marks, min(4, len(marks))), 0.002)
+        image, masks = folder.load(name, rng.sample(marks, min(4, len(marks))), SPECK)
         if not masks:
             continue
         boxes = []
@@ -165,15 +172,16 @@ def draw_crops(net: BoxMask, folder: FolderBoxes, names: Sequence[str], rng: ran
     return torch.cat(seen), torch.from_numpy(np.stack(truth))
 
 
-def teach(net: BoxMask, folder: FolderBoxes, steps: int, crops: int = 32, seed: int = 0, progress: bool = False) -> BoxMask:
+def teach(net: BoxMask, folder: FolderBoxes, steps: int, seed: int, progress: bool, crops: int = 32) -> BoxMask:
     """Train on a folder's masks and return the net, ready to outline."""
     rng, names = random.Random(seed), sorted(folder.train)
-    if not any(mask.mean() > 0.002 for name in names for mask in folder.load(name, folder.train[name])[1]):
-        raise RISError(f"{folder.root} has no masks to learn outlines from: give photos with masks, too, or leave the boxes filled (--outline 0)")
-    rates = {name: 2e-4 if name.startswith("backbone") else 1e-3 for name, weight in net.named_parameters() if weight.requires_grad}
-    weights = dict(net.named_parameters())
-    optimizer = torch.optim.AdamW([{"params": [weights[name]], "lr": rate} for name, rate in rates.items()], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates.values()), steps, pct_start=0.08)
+    if not any(folder.load(name, folder.train[name], SPECK)[1] for name in names):
+        raise RISError(f"{folder.root} has no masks to learn outlines from: give photos with masks, too, or leave the "
+                       "boxes filled (--outline 0)")
+    new = [weight for name, weight in net.named_parameters() if not name.startswith("backbone.")]
+    groups = [{"params": new}, {"params": net.backbone.parameters()}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATES, steps, pct_start=0.08)
     net.train()
     for _ in tqdm(range(steps), "learning outlines", disable=not progress):
         seen, truth = draw_crops(net, folder, names, rng, crops)
@@ -201,21 +209,27 @@ def score_outlines(net: BoxMask, folder: FolderBoxes, least: float = 0.01) -> di
     return {"things": len(found), "outline": mean(found), "filled_box": mean(filled)}
 
 # %% ../../nbs/workshop/outlines.ipynb #p10
-def outline_boxes(root: str | Path, net: BoxMask, steps: int = 350, seed: int = 0, progress: bool = False) -> dict[str, float]:
-    """Teach `net` on the masks of a folder of views, and write a mask in place of each box. Returns how many `boxes` there
-    were and, on the masks of val, the `things` and the mean IoU (percent) of `outline` and `filled_box`.
+def outline_boxes(root: str | Path, steps: int = 350, seed: int = 0, progress: bool = False,
+                  make_net: Callable[[], BoxMask] = BoxMask) -> dict[str, float]:
+    """Teach a net on the masks of a folder of views, and write a mask in place of each box, and how well it went into
+    the manifest. Returns how many `boxes` there were and, on the masks of val, the `things` and the mean IoU (percent)
+    of `outline` and `filled_box`.
 
-    A folder without boxes stays as it is, untaught. `RISError`: a folder without masks.
+    A folder without boxes stays as it is, and no net is made. `RISError`: a folder without masks, or a backbone whose
+    weights can't be had.
     """
-    folder = FolderBoxes.read(Path(root))
+    root = Path(root)
+    folder = FolderBoxes.read(root)
     if not folder.boxes:
         return {"boxes": 0}
-    torch.manual_seed(seed)
-    teach(net, folder, steps, seed=seed, progress=progress)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = teach(make_net(), folder, steps, seed, progress)
     for name, marks in tqdm(folder.boxes.items(), "outlining", disable=not progress):
-        image, masks = folder.load(name, marks)
-        for mark, mask in zip(marks, net.outline(image, [box_of(mask) for mask in masks])):
-            code = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            mark["segmentation"] = {"size": code["size"], "counts": code["counts"].decode()}
+        image, filled = folder.load(name, marks)
+        for mark, mask in zip(marks, net.outline(image, [box_of(box) for box in filled])):
+            mark["segmentation"] = encode_mask(mask)
     folder.write()
-    return {"boxes": sum(map(len, folder.boxes.values())), **score_outlines(net, folder)}
+    done = {"boxes": sum(map(len, folder.boxes.values())), **score_outlines(net, folder)}
+    _write_json(root / "manifest.json", _read_json(root / "manifest.json") | {"outlines": done})
+    return done
