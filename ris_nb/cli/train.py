@@ -87,6 +87,7 @@ def _number(word: str | None) -> int | None:
     return int(word) or None if re.fullmatch(r"\d{1,9}", word or "") else None
 
 # %% ../../nbs/workshop/cli_train.ipynb #064u
+_SETTLED = "pretrained", "image_size", "freeze"     # of a recipe, by the model of --from
 _OWN_RECIPES = {"lavt_photo": "own_photos"}    # by which a trained model goes on, where none is named
 
 
@@ -128,7 +129,7 @@ def train_flags(words: list[str] = ()) -> type[Train]:
     usual = None if recipe else usual_config(said["model"], said["from"], said["pretrained"] is not None)[0]
     values, config = ({**recipe.values(world), "recipe": name}, recipe.config(world)) if recipe else ({}, usual)
     if said["from"] is not None:  # what the trained model settles
-        values = {name: value for name, value in values.items() if name not in ("model", "pretrained", "image_size", "freeze")}
+        values = {name: value for name, value in values.items() if name not in ("model", *_SETTLED)}
     types = get_type_hints(Train, include_extras=True)  # a type and not its text: the new class knows no names of this module
     changed = [(f.name, types[f.name], field(default=values[f.name])) for f in fields(Train) if f.name in values]
     if said["epochs"] is not None and said["steps"] is None:  # they take the place of the steps that are there by default
@@ -161,7 +162,10 @@ def settings_of(flags: Train) -> str:
     given = {name.rstrip("_"): value for name, value in {**vars(flags), **asdict(flags.training), "model": model}.items()}
     if flags.recipe:
         usual = {name.rstrip("_"): value for name, value in (usual | asdict(TrainConfig())).items()}
-        lines = [plan(find_recipe(flags.recipe, **{name: given[name] for name in COUNTED_FROM}), given, usual, rank_and_world()[1])]
+        recipe = find_recipe(flags.recipe, **{name: given[name] for name in COUNTED_FROM})
+        if flags.from_ is not None:
+            recipe = replace(recipe, settings={name: setting for name, setting in recipe.settings.items() if name not in _SETTLED})
+        lines = [plan(recipe, given, usual, rank_and_world()[1])]
     else:
         config, source = usual_config(flags.model, flags.from_, flags.pretrained)
         usual = {name.rstrip("_"): value for name, value in (usual | asdict(config)).items()}

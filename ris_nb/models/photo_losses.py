@@ -49,10 +49,11 @@ def owners(cover: Tensor, area: Tensor, which: Tensor, photos: int) -> Tensor:
     """Which sentence each cell belongs to: of those of its photo whose mask covers more than half of it, the one of
     least area. cover (B, P), area (B,), which (B,) -> (photos, P) int64, -1 where there is none."""
     cost = torch.where(cover > 0.5, area[:, None], torch.inf)
-    least = cost.new_full((photos, cover.shape[1]), torch.inf).index_reduce(0, which, cost, "amin")
+    photo = which[:, None].expand_as(cover)
+    least = cost.new_full((photos, cover.shape[1]), torch.inf).scatter_reduce(0, photo, cost, "amin")
     numbers = torch.arange(len(which), device=which.device)[:, None]
     mine = torch.where((cost == least[which]) & cost.isfinite(), numbers, -1)
-    return which.new_full((photos, cover.shape[1]), -1).index_reduce(0, which, mine, "amax")
+    return which.new_full((photos, cover.shape[1]), -1).scatter_reduce(0, photo, mine, "amax")
 
 # %% ../../nbs/workshop/photo_losses.ipynb #p12
 def sentence_terms(score: Tensor, coarse: Tensor, mask: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:

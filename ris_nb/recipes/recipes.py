@@ -246,7 +246,7 @@ _PHOTO = "our choice, for two hours on two CPU cores: workshop/lavt_photo"
 _PHOTO_SETTINGS = sourced(
     _PHOTO, model="lavt_photo", pretrained=True, image_size=288, split="train", val="val", best="mIoU", each="image", sentences=6, seed=0,
     **PHOTO_RECIPE)
-_OWN_PHOTOS = "our choice, for some dozens of photos: workshop/study_photo"
+_OWN_PHOTOS = "our choice, for some dozens of photos: chapter 23"
 _PHOTO_GPU = "our choice, not run: larger encoders, for one GPU"
 _PHOTO_REFCOCO = {
     "dataset": Setting("refcoco", "the recipe's name"), "split_by": _LAVT_SETS["refcoco"],

@@ -104,7 +104,7 @@ def photo_study(root: str | Path, steps: int = 400, image_size: int = 192, pretr
     return {row: variant(**changes) for row, changes in PHOTO_STUDY.items()}
 
 # %% ../../nbs/workshop/study_photo.ipynb #s03
-def own_study(root: str | Path, steps: int = 100, photos: Iterable[int] = (5, 10, 19), model: str = "lavt_photo") -> dict[str, Callable[[int, Path], dict]]:
+def own_study(root: str | Path, steps: int = 60, photos: Iterable[int] = (5, 10, 19), model: str = "lavt_photo") -> dict[str, Callable[[int, Path], dict]]:
     """The variants for `run_study`: a trained model goes on with so many photos of RefPhotos' val, by the recipe
     "own_photos", and is scored on its test."""
     @cache

@@ -98,4 +98,4 @@ TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup
 # %% ../../nbs/workshop/training_config.ipynb #024
 PHOTO_RECIPE = dict(steps=3000, batch_size=7, lr=4e-4, weight_decay=0.03, schedule="cosine", warmup=60, clip=1.0, ema=0.998, precision="bf16",
                     workers=1, validate_every=500, save_every=500)      # photographs, each with some of its sentences
-OWN_PHOTOS_RECIPE = PHOTO_RECIPE | dict(steps=100, lr=1e-4, warmup=15, ema=0.98, validate_every=50, save_every=50)
+OWN_PHOTOS_RECIPE = PHOTO_RECIPE | dict(steps=60, lr=2e-5, warmup=5, ema=0.95, validate_every=20, save_every=20)
