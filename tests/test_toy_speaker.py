@@ -16,7 +16,7 @@ from ris_nb.data.refer import ReferData
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import Tokenizer, read_vocabulary
 from ris_nb.data.toy_phrases import ToyPhrase, _toy_facts, denote_toys
-from ris_nb.data.toy_speaker import TOY_FLAVOURS, refer_toys
+from ris_nb.data.toy_speaker import TOY_FLAVOURS, fits_elsewhere, refer_toys
 from ris_nb.data.toys import LIVING, RARE, TOY_SPLITS, UNSEEN, Toy, make_toys
 from ris_nb.data.writer import make_refshapes, make_reftoys
 
@@ -69,6 +69,18 @@ def test_human_sentences_say_more_than_they_need():
     assert any(not e.text.startswith("the ") for _, e in found) and any("corner" in e.text for _, e in found)
 
 
+def test_a_described_thing_is_named_in_full_and_fits_few_other_pictures():
+    found = spoken("reftoys_described", count=80)
+    assert all(e.phrase.kind and e.phrase.colour and not e.phrase.links and len(e.referents) == 1 for _, e in found)
+    needless = [any(listen(less, s.things) == set(e.referents) for less in shorter_texts(e.text)) for s, e in found]
+    assert np.mean(needless) > 0.8
+    scenes = [make_toys(11, split="val", index=i) for i in range(30)]
+    share = {flavour: fits_elsewhere(scenes, [refer_toys(s, flavour) for s in scenes]) for flavour in ("reftoys_described", "reftoys_attributes")}
+    assert share["reftoys_described"] < 0.1 and share["reftoys_attributes"] > 0.25
+    house = refer_toys(scenes[0], "reftoys_described")[:1]
+    assert fits_elsewhere([scenes[0], scenes[0]], [house, []]) == 1 and fits_elsewhere(scenes[:1], [house]) == 0
+
+
 def test_plural_and_none_have_their_share():
     kinds = Counter(e.kind for _, e in spoken("reftoys_plural", "train", 150))
     share = {kind: n / sum(kinds.values()) for kind, n in kinds.items()}
@@ -103,10 +115,11 @@ def test_splits_ask_for_what_they_should():
 
 
 def test_the_same_words_everywhere():
-    digest = hashlib.sha256()
-    for flavour in TOY_FLAVOURS:
-        digest.update(json.dumps([(e.text, e.referents, e.kind) for _, e in spoken(flavour, count=15, seed=0)]).encode())
-    assert digest.hexdigest()[:16] == "fd5ca98bd86fafb6"    # of scenes, too: if it changes, scores on RefToys refer to other data
+    for flavours, known in ((TOY_FLAVOURS[:6], "fd5ca98bd86fafb6"), (("reftoys_described",), "2b5ec9cbe63990de")):
+        digest = hashlib.sha256()
+        for flavour in flavours:
+            digest.update(json.dumps([(e.text, e.referents, e.kind) for _, e in spoken(flavour, count=15, seed=0)]).encode())
+        assert digest.hexdigest()[:16] == known    # of scenes, too: if it changes, scores on RefToys refer to other data
     with pytest.raises(RISError, match="no flavour 'refshapes' of RefToys"):
         refer_toys(make_toys(0), "refshapes")
 
