@@ -12,12 +12,18 @@ from inspect import signature
 from .contract import RISError
 
 # %% auto #0
-__all__ = ['FOREIGN', 'nested']
+__all__ = ['FOREIGN', 'fetches', 'nested']
 
 # %% ../nbs/workshop/settings.ipynb #s05
 _WHOLE = ("lr_factors",)  # tables that are taken as they are given
-FOREIGN = {"timm": dict(timm=None, pretrained=True, stages=None, drop_path=None),  # groups of an encoder that is not ours
-           "hf": dict(hf=None, pretrained=True, layers=None, config=None)}
+FOREIGN = {"timm": dict(timm=None, pretrained=True, stages=None, drop_path=None),  # groups of another encoder than the class's own
+           "hf": dict(hf=None, pretrained=True, layers=None, config=None),
+           "conv": dict(conv=None, depth=3)}
+
+
+def fetches(group: Mapping) -> bool:
+    """Whether a group names an encoder whose weights may have to be fetched."""
+    return any(source in group and "pretrained" in keys for source, keys in FOREIGN.items())
 
 
 def _replaces(group: Mapping, value: Mapping) -> bool:
@@ -28,7 +34,7 @@ def _replaces(group: Mapping, value: Mapping) -> bool:
 def nested(*tables: Mapping) -> dict:
     """Several tables of settings as one, in which the later win: groups are merged, and "vision.width" is `width` in the group `vision`.
 
-    A group that names another encoder, {"timm": ...} or {"hf": ...}, takes the place of an earlier one."""
+    A group that names another encoder, {"timm": ...}, {"hf": ...} or {"conv": ...}, takes the place of an earlier one."""
     settings = {}
     for table in tables:
         for name, value in sorted(table.items(), key=lambda item: item[0].rpartition(".")[2] not in FOREIGN):  # the encoder first
@@ -86,7 +92,7 @@ VERSION_0_1 = {  # class -> argument -> where it is now
 class Nested:
     """A class that may take settings in groups: arguments whose default is a table. A group that is given in part is completed."""
 
-    foreign: Mapping[str, str] = {}  # groups that may hold an encoder from elsewhere: {"vision": "timm", "text": "hf"}
+    foreign: Mapping[str, str | tuple[str, ...]] = {}  # groups that may hold another encoder: {"vision": ("timm", "conv"), "text": "hf"}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -111,8 +117,9 @@ class Nested:
     @classmethod
     def _keys(cls, name: str, given: Mapping) -> Mapping:
         """What a group may hold, and its defaults: its own settings, or those of the encoder from elsewhere that it names."""
-        own = cls._groups()[name]
-        source = next((source for source in FOREIGN if source in own or source in given and cls.foreign.get(name) == source), None)
+        own, foreign = cls._groups()[name], cls.foreign.get(name, ())
+        allowed = (foreign,) if isinstance(foreign, str) else foreign
+        source = next((source for source in FOREIGN if source in own or source in given and source in allowed), None)
         return own if source is None else {**FOREIGN[source], **(own if source in own else {})}
 
     @classmethod

@@ -46,6 +46,7 @@ LONG = {
     "SaG": "the whole contract of a model",
     "Referral": "its fields with what they mean, and three short methods",
     "Run": "its fields with what they mean",
+    "Recipe": "its fields with what they mean, and two short methods",
     "EntityDiscovery": "the constructor names the parts that one loop chains",
     "ModalityFusion": "the constructor and the two halves of attention",
     "RegionDecoder": "the constructor names the parts that one loop chains",

@@ -29,7 +29,7 @@ from ris_nb.data.prepare import count_differences
 from ris_nb.data.refer import PUBLISHED
 from ris_nb.data.sources import open_data
 from ris_nb.data.tokenizer import SPECIAL, build_vocabulary
-from ris_nb.data.writer import make_refshapes
+from ris_nb.data.writer import make_refshapes, make_reftoys
 from ris_nb.encoders.language import TextEncoder
 from ris_nb.evaluation.report import Record, make_report
 from ris_nb.models import layers
@@ -44,7 +44,7 @@ from ris_nb.recipes.published import benchmark_table, find_results, our_results,
 from ris_nb.recipes.recipe import check_pretrained, plan, read_recipe
 from ris_nb.recipes.recipes import LAVT_CODE, RECIPES, find_recipe, list_recipes
 from ris_nb.recipes.released import released_model
-from ris_nb.recipes.run import build_model
+from ris_nb.recipes.run import LEARNERS, build_model
 from ris_nb.registry import load_model
 from ris_nb.settings import defaults, flat
 from ris_nb.studies.sag import SAG_RECIPE
@@ -118,7 +118,7 @@ CLASSES = {"lavt": LAVT, "magnet": MagNet, "sag": SaG, "rela": ReLA, "cris": CRI
 ELSEWHERE = {"self", "vocabulary", "image_size", "freeze", "lr_factors"}  # from the data, from flags, from the preset
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "tiny" not in name and "photo" not in name])  # those have no paper
+@pytest.mark.parametrize("name", [name for name in RECIPES if not re.search("tiny|photo|toys", name)])  # those have no paper
 def test_every_argument_of_the_network_has_a_value_and_a_source(name):
     network = RECIPES[name].network
     arguments = flat(defaults(CLASSES[name.partition("_")[0]]))
@@ -208,6 +208,33 @@ def test_sentences_and_frozen_parts(root, tmp_path):
     moved = {name.partition(".")[0] for name, value in fresh.state_dict().items() if not torch.equal(value, trained[name])}
     assert moved == {"encoder", "decoder"}
     refused([*words[:-4], "--out", tmp_path / "b", "--freeze", "txt"], "no part 'txt'", "text, encoder, decoder")
+
+
+def test_stages_follow_each_other_and_go_on_where_they_were(tmp_path):
+    make_reftoys(tmp_path / "data", "reftoys_described", {"train": 9})
+    run, (pictures, words, gather) = tmp_path / "run", [tmp_path / f"run/before_{name}" for name in ("1_pictures", "2_words", "3_gather")]
+    line = ["train", "--recipe", "sag_toys", "--root", tmp_path / "data", "--out", run, "--steps", 2, "--batch-size", 4]
+    code, out, err = ris(*line)
+    assert (code, err) == (0, []) and re.search(r"before: gather +steps=1400 lr=0.002", out) and re.search(r"steps +2 +OVERRIDE", out), err
+    models = [load_model(folder) for folder in (pictures, words, gather, run)]
+    moved = [{name.partition(".")[0] for name, value in b.state_dict().items() if not torch.equal(value, a.state_dict()[name])}
+             for a, b in zip(models, models[1:])]
+    assert moved == [{"text"}, {"text", "sentence", "fusion"}, {"text", "sentence", "fusion", "entities", "decoder"}]
+    assert [model.frozen for model in models[2:]] == [("vision", "entities"), ("vision",)] and models[3].threshold == 0.3
+    weights = (run / "model.safetensors").read_bytes()
+    shutil.rmtree(gather)
+    for name in ("state.pt", "model.safetensors", "config.json", "log.jsonl", "train.json"):
+        (run / name).unlink()  # killed in the third stage
+    refused(line, "before_1_pictures: a stage of a run was trained here; resume it or choose another folder")
+    assert ris(*line, "--resume")[0] == 0 and (run / "model.safetensors").read_bytes() == weights
+    refused([*line, "--resume", "--lr", "0.1"], "lr was 0.0015 and is now 0.1")  # what is given holds in every stage
+    assert ris(*line, "--force", "--lr", "0.001")[0] == 0 and all(json.loads((f / "train.json").read_text())["lr"] == 1e-3 for f in (pictures, gather, run))
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.stages])
+def test_a_stage_sets_only_what_the_recipe_sets(name):
+    for stage in RECIPES[name].stages:
+        assert set(stage.settings) <= set(RECIPES[name].settings) and stage.learner in LEARNERS
 
 
 # A recipe from a file

@@ -154,17 +154,17 @@ class EntityDiscovery(nn.Module):
     """SaG's entity discovery module (ICCV 2023): the patches of an image become K slots in `iterations` tied steps.
 
     `feature_width` d is the encoder's, `width` D the slots', a multiple of 4; K = gaussians * per_gaussian. `slots` names
-    one of `SLOT_KINDS`; `interaction=False` leaves the interaction block out; for `competition` see `compete`.
-    RISError: another kind of slots, or a width that 4 doesn't divide.
+    one of `SLOT_KINDS`; `interaction=False` leaves the interaction block out; for `competition` see `compete`. `scale`, ours:
+    what multiplies the features before positions are added; below 1, places count for more than looks. RISError: another kind of slots, or a width that 4 doesn't divide.
     """
 
     def __init__(self, feature_width: int, width: int, gaussians: int, per_gaussian: int, iterations: int = 6, slots: str = "entity",
                  heads: int = 4, head_width: int = 256, self_heads: int = 4, self_head_width: int = 128, ffn: int = 2048,
-                 interaction: bool = True, competition: str = "slots", dropout: float = 0.1):
+                 interaction: bool = True, competition: str = "slots", dropout: float = 0.1, scale: float = 1.0):
         super().__init__()
         if slots not in SLOT_KINDS or width % 4:
             raise RISError(f"slots are {', '.join(SLOT_KINDS)}, of a width that 4 divides (for positions), not {slots!r} of width {width}")
-        self.iterations = iterations
+        self.iterations, self.scale = iterations, scale
         self.project = nn.Linear(feature_width, width)
         self.slots = SLOT_KINDS[slots](gaussians, per_gaussian, width)
         self.aggregation = Aggregation(width, heads, head_width, ffn, competition, dropout)
@@ -173,7 +173,7 @@ class EntityDiscovery(nn.Module):
 
     def embed(self, V: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features V (N, P, d) of a grid (h, w) -> X (N, P, D), with their positions."""
-        return self.project(V) + sine_positions(*grid, self.slots.width, V.device).flatten(0, 1).to(V.dtype)
+        return self.project(self.scale * V) + sine_positions(*grid, self.slots.width, V.device).flatten(0, 1).to(V.dtype)
 
     def forward(self, V: Tensor, grid: tuple[int, int], noise: Tensor | None = None, history: bool = False):
         """V (N, P, d), grid (h, w) with h * w = P, noise (N, K, D), (K, D) or None -> slots (N, K, D), A_slot (N, K, P).

@@ -17,9 +17,10 @@ from ..data.tokenizer import BERT_UNCASED, SPECIAL, read_vocabulary
 from ..encoders.backbones import HFText, TimmStages
 from ..encoders.language import TextEncoder
 from ..encoders.pretraining import find_world, pretrained_namer
+from ..encoders.single_toys import ConvPatches
 from ..encoders.vision import Swin
 from .base import RISModel
-from ..settings import BERT_BASE, FOREIGN, SWIN_B, flat
+from ..settings import BERT_BASE, FOREIGN, SWIN_B, fetches, flat
 
 # %% auto #0
 __all__ = ['upsample', 'score_masks', 'mask_loss', 'dice_loss']
@@ -82,15 +83,15 @@ def text_encoder(text: Mapping, vocabulary: Sequence[str]) -> TextEncoder | HFTe
 
 
 def image_encoder(vision: Mapping, image_size: int, own: type[nn.Module] = Swin, timm: type[nn.Module] = TimmStages) -> nn.Module:
-    """The `own` encoder of a group of settings, or the backbone of timm that it names, in the class `timm`."""
-    return timm(image_size=image_size, **vision) if "timm" in vision else own(**vision)
+    """The `own` encoder of a group of settings, or the backbone of timm that it names, in the class `timm`, or `ConvPatches`."""
+    return timm(image_size=image_size, **vision) if "timm" in vision else (ConvPatches if "conv" in vision else own)(**vision)
 
 
 def remember_encoders(model: RISModel, vision: nn.Module, text: nn.Module) -> None:
     """Write into a model's config what it needs to be built again without fetching weights: they come with the checkpoint."""
     for name, known in dict(vision={}, text={"config": text.config} if isinstance(text, HFText) else {}).items():
         group = model._hub_mixin_config[name]
-        if any(source in group for source in FOREIGN):
+        if fetches(group):
             group |= {"pretrained": False, **known}
     model._hub_mixin_config |= {"mean": list(model.mean), "std": list(model.std)}
 
@@ -101,7 +102,7 @@ def keep_sizes(name: str, part: str, sizes: Mapping, settings: Mapping) -> None:
         return read_vocabulary(value) if path == "vocabulary" else list(value) if isinstance(value, (list, tuple)) else value
 
     for group in sizes:
-        if any(source in FOREIGN for source in (settings.get(group) if isinstance(settings.get(group), Mapping) else ())):
+        if any(source in FOREIGN and source not in sizes[group] for source in (settings.get(group) if isinstance(settings.get(group), Mapping) else ())):
             raise RISError(f"{name}'s pretrained {part} is its own, and {group} names another encoder: use pretrained=False; "
                            f"{group}.pretrained says whether that one has its weights")
     given = flat(settings)

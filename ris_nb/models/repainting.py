@@ -131,18 +131,21 @@ class _Repainting(torch.autograd.Function):
         return None, None, *(ctx.factor * gradient * x for x in ctx.saved_tensors)
 
 # %% ../../nbs/workshop/repainting.ipynb #081a
-def reconstruct(decoder: SlotDecoder, slots: Tensor, grid: tuple[int, int], V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(decoder: SlotDecoder, slots: Tensor, grid: tuple[int, int], V: Tensor, patches: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The `reconstruction_loss` of the features V (N, P, d), a scalar, and V_hat (N, P, d), alpha (N, K, P) of `decoder`.
 
     The loss's gradient is computed along with it where gradients are recorded, so nothing is computed twice, and next to
-    nothing kept. Only the loss passes gradients on, and V gets none.
+    nothing kept. Only the loss passes gradients on, and V gets none. patches (p,) int64: only these are reconstructed; None: all P.
     """
+    V = V if patches is None else V[:, patches]
     if not torch.is_grad_enabled():
         V_hat, alpha = decoder(slots, grid)
+        V_hat, alpha = (V_hat, alpha) if patches is None else (V_hat[:, patches], alpha[:, :, patches])
         return reconstruction_loss(V_hat, V), V_hat, alpha
     first, *others = decoder.layers
     a = F.linear(slots, first.weight)
-    b = F.linear(decoder.positions(grid), first.weight, first.bias)
+    positions = decoder.positions(grid)
+    b = F.linear(positions if patches is None else positions[patches], first.weight, first.bias)
     chunk = decoder.chunk if a.device.type == "cpu" else 64 * decoder.chunk  # a GPU needs more work at once than a cache holds
     layers = [x.to(a.dtype) for layer in others for x in (layer.weight, layer.bias)]
     with torch.autocast(a.device.type, enabled=False):

@@ -80,11 +80,11 @@ class SaG(RISModel):
 
     | group | settings |
     |---|---|
-    | vision | of `ViT`; image_size: the size that its table of positions is made for; or {"timm": name, ...}: of `TimmPatches` |
+    | vision | of `ViT`; image_size: the size that its table of positions is made for; or {"timm": name, ...}: of `TimmPatches`; or {"conv": channels, ...}: of `ConvPatches` |
     | text | of `TextEncoder`; vocab_size: by default a row for each piece of the vocabulary; or {"hf": name, ...}: of `HFText` |
     | slots | of `EntityDiscovery`, whose `slots` is called kind here; discovery=False: the paper's row without it, see `PatchEntities` |
     | fusion | of `ModalityFusion`, as wide as the slots; attention=False: the paper's row without it, see `DotFusion` |
-    | decoder | width and table of `SlotDecoder` |
+    | decoder | width and table of `SlotDecoder`; patches, ours: so many, chosen at random, are reconstructed in training; None: all |
     | loss | weights c3 and reconstruction; temperature of `c3_loss`; false_negatives: "keep" or "drop" copies of a sentence's own image; mirrored, ours: see `mirrored_negatives` |
 
     noise: at inference sample slots with one "seeded" noise or take the "mean" of each Gaussian. scheme: of `relevance_map`;
@@ -92,16 +92,16 @@ class SaG(RISModel):
     """
 
     needs_masks = False
-    foreign = LAVT.foreign
+    foreign = {**LAVT.foreign, "vision": ("timm", "conv")}
     tokenizer = LAVT.tokenizer  # which refuses texts where the model was built without words
 
     def __init__(self, image_size: int = 384, vocabulary=None, max_words: int = 40, mean=None,
                  std=None, resolution: str = "original", *, vision: Mapping = {**VIT_S, "drop_path": 0.1}, text: Mapping = TEXT,
                  slots: Mapping = dict(kind="entity", width=512, gaussians=18, per_gaussian=2, iterations=6, competition="slots",
                                        interaction=True, heads=4, head_width=256, self_heads=4, self_head_width=128, ffn=2048,
-                                       dropout=0.1, discovery=True),
+                                       dropout=0.1, scale=1.0, discovery=True),
                  fusion: Mapping = dict(attention=True, heads=4, head_width=256, ffn=2048, dropout=0.1),
-                 decoder: Mapping = dict(width=512, table=50),
+                 decoder: Mapping = dict(width=512, table=50, patches=None),
                  loss: Mapping = dict(c3=1.0, reconstruction=1.0, temperature=1.0, false_negatives="keep", mirrored=False),
                  noise: str = "seeded", scheme: str = "weighted", threshold: float = 0.5,
                  freeze: Sequence[str] = (), lr_factors: Mapping[str, float] = {}):
@@ -124,14 +124,15 @@ class SaG(RISModel):
         self.entities = EntityDiscovery(features, slots=kind, **slots) if discovery else PatchEntities(features, width)
         self.fusion = ModalityFusion(width, **fusion) if self.detach else DotFusion()
         self.decoder = SlotDecoder(width, features, decoder["width"], decoder["table"]).requires_grad_(self.reconstruction > 0)
+        self.patches = decoder["patches"]
         seeded = torch.randn(slots["gaussians"] * slots["per_gaussian"], width, generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("seeded_noise", seeded, persistent=False)
 
     def sample(self, images: int, noise: Tensor | None = None) -> Tensor | None:
-        """The noise of `images` images, (images, K, D): as given; fresh in training; else by `self.noise`, None for the means."""
+        """The noise of `images` images, (images, K, D): as given; fresh while the slots train; else by `self.noise`, None for the means."""
         if noise is not None:
             return noise
-        if self.training:
+        if self.entities.training:  # frozen ones are in evaluation mode: their slots stand still
             return torch.randn(images, *self.seeded_noise.shape, device=self.seeded_noise.device)
         return self.seeded_noise.expand(images, -1, -1) if self.noise == "seeded" else None
 
@@ -173,9 +174,11 @@ class SaG(RISModel):
         return z, which + len(output.extra["slots"]) * processes()[0], same
 
     def repaint(self, output: Output) -> tuple[Tensor, Tensor, Tensor]:
-        """The reconstruction error, V_hat (N, P, d) and alpha (N, K, P) of `reconstruct`."""
+        """The reconstruction error, V_hat (N, P, d) and alpha (N, K, P) of `reconstruct`; in training of as many patches as `decoder.patches` says."""
+        V, some = output.extra["V"], self.training and self.patches
+        patches = torch.randperm(V.shape[1], device=V.device)[:self.patches] if some else None
         with self._as_in_forward(output):
-            return reconstruct(self.decoder, output.extra["slots"], tuple(output.score.shape[-2:]), output.extra["V"])
+            return reconstruct(self.decoder, output.extra["slots"], tuple(output.score.shape[-2:]), V, patches)
 
     @staticmethod
     def _as_in_forward(output: Output) -> torch.autocast:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -33,6 +33,20 @@ class Setting:
     value: object
     source: str
 
+# %% ../../nbs/24_full_scale.ipynb #011s
+@dataclass(frozen=True)
+class Stage:
+    """One of several trainings in a row, each of which begins with the weights of the one before; the last is the recipe's own.
+
+    learner: what learns, of `LEARNERS`; options: of that. settings: flags that stand in place of the recipe's; network: the same for
+    arguments of the model that change no shape.
+    """
+    name: str
+    learner: str
+    settings: dict[str, Setting]
+    network: dict[str, Setting] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
+
 # %% ../../nbs/24_full_scale.ipynb #011a
 @dataclass(frozen=True)
 class Recipe:
@@ -40,7 +54,7 @@ class Recipe:
 
     settings: flags of `ris-nb train`, by name, those of `TrainConfig` among them. network: arguments of the model,
     by their paths, such as vision.width. device_batch: the most pairs that a device takes at once. pretrained_parts: the parts of the
-    model that must have learned before, by their names. epochs: where the steps were counted from epochs.
+    model that must have learned before, by their names. epochs: where the steps were counted from epochs. stages: what is trained before.
     """
     about: str
     settings: dict[str, Setting]
@@ -48,6 +62,7 @@ class Recipe:
     device_batch: Setting
     pretrained_parts: tuple[str, ...]
     epochs: Setting | None = None
+    stages: tuple[Stage, ...] = ()
 
     def values(self, processes: int = 1) -> dict[str, object]:
         """The flags without their sources; with the micro-batches that so many processes need."""
@@ -217,6 +232,8 @@ def plan(recipe: Recipe, given: Mapping[str, object] | None = None, usual: Mappi
             continue
         lines.append((name, value, source))
     lines += [(name, setting.value, setting.source) for name, setting in recipe.network.items() if name not in asked]
+    lines += [(f"before: {stage.name}", {name: setting.value for name, setting in (stage.settings | stage.network).items()},
+               "; ".join({setting.source: 0 for setting in stage.settings.values()})) for stage in recipe.stages]
     wide = max(len(name) for name, *_ in lines)
     return "\n".join([f"recipe: {recipe.about}", *(f"  {name:{wide}}  {_short(value):20}  {source}" for name, value, source in lines)])
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..data.refer import Referrals
 from ..data.tokenizer import SPECIAL, build_vocabulary
 from ..evaluation.evaluate import evaluate, share_loader
 from ..models.base import RISModel
-from .recipe import check_complete, check_pretrained, per_sentence
+from .recipe import Recipe, Stage, check_complete, check_pretrained, per_sentence
 from .recipes import find_recipe
 from ..registry import create_model, load_model
 from ..settings import flat
@@ -36,7 +37,7 @@ from ..training.launch import make_accelerator
 from ..training.loop import fit
 from ..training.optim import param_groups
 from ..training.sampling import training_loader
-from ..training.state import holding, open_run
+from ..training.state import append_log, holding, open_run
 from ..training.trackers import check_trackers
 
 # %% auto #0
@@ -196,7 +197,7 @@ def check_imports(folder: Path, imports: Iterable[str | Path]) -> None:
 
 # %% ../../nbs/workshop/run.ipynb #073
 RUN_FILES = ("state.pt", "train.json", "command.json", "log.jsonl", "config.json", "model.safetensors", "events.out.tfevents.*",
-             "log.csv", "wandb_id.txt", "checkpoints")
+             "log.csv", "wandb_id.txt", "checkpoints", "before_*")
 
 
 def claim_folder(folder: Path, settings: RunSettings, config: TrainConfig, command: dict) -> None:
@@ -207,6 +208,8 @@ def claim_folder(folder: Path, settings: RunSettings, config: TrainConfig, comma
     for name in RUN_FILES if settings.force else ():
         for path in folder.glob(name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not settings.resume and (before := next(iter(sorted(folder.glob("before_*"))), None)):
+        raise RISError(f"{before}: a stage of a run was trained here; resume it or choose another folder")
     open_run(folder, config, settings.resume)
     path = folder / "command.json"
     if (folder / "train.json").exists() and path.exists():
@@ -222,6 +225,68 @@ def leave_folder(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}:
             shutil.rmtree(folder)
+
+# %% ../../nbs/workshop/run.ipynb #sg02
+def learn_model(model: RISModel, dataset: ReferralDataset, config: TrainConfig, folder: Path, resume: bool) -> None:
+    """All of the model that isn't frozen, with its own losses."""
+    fit(model.for_training(), dataset, config, folder, None, resume)
+
+
+def learn_words(model: RISModel, dataset: ReferralDataset, config: TrainConfig, folder: Path, resume: bool, rate: float = 0.25) -> None:
+    """The model's text encoder, on masked words. rate: the share of words that are masked."""
+    from ris_nb.models.sag_toys import MaskedWords
+    fit(MaskedWords(model, rate), dataset, config, folder, None, resume)
+
+
+def learn_pictures(model: RISModel, dataset: ReferralDataset, config: TrainConfig, folder: Path, resume: bool, labels: Sequence[str]) -> None:
+    """The model's image encoder, on `labels` of pictures of single toys; the data set is not read. Every process computes the same."""
+    from ris_nb.encoders.single_toys import ConvPatches, centre_patches, label_accuracy, learn_single_toys
+    if not isinstance(model.vision, ConvPatches):
+        raise RISError(f"the stage {folder.name} teaches a small convolutional encoder, and this model's vision is a {type(model.vision).__name__}: "
+                       'use vision={"conv": 64}')
+    open_run(folder, config, resume)
+    if (folder / "model.safetensors").exists():
+        model.load_state_dict(load_model(folder).state_dict())
+        return
+    main = make_accelerator(config.precision).is_main_process
+    encoder = deepcopy(model.vision).requires_grad_(True)
+    reader, losses = learn_single_toys(encoder, labels, config.steps, config.batch_size, lr=config.lr, seed=config.seed,
+                                       state=folder / "pictures.pt" if main else None)
+    right = label_accuracy(reader)
+    centre_patches(encoder)
+    model.vision.load_state_dict(encoder.state_dict())
+    if main:
+        with replacing(folder / "train.json") as file:
+            file.write_text(json.dumps(asdict(config), indent=1))
+        append_log(folder, {"step": config.steps, "loss": losses[-1], **right})
+        model.save_pretrained(folder)
+
+
+LEARNERS = {"model": learn_model, "words": learn_words, "pictures": learn_pictures}
+
+# %% ../../nbs/workshop/run.ipynb #sg03
+def stage_flags(stage: Stage, recipe: Recipe, settings: RunSettings, config: TrainConfig) -> tuple[RunSettings, TrainConfig]:
+    """The flags of a stage: the run's, with the stage's own in place of the recipe's. What the run says otherwise holds in every stage."""
+    given, own = {**vars(settings), **vars(config)}, recipe.values()
+    flags = {name: setting.value for name, setting in stage.settings.items() if given[name] == own[name]}
+    flags["warmup"] = min(flags.get("warmup", config.warmup), flags.get("steps", config.steps) // 10)
+    network = {name: setting.value for name, setting in stage.network.items() if settings.model == own["model"]}
+    of_config = {f.name for f in fields(TrainConfig)}
+    return (replace(settings, network={**network, **flat(settings.network)}, **{name: flags[name] for name in flags.keys() - of_config}),
+            replace(config, validate_every=0, patience=0, **{name: flags[name] for name in flags.keys() & of_config}))
+
+
+def run_stages(data: Referrals, settings: RunSettings, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Train the stages of the settings' recipe, each in a folder of its own; returns the weights with which the last one ends, {} without stages."""
+    recipe, weights = find_recipe(settings.recipe), {}
+    for number, stage in enumerate(recipe.stages, 1):
+        flags, own = stage_flags(stage, recipe, settings, config)
+        model, dataset = _model_and_pairs(data, flags, own.seed)
+        if weights:
+            model.load_state_dict(weights)
+        LEARNERS[stage.learner](model, dataset, own, folder_of(settings) / f"before_{number}_{stage.name}", settings.resume, **stage.options)
+        weights = model.state_dict()
+    return weights
 
 # %% ../../nbs/workshop/run.ipynb #077
 def check_start(model: RISModel, dataset: ReferralDataset, config: TrainConfig, world: int, device: torch.device) -> None:
@@ -284,6 +349,8 @@ def train(data: Referrals, settings: RunSettings, config: TrainConfig, imports: 
             claim_folder(folder_of(settings), settings, config, command_of(settings, data, imports))
         accelerator.wait_for_everyone()
         try:
+            if settings.recipe and settings.from_ is None and (weights := run_stages(data, settings, config)):
+                model.load_state_dict(weights)
             return fit(learner, dataset, config, folder_of(settings), validate, settings.resume)
         except RISError:
             if accelerator.is_main_process:
