@@ -88,25 +88,29 @@ class ConvPatches(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, conv // 2, 5, 2, 2, bias=False), nn.BatchNorm2d(conv // 2), nn.ReLU(),
                                   nn.Conv2d(conv // 2, conv, 3, 2, 1, bias=False), nn.BatchNorm2d(conv), nn.ReLU())
         self.blocks = nn.Sequential(*(Residual(conv, 1 if k == 0 else 2) for k in range(depth)))
-        self.out, self.norm = nn.Conv2d(conv, conv, 1, bias=False), nn.BatchNorm2d(conv, affine=False)
+        self.out, self.norm = nn.Conv2d(conv, conv, 1), nn.BatchNorm2d(conv, affine=False)
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """The layers, as timm's models tell them, for a learning rate that falls from block to block."""
         return dict(stem=r"^stem", blocks=[(r"^blocks\.(\d+)", None), (r"^out", (99999,))])
+
+    def map(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D, H / 4, W / 4), before the last norm."""
+        return self.out(self.blocks(self.stem(image)))
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + N, D): the mean, then N patches row by row. `RISError` where 4 doesn't divide the sides."""
         if image.shape[-2] % self.patch or image.shape[-1] % self.patch:
             raise RISError(f"an image of {image.shape[-2]} x {image.shape[-1]} pixels does not divide into patches of {self.patch}: "
                            "resize it to a multiple")
-        x = self.norm(self.out(self.blocks(self.stem(image)))).flatten(2).mT  # (B, N, D)
+        x = self.norm(self.map(image)).flatten(2).mT  # (B, N, D)
         return torch.cat([x.mean(1, keepdim=True), x], 1)
 
 # %% ../../nbs/workshop/single_toys.ipynb #st15
 class LabelReader(nn.Module):
-    """An encoder and one linear layer that reads labels off its patches: image (B, 3, H, W) -> a dict of logits (B, values), the mean over patches."""
+    """An encoder and one linear layer that reads labels off its map: image (B, 3, H, W) -> a dict of logits (B, values), the mean over patches."""
 
-    def __init__(self, encoder: nn.Module, labels: Sequence[str] = tuple(LABELS)):
+    def __init__(self, encoder: ConvPatches, labels: Sequence[str] = tuple(LABELS)):
         super().__init__()
         if not labels or set(labels) - set(LABELS):
             raise RISError(f"labels are one or more of {', '.join(LABELS)}, not {', '.join(labels) or 'none'}")
@@ -114,7 +118,7 @@ class LabelReader(nn.Module):
         self.heads = nn.Linear(encoder.width, sum(len(LABELS[label]) for label in labels))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        scores = self.heads(F.relu(self.encoder(image)[:, 1:])).mean(1)
+        scores = self.heads(F.relu(self.encoder.map(image)).flatten(2).mT).mean(1)
         return dict(zip(self.labels, scores.split([len(LABELS[label]) for label in self.labels], 1)))
 
 
@@ -137,14 +141,12 @@ def label_accuracy(reader: LabelReader, seed: int = 0, count: int = 1000) -> dic
 def centre_patches(encoder: ConvPatches, scenes: int = 500, seed: int = 1) -> None:
     """Give the last norm the mean and variance of each channel over the patches of `scenes` scenes of split train."""
     images = torch.stack([torch.from_numpy(make_toys(seed, index=i).image).permute(2, 0, 1) for i in range(scenes)])
-    norm, encoder.norm = encoder.norm, nn.Identity()
-    x = torch.cat([encoder.eval()(part.float() / 127.5 - 1)[:, 1:].flatten(0, 1) for part in images.split(50)])
-    norm.running_mean.copy_(x.mean(0))
-    norm.running_var.copy_(x.var(0))
-    encoder.norm = norm.eval()
+    maps = torch.cat([encoder.eval().map(part.float() / 127.5 - 1) for part in images.split(50)])
+    encoder.norm.running_mean.copy_(maps.mean((0, 2, 3)))
+    encoder.norm.running_var.copy_(maps.var((0, 2, 3)))
 
 
-def learn_single_toys(encoder: nn.Module, labels: Sequence[str] = tuple(LABELS), steps: int = 3000, batch_size: int = 64, pictures: int = 16_000,
+def learn_single_toys(encoder: ConvPatches, labels: Sequence[str] = tuple(LABELS), steps: int = 3000, batch_size: int = 64, pictures: int = 16_000,
                       lr: float = 3e-3, seed: int = 0, state: Path | None = None) -> tuple[LabelReader, list[float]]:
     """Teach an encoder to read `labels` off pictures of single toys; returns the reader and the losses, one a step. `state`: see `_descend`."""
     torch.manual_seed(seed)
