@@ -75,8 +75,7 @@ class Toys:
     """
     root: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """Data root, the folder to write to; one root takes all flavours, RefShapes' too."""
-    flavour: Literal["reftoys", "reftoys_human", "reftoys_attributes", "reftoys_relations", "reftoys_plural", "reftoys_shortcut",
-                     "reftoys_described"] = "reftoys"
+    flavour: Literal["reftoys", "reftoys_human", "reftoys_attributes", "reftoys_relations", "reftoys_plural", "reftoys_shortcut", "reftoys_described"] = "reftoys"
     """reftoys has no needless word, reftoys_human some; reftoys_plural speaks of one thing, several or none."""
     counts: Annotated[dict[str, int] | None, arg(metavar="SPLIT INT ...")] = None
     """Scenes for each split (train, val, testA, testB, testC, testR, testS); a split left out gets none. Default: the full set."""

@@ -21,7 +21,7 @@ from ..data.toys import (_NET, _TWO_FACED, GROUNDS, TEXTURES, TOY_COLOURS, TOY_G
 from .pretraining import _descend
 
 # %% auto #0
-__all__ = ['ConvPatches']
+__all__ = []
 
 # %% ../../nbs/workshop/single_toys.ipynb #st06
 LABELS = {"kind": TOY_KINDS, "colour": tuple(TOY_COLOURS), "texture": TEXTURES, "size": tuple(TOY_SIZES)}

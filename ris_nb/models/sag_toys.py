@@ -19,7 +19,7 @@ from .sag import SaG
 from ..registry import load_model, register_model
 
 # %% auto #0
-__all__ = ['sag_toys']
+__all__ = []
 
 # %% ../../nbs/workshop/sag_toys.ipynb #sy07
 @register_model
