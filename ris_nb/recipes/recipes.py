@@ -15,7 +15,7 @@ from ..data.refer import PUBLISHED
 from ..data.tokenizer import BERT_UNCASED
 from .recipe import RECIPE_FILES, Recipe, Setting, Stage, read_recipe, schedule, sourced
 from ..settings import BERT_BASE, CLIP_MEAN, CLIP_R101, CLIP_STD, CLIP_TEXT, SWIN_B, SWIN_T
-from ..training.config import OWN_PHOTOS_RECIPE, PHOTO_RECIPE, TINY_RECIPE
+from ..training.config import OWN_PHOTOS_RECIPE, PHOTO_RECIPE, SAG_TOYS_RECIPE, SAG_TOYS_STAGES, TINY_RECIPE
 
 # %% auto #0
 __all__ = ['LAVT_CODE', 'DEMO', 'RECIPES', 'BORROWED', 'COUNTED_FROM', 'list_recipes', 'find_recipe']
@@ -246,17 +246,17 @@ RECIPES |= {
 # %% ../../nbs/workshop/paper_recipes.ipynb #st02
 _TOYS = "our choice, for half an hour on two CPU cores: workshop/sag_toys"
 _TOYS_SETTINGS = sourced(
-    _TOYS, dataset="reftoys_described", model="sag_toys", split="train", val="none", each="image", sentences=2, batch_size=64, steps=600, lr=1.5e-3,
-    schedule="cosine", warmup=60, clip=1.0, freeze=("vision",), save_every=200, seed=0)
+    _TOYS, dataset="reftoys_described", model="sag_toys", split="train", val="none", each="image", sentences=2, freeze=("vision",), seed=0,
+    **SAG_TOYS_RECIPE)
 _TOYS_NETWORK = {**sourced("chosen on scenes that no score is about; the paper's is 0.5", threshold=0.3),
                  **sourced(_TOYS, lr_factors={"entities": 0.5})}
 
 
 def _toys(about: str, labels: tuple[str, ...]) -> Recipe:
     """SaG on RefToys, whose encoder is taught the `labels` of pictures of single toys."""
-    stages = (Stage("pictures", "pictures", sourced(_TOYS, steps=3000, lr=3e-3), {}, {"labels": labels}),
-              Stage("words", "words", sourced(_TOYS, steps=500, lr=2e-3, warmup=50)),
-              Stage("gather", "model", sourced(_TOYS, steps=1400, lr=2e-3, warmup=140, freeze=("vision", "entities")),
+    stages = (Stage("pictures", "pictures", sourced(_TOYS, **SAG_TOYS_STAGES["pictures"]), {}, {"labels": labels}),
+              Stage("words", "words", sourced(_TOYS, **SAG_TOYS_STAGES["words"])),
+              Stage("gather", "model", sourced(_TOYS, freeze=("vision", "entities"), **SAG_TOYS_STAGES["gather"]),
                     sourced("slots that stand still need no reconstruction", "loss", reconstruction=0.0)))
     return Recipe(about, _TOYS_SETTINGS, _TOYS_NETWORK, Setting(64, _TOYS), (), None, stages)
 

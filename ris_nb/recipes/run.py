@@ -9,8 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
@@ -37,7 +36,8 @@ from ..training.launch import make_accelerator
 from ..training.loop import fit
 from ..training.optim import param_groups
 from ..training.sampling import training_loader
-from ..training.state import append_log, holding, open_run
+from ..training.stages import LEARNERS
+from ..training.state import holding, open_run
 from ..training.trackers import check_trackers
 
 # %% auto #0
@@ -225,44 +225,6 @@ def leave_folder(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock"}:
             shutil.rmtree(folder)
-
-# %% ../../nbs/workshop/run.ipynb #sg02
-def learn_model(model: RISModel, dataset: ReferralDataset, config: TrainConfig, folder: Path, resume: bool) -> None:
-    """All of the model that isn't frozen, with its own losses."""
-    fit(model.for_training(), dataset, config, folder, None, resume)
-
-
-def learn_words(model: RISModel, dataset: ReferralDataset, config: TrainConfig, folder: Path, resume: bool, rate: float = 0.25) -> None:
-    """The model's text encoder, on masked words. rate: the share of words that are masked."""
-    from ris_nb.models.sag_toys import MaskedWords
-    fit(MaskedWords(model, rate), dataset, config, folder, None, resume)
-
-
-def learn_pictures(model: RISModel, dataset: ReferralDataset, config: TrainConfig, folder: Path, resume: bool, labels: Sequence[str]) -> None:
-    """The model's image encoder, on `labels` of pictures of single toys; the data set is not read. Every process computes the same."""
-    from ris_nb.encoders.single_toys import ConvPatches, centre_patches, label_accuracy, learn_single_toys
-    if not isinstance(model.vision, ConvPatches):
-        raise RISError(f"the stage {folder.name} teaches a small convolutional encoder, and this model's vision is a {type(model.vision).__name__}: "
-                       'use vision={"conv": 64}')
-    open_run(folder, config, resume)
-    if (folder / "model.safetensors").exists():
-        model.load_state_dict(load_model(folder).state_dict())
-        return
-    main = make_accelerator(config.precision).is_main_process
-    encoder = deepcopy(model.vision).requires_grad_(True)
-    reader, losses = learn_single_toys(encoder, labels, config.steps, config.batch_size, lr=config.lr, seed=config.seed,
-                                       state=folder / "pictures.pt" if main else None)
-    right = label_accuracy(reader)
-    centre_patches(encoder)
-    model.vision.load_state_dict(encoder.state_dict())
-    if main:
-        with replacing(folder / "train.json") as file:
-            file.write_text(json.dumps(asdict(config), indent=1))
-        append_log(folder, {"step": config.steps, "loss": losses[-1], **right})
-        model.save_pretrained(folder)
-
-
-LEARNERS = {"model": learn_model, "words": learn_words, "pictures": learn_pictures}
 
 # %% ../../nbs/workshop/run.ipynb #sg03
 def stage_flags(stage: Stage, recipe: Recipe, settings: RunSettings, config: TrainConfig) -> tuple[RunSettings, TrainConfig]:
