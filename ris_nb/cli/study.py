@@ -29,7 +29,7 @@ class Study:
       ris-nb study sag
     """
     name: Annotated[Positional[str], arg(metavar="NAME")]
-    """The study: law (notebook 10), magnet, parts or unseen (notebook 13), sag or gathering (notebook 17), rivals (notebook 18), own or photo (workshop/study_photo), sag_toys (workshop/study_sag_toys)."""
+    """The study: law (notebook 10), magnet, parts or unseen (notebook 13), sag or gathering (notebook 17), rivals (notebook 18), own or photo (workshop/study_photo), sag_toys or toy_laws (workshop/study_sag_toys)."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each variant for each of these."""
     steps: int | None = None

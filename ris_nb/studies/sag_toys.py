@@ -6,22 +6,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from ..data.batches import ReferralDataset, collate
 from ..data.refer import Referral
 from ..data.sources import open_data
+from ..data.toys import make_toys
 from ..data.tokenizer import Tokenizer, build_vocabulary
 from ..data.writer import make_reftoys
+from ..encoders.single_toys import LABELS
 from ..evaluation.scorecard import wrong_sentences
 from ..metrics import SegmentationMetrics
 from ..models.base import evaluating
 from ..models.sag import SaG, relevance_masks
-from ..registry import create_model
+from ..registry import create_model, load_model
 from ..settings import nested
 from .sag import floor_scores, rule_scores
 from ..training.config import SAG_TOYS_RECIPE, SAG_TOYS_STAGES, TrainConfig
@@ -32,25 +38,16 @@ __all__ = []
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty06
 TOY_LABELS = ("kind", "colour", "texture", "size")
-TOYS_STUDY: dict[str, dict] = {     # row -> what is changed: labels, data, a stage left out, arguments of the model
+TOYS_STUDY: dict[str, dict] = {     # row -> what is changed, as arguments of `ToyRun`
     "SaG": {},
     "kinds alone": dict(labels=("kind",)),
     "minimal sentences": dict(dataset="reftoys"),
-    "random encoder": dict(without="pictures"),
-    "no masked words": dict(without="words"),
-    "all from the first step": dict(without="gather"),
-    "patches": dict(slots=dict(discovery=False), loss=dict(reconstruction=0.0)),
+    "random encoder": dict(stages=("words", "gather", "all")),
+    "minimal sentences, random encoder": dict(dataset="reftoys", stages=("words", "gather", "all")),
+    "no masked words": dict(stages=("pictures", "gather", "all")),
+    "all from the first step": dict(stages=("pictures", "words", "all")),
+    "patches": dict(network=dict(slots=dict(discovery=False), loss=dict(reconstruction=0.0))),
 }
-
-
-def stage_config(stage: str, seed: int, steps: int | None, without: str) -> TrainConfig:
-    """How a stage trains, or the last one, "all". steps: of every stage, in place of its own. Without a stage "gather", "all"
-    takes its steps, too."""
-    values = SAG_TOYS_RECIPE | SAG_TOYS_STAGES.get(stage, {})
-    if (stage, without) == ("all", "gather"):
-        values["steps"] += SAG_TOYS_STAGES["gather"]["steps"]
-    values["steps"] = steps or values["steps"]
-    return TrainConfig(**values | dict(seed=seed, warmup=min(values["warmup"], values["steps"] // 10)))
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty08
 CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -82,49 +79,143 @@ def toy_figures(model: SaG, val: list[Referral], test: list[Referral], wrong: bo
     return figures
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty10
-def sag_toys_study(root: str | Path, steps: int | None = None) -> dict[str, Callable[[int, Path], dict]]:
-    """The variants for `run_study`: `sag_toys` in its stages, changed as in `TOYS_STUDY`, and "no model", the floors. Data that
-    are missing in `root` are made.
+@cache
+def toy_data(root: Path, dataset: str) -> tuple[list[Referral], list[Referral], list[Referral], list[str]]:
+    """What a toy data set below `root` has for train, val, and testA with testB, and the words of train; made if missing."""
+    if not (root / dataset).is_dir():
+        make_reftoys(root, dataset)
+    data = open_data(root, dataset)
+    train, test = data.referrals("train"), [r for split in ("testA", "testB") for r in data.referrals(split)]
+    return train, data.referrals("val"), test, build_vocabulary(s.text for r in train for s in r.sentences)
 
-    The figures of a run: those of `toy_figures`, "gathered mIoU" and "gathered oIoU" before the last stage, the steps of that
-    one, and seconds of processor time. steps: of every stage.
+
+def mixed(described: list[Referral], minimal: list[Referral], share: float) -> list[Referral]:
+    """Of a `share` of the pictures the described sentences, of the others the minimal ones."""
+    names = sorted({r.image_path.name for r in described})
+    first = {name for k, name in enumerate(names) if int((k + 1) * share) > int(k * share)}
+    return [r for r in described if r.image_path.name in first] + [r for r in minimal if r.image_path.name not in first]
+
+
+@dataclass
+class ToyRun:
+    """One training of `sag_toys` in stages, changed as a row of `TOYS_STUDY` or `toy_laws` says.
+
+    labels: what its image encoder learns. dataset: what it trains on; described: or the share of reftoys_described in a mixture
+    with reftoys. stages: those that are trained. lengths: steps of a stage, in place of its own; steps: the most that any takes.
     """
-    @cache
-    def read(dataset: str):
-        if not (Path(root) / dataset).is_dir():
-            make_reftoys(root, dataset)
-        data = open_data(root, dataset)
-        train, test = data.referrals("train"), [r for split in ("testA", "testB") for r in data.referrals(split)]
-        return train, data.referrals("val"), test, build_vocabulary(s.text for r in train for s in r.sentences)
+    root: Path
+    labels: tuple[str, ...] = TOY_LABELS
+    dataset: str = "reftoys_described"
+    described: float | None = None
+    stages: tuple[str, ...] = (*SAG_TOYS_STAGES, "all")
+    network: Mapping = field(default_factory=dict)
+    lengths: Mapping[str, int] = field(default_factory=dict)
+    steps: int | None = None
 
+    def referrals(self) -> list[Referral]:
+        if self.described is None:
+            return toy_data(self.root, self.dataset)[0]
+        return mixed(*(toy_data(self.root, name)[0] for name in ("reftoys_described", "reftoys")), self.described)
+
+    def config(self, stage: str, seed: int) -> TrainConfig:
+        """How a stage trains. Where "gather" is left out, "all" takes its steps, too."""
+        values = SAG_TOYS_RECIPE | SAG_TOYS_STAGES.get(stage, {})
+        if stage == "all" and "gather" not in self.stages:
+            values["steps"] += SAG_TOYS_STAGES["gather"]["steps"]
+        own = self.lengths.get(stage, values["steps"])
+        steps = min(own, self.steps or own)
+        return TrainConfig(**values | dict(seed=seed, steps=steps, warmup=min(values["warmup"], steps // 10)))
+
+    def begin(self, stage: str, seed: int, weights: Mapping | None) -> SaG:
+        """The model as a stage begins, with the weights of the one before."""
+        network = nested(self.network, {"loss.reconstruction": 0.0} if stage == "gather" else {})
+        torch.manual_seed(seed)
+        model = create_model("sag_toys", vocabulary=toy_data(self.root, self.dataset)[3], lr_factors={"entities": 0.5}, **network)
+        if weights:
+            model.load_state_dict(weights)
+        still = ("vision", "entities") if stage == "gather" else ("vision",)
+        model.freeze([part for part in still if part in dict(model.named_children())])
+        return model
+
+    def train(self, seed: int, folder: Path) -> Iterator[tuple[str, SaG]]:
+        """Each stage's name and the model at its end; a run that was stopped goes on. Rows whose encoder learned the same share it."""
+        weights, referrals = None, self.referrals()
+        for stage in self.stages:
+            model, config = self.begin(stage, seed, weights), self.config(stage, seed)
+            data = ReferralDataset(referrals, model.tokenizer, model.transform, masks=False, sentences=2)
+            pictures = stage == "pictures"
+            name = f"{'_'.join(self.labels)}_{config.steps}"
+            place = folder.parents[1] / "encoders" / name / str(seed) if pictures else folder / stage
+            options = {"labels": self.labels} if pictures else {}
+            LEARNERS.get(stage, LEARNERS["model"])(model, data, config, place, True, **options)
+            weights = model.state_dict()
+            yield stage, model
+
+    def __call__(self, seed: int, folder: Path) -> dict:
+        """What `run_study` keeps: see `toy_figures`; "gathered mIoU" and "gathered oIoU" are of the stage before the last."""
+        _, val, test, _ = toy_data(self.root, self.dataset)
+        start, figures = time.process_time(), {}
+        for stage, model in self.train(seed, folder):
+            if stage == "gather" and "all" in self.stages:
+                own = toy_figures(model, val, test, wrong=False)
+                figures = {f"gathered {name}": own[name] for name in ("mIoU", "oIoU")}
+        seconds = time.process_time() - start
+        return {"steps": self.config(stage, seed).steps, "seconds": seconds, **toy_figures(model, val, test), **figures}
+
+
+def toys_study(root: str | Path, steps: int | None = None) -> dict[str, Callable[[int, Path], dict]]:
+    """The variants for `run_study`: `sag_toys` in its stages, changed as in `TOYS_STUDY`, and "no model", the floors. Data that
+    are missing in `root` are made. steps: of each stage, at most."""
     def floors(seed: int, folder: Path) -> dict:
-        _, _, test, vocabulary = read("reftoys_described")
-        found = floor_scores(test, Tokenizer(vocabulary), seed, "", 96)
-        return {name.strip(): value for name, value in found.items()}
+        _, _, test, vocabulary = toy_data(Path(root), "reftoys_described")
+        return {name.strip(): value for name, value in floor_scores(test, Tokenizer(vocabulary), seed, "", 96).items()}
 
-    def variant(labels=TOY_LABELS, dataset="reftoys_described", without="", **network):
-        def run(seed: int, folder: Path) -> dict:
-            train, val, test, vocabulary = read(dataset)
-            start, weights, figures = time.process_time(), {}, {}
-            for stage in (*SAG_TOYS_STAGES, "all"):
-                if stage == without:
-                    continue
-                still = ("vision", "entities") if stage == "gather" else ("vision",)
-                own = nested(network, {"loss.reconstruction": 0.0} if stage == "gather" else {})
-                torch.manual_seed(seed)
-                model = create_model("sag_toys", vocabulary=vocabulary, lr_factors={"entities": 0.5}, **own)
-                model.load_state_dict(weights or model.state_dict())
-                model.freeze([part for part in still if part in dict(model.named_children())])
-                if stage == "all" and without != "gather":
-                    gathered = toy_figures(model, val, test, wrong=False)
-                    figures |= {f"gathered {name}": gathered[name] for name in ("mIoU", "oIoU")}
-                config, data = stage_config(stage, seed, steps, without), ReferralDataset(train, model.tokenizer, model.transform, masks=False, sentences=2)
-                pictures = stage == "pictures"
-                place = folder.parents[1] / "encoders" / "_".join(labels) / str(seed) if pictures else folder / stage
-                LEARNERS.get(stage, LEARNERS["model"])(model, data, config, place, True, **({"labels": labels} if pictures else {}))
-                weights = model.state_dict()
-            seconds = time.process_time() - start
-            return {"steps": config.steps, "seconds": seconds, **toy_figures(model, val, test), **figures}
-        return run
+    return {**{row: ToyRun(Path(root), steps=steps, **changes) for row, changes in TOYS_STUDY.items()}, "no model": floors}
 
-    return {**{row: variant(**changes) for row, changes in TOYS_STUDY.items()}, "no model": floors}
+# %% ../../nbs/workshop/study_sag_toys.ipynb #ty21
+DESCRIBED = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)      # shares of pictures
+PICTURES = (30, 100, 300, 1000)     # steps, besides none and all
+
+
+def toy_vectors(model: SaG, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """The mean features (n, D) below the mask of each toy on `count` scenes, and its labels (n, 4) as numbers."""
+    vectors, labels = [], []
+    with evaluating(model), torch.no_grad():
+        for index in range(count):
+            scene = make_toys(0, split=split, index=index)
+            image = model.transform.image(Image.fromarray(scene.image))[None]
+            x = model.vision(image)[0, 1:]  # (P, D)
+            cover = F.adaptive_avg_pool2d(torch.from_numpy(scene.masks).float(), round(len(x) ** 0.5)).flatten(1)  # (n, P)
+            vectors.append(cover @ x / cover.sum(1, keepdim=True))
+            labels += [[LABELS[label].index(getattr(toy, label)) for label in TOY_LABELS] for toy in scene.things]
+    return torch.cat(vectors), torch.tensor(labels)
+
+
+def linear_probe(model: SaG, scenes: int = 400) -> float:
+    """The share of labels that ridge regression reads right off toys of val, the mean over the four; learned on `scenes` of train."""
+    (x, truth), (y, asked) = toy_vectors(model, "train", scenes), toy_vectors(model, "val", scenes // 2)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, y = (F.pad((v - mean) / std, (0, 1), value=1.0) for v in (x, y))
+    gram, right = x.T @ x + 10 * torch.eye(x.shape[1]), []
+    for k, label in enumerate(TOY_LABELS):
+        weights = torch.linalg.solve(gram, x.T @ F.one_hot(truth[:, k], len(LABELS[label])).float())
+        right.append(((y @ weights).argmax(1) == asked[:, k]).float().mean())
+    return torch.stack(right).mean().item()
+
+
+def toy_laws(root: str | Path, steps: int | None = None) -> dict[str, Callable[[int, Path], dict]]:
+    """The variants for `run_study`: short trainings on slots that stand still, with more and more described sentences, and
+    with encoders that learned more and more. Their figures have the "probe", too. steps: of each stage, at most."""
+    rows = {f"{round(100 * share)} % described": dict(described=share) for share in DESCRIBED}
+    rows |= {f"{count} steps of pictures": dict(lengths={"pictures": count}) for count in PICTURES}
+    rows |= {"no picture": dict(stages=("words", "gather")), "told kinds": dict(labels=("kind",)), "told colours": dict(labels=("colour",))}
+
+    def variant(stages: tuple[str, ...] = tuple(SAG_TOYS_STAGES), lengths: Mapping[str, int] = {}, **changes):
+        run = ToyRun(Path(root), stages=stages, lengths={"gather": 700, **lengths}, steps=steps, **changes)
+
+        def probed(seed: int, folder: Path) -> dict:
+            figures = run(seed, folder)
+            return {**figures, "probe": linear_probe(load_model(folder / "gather"))}
+        return probed
+
+    return {row: variant(**changes) for row, changes in rows.items()}

@@ -18,7 +18,7 @@ from .photo import own_study, photo_study
 from .rivals import rivals_study
 from .runner import run_study, study_table
 from .sag import sag_study
-from .sag_toys import sag_toys_study
+from .sag_toys import toy_laws, toys_study
 from .unseen import unseen_study
 
 # %% auto #0
@@ -42,7 +42,8 @@ STUDIES = {"magnet": StudyPlan(magnet_study, ("refshapes", "refshapesg"), ("refs
            "parts": StudyPlan(parts_study, (), ("mIoU", "found", "rival marked")),  # so does this
            "photo": StudyPlan(photo_study, (), ("val mIoU", "val N-acc")),  # this needs a folder of views
            "own": StudyPlan(own_study, (), ("test mIoU", "test N-acc")),
-           "sag_toys": StudyPlan(sag_toys_study, (), ("mIoU", "oIoU", "mIoU at 0.5", "oIoU at 0.5", "gathered mIoU", "mIoU, other pictures", "mIoU, other toys")),
+           "sag_toys": StudyPlan(toys_study, (), ("mIoU", "oIoU", "mIoU at 0.5", "oIoU at 0.5", "gathered mIoU", "mIoU, other pictures", "mIoU, other toys")),
+           "toy_laws": StudyPlan(toy_laws, (), ("mIoU", "oIoU", "probe")),
            "gathering": StudyPlan(gathering_study, (), ("mIoU", "oIoU", "on the referent", "by chance"))}  # and this needs none
 
 # %% ../../nbs/workshop/study_table.ipynb #s03
