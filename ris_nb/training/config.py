@@ -99,6 +99,6 @@ TINY_RECIPE = dict(steps=1250, batch_size=32, lr=2e-3, schedule="cosine", warmup
 PHOTO_RECIPE = dict(steps=3000, batch_size=7, lr=4e-4, weight_decay=0.03, schedule="cosine", warmup=60, clip=1.0, ema=0.998, precision="bf16",
                     workers=1, validate_every=500, save_every=500)      # photographs, each with some of its sentences
 OWN_PHOTOS_RECIPE = PHOTO_RECIPE | dict(steps=60, lr=2e-5, warmup=5, ema=0.95, validate_every=20, save_every=20)
-SAG_TOYS_RECIPE = dict(steps=600, batch_size=64, lr=1.5e-3, schedule="cosine", warmup=60, clip=1.0, save_every=200)
+SAG_TOYS_RECIPE = dict(steps=1200, batch_size=64, lr=1.5e-3, schedule="cosine", warmup=60, clip=1.0, save_every=200)
 SAG_TOYS_STAGES = {     # what comes before, and what is other there
     "pictures": dict(steps=3000, lr=3e-3), "words": dict(steps=500, lr=2e-3, warmup=50), "gather": dict(steps=1400, lr=2e-3, warmup=140)}
