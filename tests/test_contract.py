@@ -136,7 +136,7 @@ def test_settings_travel(name, part, inner, tmp_path):
 
 # ---- check_model and the models that ship
 
-@pytest.mark.parametrize("name", ["lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "rela_tiny"])
+@pytest.mark.parametrize("name", ["lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "sag_toys", "rela_tiny"])
 def test_a_shipped_model_keeps_the_contract(name):
     """Only ReLA reads its padding, and declares it; without the declaration it is refused."""
     model = load_model(name)
@@ -148,7 +148,7 @@ def test_a_shipped_model_keeps_the_contract(name):
 
 
 def test_every_shipped_model_is_checked():
-    assert set(_shipped()) == {"lavt_photo", "lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "rela_tiny"}
+    assert set(_shipped()) == {"lavt_photo", "lavt_tiny", "magnet_tiny", "cris_tiny", "sag_tiny", "sag_toys", "rela_tiny"}
 
 
 def test_a_declaration_of_padding_hides_no_neighbour():

@@ -220,7 +220,7 @@ def test_stages_follow_each_other_and_go_on_where_they_were(tmp_path):
     moved = [{name.partition(".")[0] for name, value in b.state_dict().items() if not torch.equal(value, a.state_dict()[name])}
              for a, b in zip(models, models[1:])]
     assert moved == [{"text"}, {"text", "sentence", "fusion"}, {"text", "sentence", "fusion", "entities", "decoder"}]
-    assert [model.frozen for model in models[2:]] == [("vision", "entities"), ("vision",)] and models[3].threshold == 0.3
+    assert [model.frozen for model in models[2:]] == [("vision", "entities"), ("vision",)] and models[3].threshold == 0.2
     weights = (run / "model.safetensors").read_bytes()
     shutil.rmtree(gather)
     for name in ("state.pt", "model.safetensors", "config.json", "log.jsonl", "train.json"):

@@ -25,7 +25,7 @@ class Explore(Several):
     """Open the panels of notebook 25 in a browser: ask models about drawn scenes or a photo of yours. Ctrl-C ends it.
 
     Everything stays on this machine. Where no model is named, all that come with the library answer:
-    lavt_photo, which has learned from photographs, and those of drawn scenes: cris_tiny, lavt_tiny, magnet_tiny, rela_tiny and sag_tiny. Where one marks nothing, its line says "there is none".
+    lavt_photo, which has learned from photographs, and those of drawn scenes: cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny and sag_toys. Where one marks nothing, its line says "there is none".
     Needs the extra: pip install "ris_nb[explore]"
 
     examples:

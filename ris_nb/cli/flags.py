@@ -43,7 +43,7 @@ class Data:
 class Answering(Own):
     """Which model answers."""
     checkpoint: Annotated[str | None, arg(metavar="MODEL")] = None
-    """A run's folder, the name of a model that comes with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
+    """A run's folder, the name of a model that comes with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny, sag_toys), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[str | None, arg(metavar="NAME")] = None
     """In its place, weights that a paper's authors released: magnet_refcoco, magnet_refcoco+, magnet_refcocog_umd, magnet_refcocog_google, magnet_all; OWNER/REPOSITORY/FILE on the Hub; a file of yours."""
     vocabulary: Annotated[str | None, arg(metavar="FILE")] = None
@@ -82,7 +82,7 @@ def answering_model(flags: Answering):
 class Several(Own):
     """Which models answer."""
     models: Annotated[tuple[str, ...] | None, arg(metavar="MODEL ...")] = None
-    """Folders of runs, names of models that come with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), or OWNER/NAME on the Hugging Face Hub."""
+    """Folders of runs, names of models that come with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny, sag_toys), or OWNER/NAME on the Hugging Face Hub."""
     released: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Weights that a paper's authors released, as for `ris-nb predict`."""
     vocabulary: Annotated[str | None, arg(metavar="FILE")] = None

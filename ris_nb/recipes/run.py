@@ -58,7 +58,7 @@ class RunSettings:
     network: Suppress[dict] = field(default_factory=dict)
     """Arguments of the model by name, in place of its own defaults; those in a group as a table, or by their paths ("vision.width")."""
     from_: Annotated[str | None, arg(name="from", metavar="MODEL")] = None
-    """Fine-tune a trained model: a run's folder, a model that comes with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny), OWNER/NAME on the Hugging Face Hub, or weights that a paper's authors released: released:magnet_refcoco, or a file of yours. Weights, vocabulary and settings are that model's."""
+    """Fine-tune a trained model: a run's folder, a model that comes with the library (lavt_photo, cris_tiny, lavt_tiny, magnet_tiny, rela_tiny, sag_tiny, sag_toys), OWNER/NAME on the Hugging Face Hub, or weights that a paper's authors released: released:magnet_refcoco, or a file of yours. Weights, vocabulary and settings are that model's."""
     pretrained: bool = False
     """Begin with pretrained encoders: fetched from the Hugging Face Hub, or for the tiny models part of the library."""
     image_size: int | None = None
