@@ -81,12 +81,14 @@ def toy_figures(model: SaG, val: list[Referral], test: list[Referral], wrong: bo
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty10
 @cache
 def toy_data(root: Path, dataset: str) -> tuple[list[Referral], list[Referral], list[Referral], list[str]]:
-    """What a toy data set below `root` has for train, val, and testA with testB, and the words of train; made if missing."""
+    """What a toy data set has for train and val, the val of another seed to score on, and the words of train; made in `root` if missing."""
     if not (root / dataset).is_dir():
         make_reftoys(root, dataset)
-    data = open_data(root, dataset)
-    train, test = data.referrals("train"), [r for split in ("testA", "testB") for r in data.referrals(split)]
-    return train, data.referrals("val"), test, build_vocabulary(s.text for r in train for s in r.sentences)
+    if not (root / "others" / dataset).is_dir():
+        make_reftoys(root / "others", dataset, {"val": 500}, seed=1)
+    data, others = open_data(root, dataset), open_data(root / "others", dataset)
+    train = data.referrals("train")
+    return train, data.referrals("val"), others.referrals("val"), build_vocabulary(s.text for r in train for s in r.sentences)
 
 
 def mixed(described: list[Referral], minimal: list[Referral], share: float) -> list[Referral]:
