@@ -12,9 +12,9 @@ from inspect import signature
 from .contract import RISError
 
 # %% auto #0
-__all__ = ['FOREIGN', 'fetches', 'nested']
+__all__ = ['nested']
 
-# %% ../nbs/workshop/settings.ipynb #s05
+# %% ../nbs/workshop/settings.ipynb #s04e
 _WHOLE = ("lr_factors",)  # tables that are taken as they are given
 FOREIGN = {"timm": dict(timm=None, pretrained=True, stages=None, drop_path=None),  # groups of another encoder than the class's own
            "hf": dict(hf=None, pretrained=True, layers=None, config=None),
@@ -30,7 +30,7 @@ def _replaces(group: Mapping, value: Mapping) -> bool:
     """Does `value` name another encoder than the `group`, so that the group's other settings mean nothing any more?"""
     return any(source in value and value[source] != group.get(source) for source in FOREIGN)
 
-
+# %% ../nbs/workshop/settings.ipynb #s05
 def nested(*tables: Mapping) -> dict:
     """Several tables of settings as one, in which the later win: groups are merged, and "vision.width" is `width` in the group `vision`.
 

@@ -215,7 +215,7 @@ def test_stages_follow_each_other_and_go_on_where_they_were(tmp_path):
     run, (pictures, words, gather) = tmp_path / "run", [tmp_path / f"run/before_{name}" for name in ("1_pictures", "2_words", "3_gather")]
     line = ["train", "--recipe", "sag_toys", "--root", tmp_path / "data", "--out", run, "--steps", 2, "--batch-size", 4]
     code, out, err = ris(*line)
-    assert (code, err) == (0, []) and re.search(r"before: gather +steps=1400 lr=0.002", out) and re.search(r"steps +2 +OVERRIDE", out), err
+    assert (code, err) == (0, []) and re.search(r"before: gather +freeze=vision entities steps=1400 lr=0.002", out) and re.search(r"steps +2 +OVERRIDE", out), err
     models = [load_model(folder) for folder in (pictures, words, gather, run)]
     moved = [{name.partition(".")[0] for name, value in b.state_dict().items() if not torch.equal(value, a.state_dict()[name])}
              for a, b in zip(models, models[1:])]
