@@ -125,14 +125,14 @@ def read_table(path: Path) -> dict[Path, list[str]]:
     return questions
 
 # %% ../../nbs/workshop/cli_predict.ipynb #118
-def say_unread(tokenizer, expression: str) -> None:
+def say_unread(name: str, tokenizer, expression: str) -> None:
     """A line on stderr for words that the model doesn't know, another when it doesn't read to the end."""
     unknown = list(dict.fromkeys(tokenizer.unknown(expression)))
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-        print(f"warning: this model doesn't know {', '.join(repr(word[:30]) for word in unknown[:5])}{more}; try other words", file=sys.stderr)
+        print(f"warning: {name} doesn't know {', '.join(repr(word[:30]) for word in unknown[:5])}{more}; try other words", file=sys.stderr)
     if tokenizer.cuts(expression):
-        print(f"warning: the model reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
+        print(f"warning: {name} reads the first {tokenizer.length - 1} pieces of an expression, and this one is longer; say it shorter", file=sys.stderr)
 
 
 def none_line(name: str, expression: str, where: str | Path = "the photo") -> str:
@@ -144,7 +144,7 @@ def ask(name: str, model, photo, expression: str):
     """The model's mask of the photo, bool (H, W); `none_line` where it is empty, and warnings on stderr for words
     that it doesn't read."""
     mask = model.predict([photo], [expression])[0]
-    say_unread(model.tokenizer, expression)
+    say_unread(name, model.tokenizer, expression)
     if not mask.any():
         print(none_line(name, expression))
     return mask
@@ -245,5 +245,5 @@ def run_predict(flags: Predict) -> int:
     expressions = list(dict.fromkeys(chain.from_iterable(questions.values())))
     model.tokenizer(expressions)  # complains of one that says nothing, before anything is written
     for expression in expressions:
-        say_unread(model.tokenizer, expression)
+        say_unread("this model", model.tokenizer, expression)
     return answer_all(flags.checkpoint or flags.released or flags.model, model, questions, only, flags.out)
