@@ -409,7 +409,7 @@ def test_models_of_your_own_are_asked(tmp_path):
 
     tabs = explore_({"mine": own})
     assert list(tabs.children[0].viewers) == ["mine"] and tabs.children[2].viewer.model is own
-    assert list(explore_({"plain": plain}).children[2].viewer.model.tokenizer.vocabulary) == own.vocabulary
+    assert list(explore_({"plain": plain}).children[2].viewer.model.tokenizer.vocabulary) == load_model("sag_toys").vocabulary
     with pytest.raises(RISError):
         ask_panel(("no such model",))
 
@@ -537,7 +537,7 @@ def test_each_input_of_shatter_changes_what_it_should(shatter):
     shatter["iteration"].value = 3
     assert changed(shatter, "slot", 4) == slots
     assert changed(shatter, "slot", -1) == slots
-    moved = changed(shatter, "expression", list(scene_at("val", 0)[2])[-1])
+    moved = changed(shatter, "expression", list(scene_at("val", 0, "toys")[2])[-1])
     assert "picture" not in moved and "bars" in moved and moved & gathered
     for kind in ("random", "query", "entity"):
         assert slots <= changed(shatter, "kind", kind)
@@ -586,7 +586,7 @@ def test_shatter_tells_what_it_cannot_read(shatter):
 def test_shatter_shows_toys():
     known = {split: [scene_at(split, number, "toys")[2] for number in range(3)] for split in ("val", "testC")}
     vocabulary = build_vocabulary(text for scenes in known.values() for scene in scenes for text in scene)
-    toys = ShatterPanel(Viewer(sag_for("reftoys", vocabulary, pretrained=False).eval()), "toys")
+    toys = ShatterPanel(Viewer(sag_for("reftoys", vocabulary, pretrained=False).eval()))
     for split, scenes in known.items():
         toys["split"].value = split
         toys["number"].value = 2
@@ -649,7 +649,7 @@ def test_explore_has_four_tabs():
     tabs = explore_()
     assert list(tabs.titles) == ["Ask", "Fill in the word", "Shatter and gather", "Loss lab"]
     assert all(isinstance(panel, Panel) for panel in tabs.children)
-    assert tabs.children[0].viewers["sag_tiny"] is tabs.children[2].viewer  # one model for both
+    assert tabs.children[0].viewers["sag_toys"] is tabs.children[2].viewer  # one model for both
 
 
 def random_input(panel, rng):

@@ -127,12 +127,12 @@ def scene_at(split: str, number: int, world: str = "refshapes") -> tuple[Scene |
     """
     if world == "toys":
         scene = make_toys(0, split=split, index=number)
-        known = {one.text: scene.masks[list(one.referents)].any(0) for one in refer_toys(scene)}
+        known = {one.text: scene.masks[list(one.referents)].any(0) for flavour in ("reftoys_described", "reftoys") for one in refer_toys(scene, flavour)}
     else:
         scene = make_scene(0, split=split, index=number)
         said = [one for flavour in SHAPE_FLAVOURS for one in refer(scene, flavour) if one.kind not in ("plural", "pair")]  # few models know "stars"
-        known = {one.text: scene.masks[list(one.referents)].any(0) for one in said}
-    return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: (not pair[1].any(), len(pair[0]))))
+        known = {one.text: scene.masks[list(one.referents)].any(0) for one in sorted(said, key=lambda one: len(one.text))}
+    return scene, Image.fromarray(scene.image), dict(sorted(known.items(), key=lambda pair: not pair[1].any()))
 
 # %% ../../nbs/workshop/explore_panel.ipynb #035s0
 def scene_parts(world: str = "refshapes", lines: bool = False) -> dict[str, widgets.Widget]:

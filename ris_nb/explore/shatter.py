@@ -13,7 +13,7 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgb
+from matplotlib.colors import hsv_to_rgb, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -22,7 +22,8 @@ from ..contract import Output, RISError, to_host
 from .answers import Remembered, Viewer, shipped
 from .ask import row_of_pictures
 from .fill import Pointable
-from .panel import PALETTE, Panel, bars, heat, offer_examples, picture_part, png, scene_parts, unread
+from .panel import PALETTE, Panel, bars, heat, offer_examples, picture_part, png, scene_at, scene_parts, unread
+from ..data.tokenizer import Tokenizer
 from ..models.base import RISModel
 from ..models.entity_slots import EntityDiscovery, EntitySlots, QuerySlots, RandomSlots
 from ..models.modality_fusion import relevance_map
@@ -84,7 +85,9 @@ def slot_names(count: int, per_gaussian: int) -> list[str]:
 
 def slot_colours(count: int, per_gaussian: int) -> np.ndarray:
     """One colour a slot, (K, 3) from 0 to 1: the Gaussian's, lighter for each further slot of it."""
-    own = np.array([to_rgb(PALETTE[k // per_gaussian % len(PALETTE)]) for k in range(count)])
+    gaussians = -(-count // per_gaussian)
+    colours = PALETTE if gaussians <= len(PALETTE) else [hsv_to_rgb((g / gaussians, 0.8, 0.8 - 0.25 * (g % 2))) for g in range(gaussians)]
+    own = np.array([to_rgb(colours[k // per_gaussian]) for k in range(count)])
     light = 0.6 * (np.arange(count) % per_gaussian / per_gaussian)[:, None]
     return own + light * (1 - own)
 
@@ -103,7 +106,12 @@ def draw_slots(picture: np.ndarray, maps: Tensor, colours: np.ndarray, lit: int 
 GATHERED = ("mask", "relevance", "first", "second", "third")
 
 
-def shatter_parts(iterations: int, names: Sequence[str], world: str = "refshapes") -> dict[str, widgets.Widget]:
+def known_world(tokenizer: Tokenizer) -> str:
+    """Of "refshapes" and "toys" the world whose sentences have fewer words that a model doesn't know."""
+    return min(("refshapes", "toys"), key=lambda world: sum(len(tokenizer.unknown(text)) for text in scene_at("val", 0, world)[2]))
+
+
+def shatter_parts(iterations: int, names: Sequence[str], world: str) -> dict[str, widgets.Widget]:
     """The widgets of `ShatterPanel`."""
     narrow = {"button_width": "auto"}
     parts = {**scene_parts(world), "kind": widgets.ToggleButtons(options=["entity", "random", "query"], description="First slots", style=narrow),
@@ -131,12 +139,12 @@ def draw_gathered(picture: np.ndarray, model: RISModel, maps: Tensor, reads: Ten
 class ShatterPanel(Panel):
     """Slots of a picture, and what a sentence gathers of them: see `shatter_panel`. `found`: a `Shattered`; `reads`: A_fuse (K,)."""
 
-    def __init__(self, viewer: Viewer, world: str = "refshapes"):
-        self.viewer, self.world, entities = viewer, world, viewer.model.entities
+    def __init__(self, viewer: Viewer):
+        self.viewer, self.world, entities = viewer, known_world(viewer.model.tokenizer), viewer.model.entities
         self.discoveries = {kind: with_slots(entities, kind) for kind in ("entity", "random", "query")}
         self.names, self.colours = (make(entities.slots.count, entities.slots.per_gaussian) for make in (slot_names, slot_colours))
         self.shatter, self.gather, self.hovered = Remembered(shatter), Remembered(gather), []
-        super().__init__(shatter_parts(entities.iterations, self.names, world), [
+        super().__init__(shatter_parts(entities.iterations, self.names, self.world), [
             ("split", "number", "another"), ("kind", "draw", "redraw"), ("example", "expression"), ("iteration", "slot"),
             ("picture", "bars"), [f"{name} column" for name in GATHERED]])
 
@@ -169,11 +177,11 @@ class ShatterPanel(Panel):
         return row_of_pictures(self.pictures, {}, title)
 
 # %% ../../nbs/workshop/explore_shatter.ipynb #077
-def shatter_panel(model: str = "sag_tiny", world: str = "refshapes") -> ShatterPanel:
+def shatter_panel(model: str = "sag_toys") -> ShatterPanel:
     """Step through the iterations of slot attention, light a slot, change the sentence. Parts: `split`, `number`, `another`, `kind`
     (entity, random or query slots), `draw`, `redraw`, `example`, `expression`, `iteration`, `slot`, `picture`, `bars`, `mask`,
     `relevance`, `first`, `second`, `third` (the slots that are read most) and their captions (`mask caption`, ...).
 
-    model: the name, folder or Hub id of a trained SaG with entity slots. world: that its scenes are from, "refshapes" or "toys".
+    model: the name, folder or Hub id of a trained SaG with entity slots. The scenes are of the world whose words it knows.
     """
-    return ShatterPanel(shipped(model), world)
+    return ShatterPanel(shipped(model))
