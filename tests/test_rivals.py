@@ -14,6 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPSegConfig, CLIPSegForImageSe
 from transformers.models.groupvit.modeling_groupvit import get_grouping_from_attentions
 
 from ris_nb.contract import Batch, Output, RISError
+from ris_nb.data.batches import make_batch
 from ris_nb.data.tokenizer import Tokenizer, build_vocabulary
 from ris_nb.models.rivals import (GroupingBlock, GroupViT, MaskCLIP, TSEG, attend_to_itself, denoise_prompts, masks_above, pair_loss,
                                   smooth_keys)
@@ -174,7 +175,7 @@ def test_grouping_is_transformers():
     _, config, sizes = SMALL["groupvit"]
     theirs = stir(GroupViTModel(config(**sizes))).vision_model
     model = GroupViT(32, WORDS, vision=dict(width=24, depth=0, heads=2, patch=8, image_size=32, drop_path=0.0), text=dict(width=8, layers=1, heads=1, ffn=8),
-                     width=12, groups=dict(tokens=[6, 3], depths=[2, 1, 1], heads=2, soft=False)).eval()
+                     width=12, groups=dict(tokens=[6, 3], depths=[2, 1, 1], heads=2)).eval()
     for i, stage in enumerate(theirs.encoder.stages):
         for ours, layer in zip(model.layers[i], stage.layers, strict=True):
             copy_block(ours, layer)
@@ -194,15 +195,13 @@ def test_grouping_is_transformers():
     torch.testing.assert_close(belongs.sum(1), torch.ones(2, 16))
 
 
-def test_soft_and_hard_shares():
+def test_shares_are_hard():
     torch.manual_seed(0)
-    block = stir(GroupingBlock(16, 5, 4, 2, soft=False))
+    block = stir(GroupingBlock(16, 5, 4, 2))
     x, tokens = torch.randn(2, 9, 16), torch.randn(2, 5, 16)
     logits = torch.randn(2, 4, 9)
     A = logits.softmax(1)
     assert torch.equal(block.shares(logits, A).argmax(1), A.argmax(1)) and set(block.shares(logits, A).unique().tolist()) == {0.0, 1.0}
-    block.soft = True
-    assert torch.equal(block.shares(logits, A), A)
     block.train()
     share = block.shares(logits.requires_grad_(), A)
     torch.testing.assert_close(share.sum(1), torch.ones(2, 9))
@@ -346,3 +345,16 @@ def test_tseg_pools_by_assignment():
                 A = [math.exp(s[b]) / (math.exp(g) + (sum(map(math.exp, s)) if compete else math.exp(s[b]))) for s, g in zip(S, G)]
                 expected = sum(a * s[b] for a, s in zip(A, S)) / (sum(A) + 1e-6)
                 assert found[n, b].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["maskclip_tiny", "groupvit_tiny", "tseg_tiny"])
+def test_a_convolutional_encoder_serves_all_three(name):
+    """With an encoder that has no attention MaskCLIP puts one block behind it; everything but the encoder learns."""
+    torch.manual_seed(0)
+    model = create_model(name, vocabulary=WORDS, image_size=32, vision={"conv": 32, "depth": 1}, freeze=["vision"]).for_training()
+    batch = make_batch([np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 200, np.uint8)], ["the red one", "the blue one"], model.tokenizer, model.transform)
+    output = model(batch)
+    assert output.score.shape == (2, 8, 8)
+    sum(model.losses(output, batch).values()).backward()
+    learned = {key.partition(".")[0] for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert "vision" not in learned and {"text", "sentence", "project"} <= learned and ("last" in learned) == (name == "maskclip_tiny")

@@ -19,7 +19,7 @@ from ..encoders.pretraining import TINY_VIT, pretrained_tagger
 from ..encoders.vision import ViT, run_blocks
 from .base import RISModel
 from .lavt import LAVT
-from .layers import TINY, preset, text_encoder
+from .layers import TINY, image_encoder, preset, text_encoder
 from .sag import VIT_S, relevance_masks
 from ..registry import register_model
 from ..settings import TEXT
@@ -42,13 +42,13 @@ def pair_loss(image: Tensor, text: Tensor, which: Tensor | None = None, scale: T
 
 # %% ../../nbs/18_rivals.ipynb #base
 class PairModel(RISModel):
-    """What the three have in common: a ViT, a text encoder, one vector a sentence; they learn from pairs and need no mask.
+    """What the three have in common: encoders of image and text, and one vector a sentence; they learn from pairs and need no mask.
 
-    vision: of `ViT`; text: of `TextEncoder`; width: of the space in which patches and sentences are compared; temperature: at
+    vision: of `ViT`, or {"conv": channels, ...}, of `ConvPatches`; text: of `TextEncoder`; width: of the space in which patches and sentences are compared; temperature: at
     the start; it is learned. The rest: of `RISModel`. Negatives are those of the process's own batch.
     """
 
-    needs_masks = False
+    needs_masks, foreign = False, {"vision": "conv"}
     tokenizer = LAVT.tokenizer
 
     def __init__(self, image_size: int = 224, vocabulary="bert-base-uncased", max_words: int = 40, mean=(0.5,) * 3, std=(0.5,) * 3,
@@ -57,7 +57,7 @@ class PairModel(RISModel):
         super().__init__(image_size, vocabulary, max_words, mean, std, resolution, freeze, lr_factors)
         if not temperature > 0:
             raise RISError(f"temperature must be greater than 0, not {temperature}")
-        self.vision, self.text = ViT(**vision), text_encoder(text, self.vocabulary)
+        self.vision, self.text = image_encoder(vision, image_size, ViT), text_encoder(text, self.vocabulary)
         self.sentence = nn.Linear(text["width"], width)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
@@ -116,7 +116,7 @@ class MaskCLIP(PairModel):
 
     pool: which vector stands for the image in training, CLIP's "cls" or the "mean" of the patches. values: the last layer's attention is
     replaced by the identity for maps (the paper); False: ordinary patches, for comparison. smooth: see `smooth_keys`, here everywhere,
-    because one sentence has no classes to be unsure among. The rest: of `PairModel`. Maps are rescaled and cut as SaG's.
+    because one sentence has no classes to be unsure among. The rest: of `PairModel`; behind a vision that is no `ViT` stands one block with attention. Maps are rescaled and cut as SaG's.
     """
 
     def __init__(self, *args, pool: str = "cls", values: bool = True, smooth: bool = False, **shared):
@@ -124,18 +124,24 @@ class MaskCLIP(PairModel):
         if pool not in ("cls", "mean"):
             raise RISError(f"pool must be cls or mean, not {pool!r}")
         self.pool, self.values, self.smooth = pool, values, smooth
-        self.project = nn.Linear(self.vision.width, self.sentence.out_features)
+        self.project, width = nn.Linear(self.vision.width, self.sentence.out_features), self.vision.width
+        if not isinstance(self.vision, ViT):  # an encoder without attention, or whose last layer can't be had
+            self.last, self.norm = Block(width, width // 16, qkv_bias=True), nn.LayerNorm(width)
+
+    def last_layer(self) -> tuple[nn.Module, nn.Module]:
+        """The last block and the norm behind it."""
+        return (self.vision.blocks[-1], self.vision.norm) if isinstance(self.vision, ViT) else (self.last, self.norm)
 
     def trunk(self, image: Tensor) -> Tensor:
         """What enters the last block: (N, 1 + P, d)."""
-        return self.vision.run(self.vision.embed(image), -1)
+        return self.vision.run(self.vision.embed(image), -1) if isinstance(self.vision, ViT) else self.vision(image)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The image's vector (N, D), one vector a patch (N, P, D), and the last layer's keys (N, P, d)."""
-        x, last = self.trunk(image), self.vision.blocks[-1]
-        whole = self.project(self.vision.norm(last(x)))
+        x, (last, norm) = self.trunk(image), self.last_layer()
+        whole = self.project(norm(last(x)))
         value, keys = attend_to_itself(last, x)
-        dense = self.project(self.vision.norm(value)) if self.values else whole
+        dense = self.project(norm(value)) if self.values else whole
         return whole[:, 0] if self.pool == "cls" else whole[:, 1:].mean(1), dense[:, 1:], keys[:, 1:]
 
     def forward(self, batch: Batch) -> Output:
@@ -171,13 +177,12 @@ class GroupingBlock(nn.Module):
     """GroupViT's grouping block: patches (N, P, d) and group tokens (N, T, d) -> segments (N, G, d) and A (N, G, P), of sum one over G.
 
     The tokens become G queries and read the patches; then each patch is assigned to one query, in training by a hard Gumbel softmax whose
-    gradient is the soft one's (straight-through), and each segment averages its patches. Outside training the average is over
-    soft shares, or with soft=False over the likeliest group's alone, as `transformers` has it. A is always the softmax without noise.
+    gradient is the soft one's (straight-through), and each segment averages its patches. Outside training a patch is
+    its likeliest group's, as released. A, of which maps are made, is always the softmax without noise.
     """
 
-    def __init__(self, width: int, tokens: int, groups: int, heads: int, soft: bool = True):
+    def __init__(self, width: int, tokens: int, groups: int, heads: int):
         super().__init__()
-        self.soft = soft
         self.token_norm, self.patch_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mix, self.mix_norm = MixTokens(tokens, width // 2, groups), nn.LayerNorm(width)
         self.read, self.read_norm = nn.MultiheadAttention(width, heads, batch_first=True), nn.LayerNorm(width)
@@ -195,7 +200,7 @@ class GroupingBlock(nn.Module):
         """How much of each patch a segment averages, (N, G, P)."""
         if self.training:
             return F.gumbel_softmax(logits, hard=True, dim=1)
-        return A if self.soft else F.one_hot(A.argmax(1), A.shape[1]).mT.to(A.dtype)
+        return F.one_hot(A.argmax(1), A.shape[1]).mT.to(A.dtype)
 
     def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         x = self.patch_norm(x)
@@ -211,19 +216,18 @@ class GroupingBlock(nn.Module):
 class GroupViT(PairModel):
     """After GroupViT (Xu et al., CVPR 2022): patches are grouped twice, each into one group; the mean of the segments learns as in CLIP.
 
-    groups: tokens (T1, T2), numbers of groups; depths, blocks before the first grouping, between the two, and after; heads; soft, see
-    `GroupingBlock`. With the default vision, of depth 0, the network is the paper's, which learns everything from pairs; with blocks in
+    groups: tokens (T1, T2), numbers of groups; depths, blocks before the first grouping, between the two, and after; heads. With the default vision, of depth 0, the network is the paper's, which learns everything from pairs; with blocks in
     vision, groups form on the features of a ViT. The rest: of `PairModel`. A mask: where the segment most like the sentence is the strongest.
     """
 
     def __init__(self, *args, vision: Mapping = {**VIT_S, "image_size": 224, "depth": 0, "drop_path": 0.0},
-                 groups: Mapping = dict(tokens=(64, 8), depths=(6, 3, 3), heads=6, soft=True), **shared):
+                 groups: Mapping = dict(tokens=(64, 8), depths=(6, 3, 3), heads=6), **shared):
         super().__init__(*args, vision=vision, **shared)
         width, tokens, heads = self.vision.width, list(groups["tokens"]), groups["heads"]
         self.tokens = nn.ParameterList(0.02 * torch.randn(1, n, width) for n in tokens)
         self.layers = nn.ModuleList(nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=nn.LayerNorm) for _ in range(depth)))
                                     for depth in groups["depths"])
-        self.grouping = nn.ModuleList(GroupingBlock(width, n, n, heads, groups["soft"]) for n in tokens)
+        self.grouping = nn.ModuleList(GroupingBlock(width, n, n, heads) for n in tokens)
         self.carry = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), MixTokens(a, width // 2, b)) for a, b in zip(tokens, tokens[1:]))
         self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, self.sentence.out_features)
 
@@ -233,7 +237,7 @@ class GroupViT(PairModel):
 
     def group(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patches (N, P, d) -> segments (N, G, d), and how much of each patch is each segment's, (N, G, P), of sum one over G."""
-        old, belongs, again = None, torch.eye(x.shape[1], device=x.device), self.vision.grad_checkpointing and self.training
+        old, belongs, again = None, torch.eye(x.shape[1], device=x.device), self.training and getattr(self.vision, "grad_checkpointing", False)
         for i, (tokens, layers, grouping) in enumerate(zip(self.tokens, self.layers, self.grouping)):
             tokens = tokens.expand(len(x), -1, -1) + (self.carry[i - 1](old) if i else 0)
             x, old = run_blocks(layers, torch.cat([x, tokens], 1), again).split([x.shape[1], tokens.shape[1]], 1)

@@ -22,18 +22,21 @@ from ..registry import load_model, register_model
 __all__ = []
 
 # %% ../../nbs/workshop/sag_toys.ipynb #sy07
+TOY_ENCODERS = dict(image_size=96, vision=dict(conv=64, depth=3), text={**TINY["text"], "width": 64, "ffn": 128})
+
+
 @register_model
 def sag_toys(pretrained: bool = False, **overrides) -> SaG:
     """A SaG for 96-pixel RefToys, which the recipe sag_toys trains in half an hour on two CPU cores. Its slots start with `start_as_kmeans`.
 
     `pretrained`: its image encoder is that of the trained `sag_toys`, which learned from labelled pictures of single toys, and stays as it is.
     """
-    attention, vision = dict(heads=1, head_width=64, ffn=128, dropout=0.0), dict(conv=64, depth=3)
+    attention = dict(heads=1, head_width=64, ffn=128, dropout=0.0)
     sizes = dict(
-        TINY, image_size=96, max_words=20, vision=vision, text={**TINY["text"], "width": 64, "ffn": 128}, fusion=attention,
+        {**TINY, **TOY_ENCODERS}, max_words=20, fusion=attention,
         slots=dict(attention, width=64, gaussians=12, per_gaussian=2, iterations=6, self_heads=1, self_head_width=16, scale=0.3),
         decoder=dict(width=128, table=24, patches=16), loss=dict(temperature=0.2, reconstruction=0.3), freeze=("vision",) if pretrained else ())
-    encoders = {"vision": ("image encoder", dict(vision=vision), lambda settings: load_model("sag_toys").vision)}
+    encoders = {"vision": ("image encoder", dict(vision=TOY_ENCODERS["vision"]), lambda settings: load_model("sag_toys").vision)}
     model = preset(SaG, "sag_toys", sizes, overrides, encoders if pretrained else {})
     if isinstance(model.entities, EntityDiscovery):
         start_as_kmeans(model.entities, sharpness=8.0)

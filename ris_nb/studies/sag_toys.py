@@ -23,10 +23,12 @@ from ..data.toys import make_toys
 from ..data.tokenizer import Tokenizer, build_vocabulary
 from ..data.writer import make_reftoys
 from ..encoders.single_toys import LABELS
+from ..evaluation.evaluate import evaluate
 from ..evaluation.scorecard import wrong_sentences
 from ..metrics import SegmentationMetrics
-from ..models.base import evaluating
+from ..models.base import RISModel, evaluating
 from ..models.sag import SaG, relevance_masks
+from ..models.sag_toys import TOY_ENCODERS
 from ..registry import create_model, load_model
 from ..settings import nested
 from .sag import floor_scores, rule_scores
@@ -47,6 +49,8 @@ TOYS_STUDY: dict[str, dict] = {     # row -> what is changed, as arguments of `T
     "no masked words": dict(stages=("pictures", "gather", "all")),
     "all from the first step": dict(stages=("pictures", "words", "all")),
     "patches": dict(network=dict(slots=dict(discovery=False), loss=dict(reconstruction=0.0))),
+    **{row: dict(model=preset, stages=("pictures", "words", "all")) for row, preset in
+       (("MaskCLIP", "maskclip_tiny"), ("GroupViT", "groupvit_tiny"), ("TSEG", "tseg_tiny"))},
 }
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty08
@@ -54,7 +58,7 @@ CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 
 
 @torch.no_grad()
-def cut_scores(model: SaG, dataset: ReferralDataset, cuts: Iterable[float] = CUTS) -> dict[float, dict[str, float]]:
+def cut_scores(model: RISModel, dataset: ReferralDataset, cuts: Iterable[float] = CUTS) -> dict[float, dict[str, float]]:
     """mIoU and oIoU of the paper's mask rule at each of the thresholds `cuts`, on a data set built with `every=True`."""
     metrics = {cut: SegmentationMetrics() for cut in cuts}
     with evaluating(model):
@@ -66,15 +70,22 @@ def cut_scores(model: SaG, dataset: ReferralDataset, cuts: Iterable[float] = CUT
     return {cut: {name: metric.compute()[name] for name in ("mIoU", "oIoU")} for cut, metric in metrics.items()}
 
 
-def toy_figures(model: SaG, val: list[Referral], test: list[Referral], wrong: bool = True) -> dict[str, float]:
-    """"threshold", chosen on `val` by mIoU, and on `test` mIoU and oIoU at it and at 0.5; with `wrong`, those of the controls."""
+def toy_figures(model: RISModel, val: list[Referral], test: list[Referral], wrong: bool = True) -> dict[str, float]:
+    """"threshold", chosen on `val` by mIoU, and on `test` mIoU and oIoU at it and at 0.5; with `wrong`, those of the controls, and
+    for a model that is no SaG those of its own mask rule."""
     data = {name: ReferralDataset(own, model.tokenizer, model.transform, every=True) for name, own in (("val", val), ("test", test))}
     on_val, on_test = cut_scores(model, data["val"]), cut_scores(model, data["test"])
-    model.threshold = max(on_val, key=lambda cut: on_val[cut]["mIoU"])
-    figures = {"threshold": model.threshold, **on_test[model.threshold], **{f"{name} at 0.5": value for name, value in on_test[0.5].items()}}
-    if wrong:
-        asked = wrong_sentences(model, data["test"], (0,), 32, 0)
-        figures |= {"mIoU, other pictures": asked["other photos"]["mIoU"], "mIoU, other toys": asked["other thing"]["mIoU"]}
+    threshold = max(on_val, key=lambda cut: on_val[cut]["mIoU"])
+    figures = {"threshold": threshold, **on_test[threshold], **{f"{name} at 0.5": value for name, value in on_test[0.5].items()}}
+    if not wrong:
+        return figures
+    if not isinstance(model, SaG):
+        own = evaluate(model, data["test"], progress=False).scores()
+        figures |= {f"{name}, own rule": own[name] for name in ("mIoU", "oIoU")}
+    model.masks = lambda output, sizes, _=None: relevance_masks(output.score, sizes, threshold)
+    asked = wrong_sentences(model, data["test"], (0,), 32, 0)
+    figures |= {"mIoU, other pictures": asked["other photos"]["mIoU"], "mIoU, other toys": asked["other thing"]["mIoU"]}
+    if isinstance(model, SaG):
         figures |= {f"{name}, one slot": value for key, value in rule_scores(model, data["test"], ("max",)).items() for name in [key.partition(",")[0]]}
     return figures
 
@@ -102,10 +113,11 @@ def mixed(described: list[Referral], minimal: list[Referral], share: float) -> l
 class ToyRun:
     """One training of `sag_toys` in stages, changed as a row of `TOYS_STUDY` or `toy_laws` says.
 
-    labels: what its image encoder learns. dataset: what it trains on; described: or the share of reftoys_described in a mixture
+    model: a preset; one that is no SaG has the same encoders. labels: what its image encoder learns. dataset: what it trains on; described: or the share of reftoys_described in a mixture
     with reftoys. stages: those that are trained. lengths: steps of a stage, in place of its own; steps: the most that any takes.
     """
     root: Path
+    model: str = "sag_toys"
     labels: tuple[str, ...] = TOY_LABELS
     dataset: str = "reftoys_described"
     described: float | None = None
@@ -128,18 +140,21 @@ class ToyRun:
         steps = min(own, self.steps or own)
         return TrainConfig(**values | dict(seed=seed, steps=steps, warmup=min(values["warmup"], steps // 10)))
 
-    def begin(self, stage: str, seed: int, weights: Mapping | None) -> SaG:
+    def begin(self, stage: str, seed: int, weights: Mapping | None) -> RISModel:
         """The model as a stage begins, with the weights of the one before."""
-        network = nested(self.network, {"loss.reconstruction": 0.0} if stage == "gather" else {})
+        network, vocabulary = nested(self.network, {"loss.reconstruction": 0.0} if stage == "gather" else {}), toy_data(self.root, self.dataset)[3]
         torch.manual_seed(seed)
-        model = create_model("sag_toys", vocabulary=toy_data(self.root, self.dataset)[3], lr_factors={"entities": 0.5}, **network)
+        if self.model == "sag_toys":
+            model = create_model("sag_toys", vocabulary=vocabulary, lr_factors={"entities": 0.5}, **network)
+        else:
+            model = create_model(self.model, vocabulary=vocabulary, **TOY_ENCODERS)
         if weights:
             model.load_state_dict(weights)
         still = ("vision", "entities") if stage == "gather" else ("vision",)
         model.freeze([part for part in still if part in dict(model.named_children())])
         return model
 
-    def train(self, seed: int, folder: Path) -> Iterator[tuple[str, SaG]]:
+    def train(self, seed: int, folder: Path) -> Iterator[tuple[str, RISModel]]:
         """Each stage's name and the model at its end; a run that was stopped goes on. Rows whose encoder learned the same share it."""
         weights, referrals = None, self.referrals()
         for stage in self.stages:
@@ -210,7 +225,8 @@ def toy_laws(root: str | Path, steps: int | None = None) -> dict[str, Callable[[
     with encoders that learned more and more. Their figures have the "probe", too. steps: of each stage, at most."""
     rows = {f"{round(100 * share)} % described": dict(described=share) for share in DESCRIBED}
     rows |= {f"{count} steps of pictures": dict(lengths={"pictures": count}) for count in PICTURES}
-    rows |= {"no picture": dict(stages=("words", "gather")), "told kinds": dict(labels=("kind",)), "told colours": dict(labels=("colour",))}
+    rows |= {"no picture": dict(stages=("words", "gather")), "no picture, 0 % described": dict(stages=("words", "gather"), described=0.0),
+             "told kinds": dict(labels=("kind",)), "told colours": dict(labels=("colour",))}
 
     def variant(stages: tuple[str, ...] = tuple(SAG_TOYS_STAGES), lengths: Mapping[str, int] = {}, **changes):
         run = ToyRun(Path(root), stages=stages, lengths={"gather": 700, **lengths}, steps=steps, **changes)
