@@ -5,6 +5,7 @@
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty03
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ..data.tokenizer import Tokenizer, build_vocabulary
 from ..data.writer import make_reftoys
 from ..encoders.single_toys import LABELS
 from ..evaluation.evaluate import evaluate
+from ..evaluation.floors import Floor
 from ..evaluation.scorecard import wrong_sentences
 from ..metrics import SegmentationMetrics
 from ..models.base import RISModel, evaluating
@@ -31,7 +33,7 @@ from ..models.sag import SaG, relevance_masks
 from ..models.sag_toys import TOY_ENCODERS
 from ..registry import create_model, load_model
 from ..settings import nested
-from .sag import floor_scores, rule_scores
+from .sag import rule_scores
 from ..training.config import SAG_TOYS_RECIPE, SAG_TOYS_STAGES, TrainConfig
 from ..training.stages import LEARNERS
 
@@ -52,6 +54,7 @@ TOYS_STUDY: dict[str, dict] = {     # row -> what is changed, as arguments of `T
     **{row: dict(model=preset, stages=("pictures", "words", "all")) for row, preset in
        (("MaskCLIP", "maskclip_tiny"), ("GroupViT", "groupvit_tiny"), ("TSEG", "tseg_tiny"))},
 }
+TOY_FLOORS = {"oracle: every toy": "every object", "oracle: a random toy": "random object", "a box in the centre": "centre box"}
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty08
 CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
@@ -70,6 +73,20 @@ def cut_scores(model: RISModel, dataset: ReferralDataset, cuts: Iterable[float] 
     return {cut: {name: metric.compute()[name] for name in ("mIoU", "oIoU")} for cut, metric in metrics.items()}
 
 
+@torch.no_grad()
+def random_slot_score(model: SaG, dataset: ReferralDataset, threshold: float) -> float:
+    """mIoU of the mask of one slot, drawn at random for each sentence."""
+    metric, dice = SegmentationMetrics(), torch.Generator().manual_seed(0)
+    with evaluating(model):
+        for start in range(0, len(dataset), 32):
+            batch = collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))])
+            output = model(batch)
+            maps = output.extra["A_slot"][batch.which]
+            drawn = maps[torch.arange(len(maps)), torch.randint(maps.shape[1], (len(maps),), generator=dice)]
+            metric.update(relevance_masks(drawn.view_as(output.score), batch.size, threshold), [torch.as_tensor(mask) for mask in batch.truth])
+    return metric.compute()["mIoU"]
+
+
 def toy_figures(model: RISModel, val: list[Referral], test: list[Referral], wrong: bool = True) -> dict[str, float]:
     """"threshold", chosen on `val` by mIoU, and on `test` mIoU and oIoU at it and at 0.5; with `wrong`, those of the controls, and
     for a model that is no SaG those of its own mask rule."""
@@ -86,6 +103,7 @@ def toy_figures(model: RISModel, val: list[Referral], test: list[Referral], wron
     asked = wrong_sentences(model, data["test"], (0,), 32, 0)
     figures |= {"mIoU, other pictures": asked["other photos"]["mIoU"], "mIoU, other toys": asked["other thing"]["mIoU"]}
     if isinstance(model, SaG):
+        figures["mIoU, a random slot"] = random_slot_score(model, data["test"], threshold)
         figures |= {f"{name}, one slot": value for key, value in rule_scores(model, data["test"], ("max",)).items() for name in [key.partition(",")[0]]}
     return figures
 
@@ -181,13 +199,18 @@ class ToyRun:
 
 
 def toys_study(root: str | Path, steps: int | None = None) -> dict[str, Callable[[int, Path], dict]]:
-    """The variants for `run_study`: `sag_toys` in its stages, changed as in `TOYS_STUDY`, and "no model", the floors. Data that
+    """The variants for `run_study`: `sag_toys` in its stages, changed as in `TOYS_STUDY`, and `TOY_FLOORS`. Data that
     are missing in `root` are made. steps: of each stage, at most."""
-    def floors(seed: int, folder: Path) -> dict:
-        _, _, test, vocabulary = toy_data(Path(root), "reftoys_described")
-        return {name.strip(): value for name, value in floor_scores(test, Tokenizer(vocabulary), seed, "", 96).items()}
+    def floor(rule: str) -> Callable[[int, Path], dict]:
+        def score(seed: int, folder: Path) -> dict:
+            _, _, test, vocabulary = toy_data(Path(root), "reftoys_described")
+            model = Floor(rule, TOY_ENCODERS["image_size"], resolution="original")
+            scores = evaluate(model, ReferralDataset(test, Tokenizer(vocabulary), model.transform, every=True), progress=False).scores()
+            return {name: scores[name] for name in ("mIoU", "oIoU")}
+        return score
 
-    return {**{row: ToyRun(Path(root), steps=steps, **changes) for row, changes in TOYS_STUDY.items()}, "no model": floors}
+    return {**{row: ToyRun(Path(root), steps=steps, **changes) for row, changes in TOYS_STUDY.items()},
+            **{row: floor(rule) for row, rule in TOY_FLOORS.items()}}
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty21
 DESCRIBED = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)      # shares of pictures
@@ -237,3 +260,13 @@ def toy_laws(root: str | Path, steps: int | None = None) -> dict[str, Callable[[
         return probed
 
     return {row: variant(**changes) for row, changes in rows.items()}
+
+# %% ../../nbs/workshop/study_sag_toys.ipynb #ty16
+def toy_curves(runs: Path, row: str = "SaG") -> list[dict]:
+    """C3 in the last two stages of a row's runs, from the folder of a study: seed, stage, steps and c3."""
+    curves = []
+    for log in sorted((runs / row).glob("*/*/log.jsonl")):
+        lines = [line for line in map(json.loads, log.read_text().splitlines()) if "c3" in line]
+        if lines:
+            curves.append({"seed": int(log.parts[-3]), "stage": log.parts[-2], "step": [line["step"] for line in lines], "c3": [round(line["c3"], 3) for line in lines]})
+    return curves
