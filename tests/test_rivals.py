@@ -16,8 +16,7 @@ from transformers.models.groupvit.modeling_groupvit import get_grouping_from_att
 from ris_nb.contract import Batch, Output, RISError
 from ris_nb.data.batches import make_batch
 from ris_nb.data.tokenizer import Tokenizer, build_vocabulary
-from ris_nb.models.rivals import (GroupingBlock, GroupViT, MaskCLIP, TSEG, attend_to_itself, denoise_prompts, masks_above, pair_loss,
-                                  smooth_keys)
+from ris_nb.models.rivals import (GroupingBlock, GroupViT, MaskCLIP, TSEG, attend_to_itself, masks_above, pair_loss)
 from ris_nb.registry import create_model, load_model
 from ris_nb.testing import check_model
 
@@ -115,17 +114,6 @@ def test_pair_loss():
     one, two = s[:, 0].softmax(0), s[:, 1].softmax(0)
     to_text = -(torch.log(one[0] + one[2]) + torch.log(two[1] + two[3])) / 2
     torch.testing.assert_close(double, (F.cross_entropy(s[:, :2], torch.tensor([0, 1, 0, 1])) + to_text) / 2)
-
-
-def test_refinements_by_hand():
-    score = torch.tensor([[0.30, 0.10], [0.20, 0.21], [0.10, 0.05]])
-    keys = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 5.0]])  # the first two look for the same
-    smooth = smooth_keys(score, keys)
-    torch.testing.assert_close(smooth, torch.tensor([[0.5, 0.31], [0.5, 0.31], [0.1, 0.05]]))
-    sure = smooth_keys(score, keys, below=0.9)  # only the second is unsure: 0.20 and 0.21, times 100
-    torch.testing.assert_close(sure, torch.stack([score[0], smooth[1], score[2]]))
-    rare = torch.tensor([[0.30, 0.10, 0.27], [0.20, 0.21, 0.10]])
-    assert denoise_prompts(rare, 0.5).isinf().any(0).tolist() == [False, False, True]
 
 
 def test_threshold_moves_masks():

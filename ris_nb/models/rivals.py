@@ -94,29 +94,19 @@ def attend_to_itself(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return x + block.mlp(block.norm2(x)), k
 
 # %% ../../nbs/18_rivals.ipynb #refine
-def smooth_keys(score: Tensor, keys: Tensor, below: float | None = None) -> Tensor:
-    """MaskCLIP's key smoothing: score (..., P, C), keys (..., P, d) -> (..., P, C), each position's scores replaced by the sum over
-    all positions, weighted by the cosine of their keys. below: only where softmax(100 * score) is below this for every class."""
+def smooth_keys(score: Tensor, keys: Tensor) -> Tensor:
+    """MaskCLIP's key smoothing, of all positions: score (..., P, C), keys (..., P, d) -> (..., P, C), the sum of the scores of all
+    positions, weighted by the cosine of their keys."""
     k = F.normalize(keys.float(), dim=-1)
-    smooth = (k @ k.mT) @ score
-    if below is None:
-        return smooth
-    unsure = (100 * score).softmax(-1).amax(-1, keepdim=True) < below
-    return torch.where(unsure, smooth, score)
-
-
-def denoise_prompts(score: Tensor, least: float) -> Tensor:
-    """MaskCLIP's prompt denoising: score (..., P, C) with -inf for each class whose softmax(100 * score) is nowhere above `least`."""
-    seen = (100 * score).softmax(-1).amax(-2, keepdim=True) > least
-    return score.masked_fill(~seen, float("-inf"))
+    return (k @ k.mT) @ score
 
 # %% ../../nbs/18_rivals.ipynb #maskclip
 class MaskCLIP(PairModel):
     """After MaskCLIP (Zhou et al., ECCV 2022): image and sentence are learned as in CLIP; a map comes from the values of the last layer.
 
     pool: which vector stands for the image in training, CLIP's "cls" or the "mean" of the patches. values: the last layer's attention is
-    replaced by the identity for maps (the paper); False: ordinary patches, for comparison. smooth: see `smooth_keys`, here everywhere,
-    because one sentence has no classes to be unsure among. The rest: of `PairModel`; behind a vision that is no `ViT` stands one block with attention. Maps are rescaled and cut as SaG's.
+    replaced by the identity for maps (the paper); False: ordinary patches, for comparison. smooth: see `smooth_keys`.
+    The rest: of `PairModel`; behind a vision that is no `ViT` stands one block with attention. Maps are rescaled and cut as SaG's.
     """
 
     def __init__(self, *args, pool: str = "cls", values: bool = True, smooth: bool = False, **shared):
