@@ -1,6 +1,7 @@
 """SaG's rivals and the models of transformers: numbers against transformers' own modules, corner cases, saving, and errors in one line."""
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -346,3 +347,12 @@ def test_a_convolutional_encoder_serves_all_three(name):
     sum(model.losses(output, batch).values()).backward()
     learned = {key.partition(".")[0] for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert "vision" not in learned and {"text", "sentence", "project"} <= learned and ("last" in learned) == (name == "maskclip_tiny")
+
+
+def test_a_groupvit_of_version_0_2_is_read(tmp_path):
+    model = create_model("groupvit_tiny", vocabulary=WORDS)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["groups"]["soft"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_model(tmp_path).project.weight, model.project.weight)

@@ -116,7 +116,7 @@ class MaskCLIP(PairModel):
         self.pool, self.values, self.smooth = pool, values, smooth
         self.project, width = nn.Linear(self.vision.width, self.sentence.out_features), self.vision.width
         if not isinstance(self.vision, ViT):  # an encoder without attention, or whose last layer can't be had
-            self.last, self.norm = Block(width, width // 16, qkv_bias=True), nn.LayerNorm(width)
+            self.last, self.norm = Block(width, math.gcd(width, 4), qkv_bias=True), nn.LayerNorm(width)
 
     def last_layer(self) -> tuple[nn.Module, nn.Module]:
         """The last block and the norm behind it."""
@@ -220,6 +220,12 @@ class GroupViT(PairModel):
         self.grouping = nn.ModuleList(GroupingBlock(width, n, n, heads) for n in tokens)
         self.carry = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), MixTokens(a, width // 2, b)) for a, b in zip(tokens, tokens[1:]))
         self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, self.sentence.out_features)
+
+    @classmethod
+    def settings(cls, *tables: Mapping) -> dict:
+        """See `Nested`. Runs of version 0.2 have groups.soft, which is gone: outside training, too, a patch has one group."""
+        found = super().settings(*tables)
+        return {name: {key: value for key, value in group.items() if key != "soft"} if name == "groups" else group for name, group in found.items()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what goes into each block, and compute its inside again in the backward pass."""
