@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..contract import Batch
 from ..data.batches import ReferralDataset, collate
 from ..data.refer import Referral
 from ..data.sources import open_data
@@ -33,6 +34,7 @@ from ..models.sag import SaG, relevance_masks
 from ..models.sag_toys import TOY_ENCODERS
 from ..registry import create_model, load_model
 from ..settings import nested
+from .rivals import changed
 from .sag import rule_scores
 from ..training.config import SAG_TOYS_RECIPE, SAG_TOYS_STAGES, TrainConfig
 from ..training.stages import LEARNERS
@@ -60,13 +62,17 @@ TOY_FLOORS = {"oracle: every toy": "every object", "oracle: a random toy": "rand
 CUTS = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5)
 
 
+def _batches(dataset: ReferralDataset) -> Iterator[Batch]:
+    for start in range(0, len(dataset), 32):
+        yield collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))])
+
+
 @torch.no_grad()
 def cut_scores(model: RISModel, dataset: ReferralDataset, cuts: Iterable[float] = CUTS) -> dict[float, dict[str, float]]:
     """mIoU and oIoU of the paper's mask rule at each of the thresholds `cuts`, on a data set built with `every=True`."""
     metrics = {cut: SegmentationMetrics() for cut in cuts}
     with evaluating(model):
-        for start in range(0, len(dataset), 32):
-            batch = collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))])
+        for batch in _batches(dataset):
             score, truth = model(batch).score, [torch.as_tensor(mask) for mask in batch.truth]
             for cut, metric in metrics.items():
                 metric.update(relevance_masks(score, batch.size, cut), truth)
@@ -78,8 +84,7 @@ def random_slot_score(model: SaG, dataset: ReferralDataset, threshold: float) ->
     """mIoU of the mask of one slot, drawn at random for each sentence."""
     metric, dice = SegmentationMetrics(), torch.Generator().manual_seed(0)
     with evaluating(model):
-        for start in range(0, len(dataset), 32):
-            batch = collate([dataset[i] for i in range(start, min(start + 32, len(dataset)))])
+        for batch in _batches(dataset):
             output = model(batch)
             maps = output.extra["A_slot"][batch.which]
             drawn = maps[torch.arange(len(maps)), torch.randint(maps.shape[1], (len(maps),), generator=dice)]
@@ -99,12 +104,12 @@ def toy_figures(model: RISModel, val: list[Referral], test: list[Referral], wron
     if not isinstance(model, SaG):
         own = evaluate(model, data["test"], progress=False).scores()
         figures |= {f"{name}, own rule": own[name] for name in ("mIoU", "oIoU")}
-    model.masks = lambda output, sizes, _=None: relevance_masks(output.score, sizes, threshold)
-    asked = wrong_sentences(model, data["test"], (0,), 32, 0)
-    figures |= {"mIoU, other pictures": asked["other photos"]["mIoU"], "mIoU, other toys": asked["other thing"]["mIoU"]}
-    if isinstance(model, SaG):
-        figures["mIoU, a random slot"] = random_slot_score(model, data["test"], threshold)
-        figures |= {f"{name}, one slot": value for key, value in rule_scores(model, data["test"], ("max",)).items() for name in [key.partition(",")[0]]}
+    with changed(model, masks=lambda output, sizes, _=None: relevance_masks(output.score, sizes, threshold)):
+        asked = wrong_sentences(model, data["test"], (0,), 32, 0)
+        figures |= {"mIoU, other pictures": asked["other photos"]["mIoU"], "mIoU, other toys": asked["other thing"]["mIoU"]}
+        if isinstance(model, SaG):
+            figures["mIoU, a random slot"] = random_slot_score(model, data["test"], threshold)
+            figures |= {f"{name}, one slot": value for key, value in rule_scores(model, data["test"], ("max",)).items() for name in [key.partition(",")[0]]}
     return figures
 
 # %% ../../nbs/workshop/study_sag_toys.ipynb #ty10
